@@ -1,0 +1,125 @@
+# What the two run scripts share: checking input, starting processes, waiting for them with a
+# deadline, and stopping exactly those. Sourced, not run.
+
+set -euo pipefail
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+ROOT=$(cd "$HERE/../.." && pwd)
+BASE=$(realpath -m "${BASE:-$PWD}")  # checkpoints, data and results; each path of a script may be set on its own
+LOGS=$(realpath -m "${LOGS:-$BASE/logs}")
+PYTHON=${PYTHON:-python}
+STARTED=()  # process groups of this script
+JOB=        # the Ray job that is running
+
+fail() {
+   echo "error: $*" >&2
+   exit 1
+}
+
+require_directory() { # VARIABLE, what it is
+   [ -d "${!1}" ] || fail "$1: found no directory ${!1}, expected $2"
+}
+
+require_file() { # VARIABLE, what it is
+   [ -f "${!1}" ] || fail "$1: found no file ${!1}, expected $2"
+}
+
+count_of() { # a comma-separated list
+   local items
+   IFS=, read -ra items <<<"$1"
+   echo "${#items[@]}"
+}
+
+free_port() {
+   "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
+# Run a command to its end in a process group of its own: a signal to this script then stops it at
+# once, where bash would wait for a command in the foreground.
+run() { # command…
+   setsid "$@" &
+   STARTED+=("$!")
+   wait "$!"
+   unset 'STARTED[-1]'
+}
+
+# Start a command in a process group of its own, with its output in a file. Sets PID.
+start() { # LOG, command…
+   local log=$1
+   shift
+   mkdir -p "$(dirname "$log")"
+   setsid "$@" >"$log" 2>&1 &
+   PID=$!
+   STARTED+=("$PID")
+}
+
+# Stop the job and the process groups of this script, last first, and nothing else.
+stop_started() {
+   local index pid deadline
+   if [ -n "$JOB" ]; then
+      timeout 60 ray job stop --address "$RAY_DASHBOARD" "$JOB" >/dev/null 2>&1 || true
+      JOB=
+   fi
+   for ((index = ${#STARTED[@]} - 1; index >= 0; index--)); do
+      pid=${STARTED[index]}
+      kill -TERM -- "-$pid" 2>/dev/null || continue
+      deadline=$((SECONDS + 30))
+      while kill -0 -- "-$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.5; done
+      kill -KILL -- "-$pid" 2>/dev/null || true
+   done
+   STARTED=()
+}
+trap stop_started EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+wait_for_url() { # name, URL, process id, its log, seconds
+   local name=$1 url=$2 pid=$3 log=$4 deadline=$((SECONDS + $5))
+   echo "waiting for $name at $url (log: $log)"
+   until curl --silent --fail --max-time 5 --output /dev/null "$url"; do
+      if ! kill -0 "$pid" 2>/dev/null; then
+         tail -n 30 "$log" >&2
+         fail "$name ended before it was ready; the end of $log is above"
+      elif ((SECONDS >= deadline)); then
+         tail -n 30 "$log" >&2
+         fail "$name was not ready after $5 seconds; the end of $log is above"
+      fi
+      sleep 2
+   done
+}
+
+# Convert a Hugging Face checkpoint for Megatron, once: an interrupted conversion leaves no
+# directory under the final name. Needs MODEL_ARGS.
+convert_once() { # Hugging Face directory, Megatron directory
+   [ -d "$2" ] && return
+   echo "converting $1 to $2"
+   rm -rf "$2.partial"
+   run env PYTHONPATH="$ROOT" "$PYTHON" "$ROOT/tools/convert_hf_to_torch_dist.py" "${MODEL_ARGS[@]}" \
+      --hf-checkpoint "$1" --save "$2.partial"
+   mv "$2.partial" "$2"
+}
+
+# A Ray cluster of this script alone: its own ports and directory, and only the GPUs given, so
+# that Ray can neither join another cluster nor hand out a GPU that someone else uses.
+# `ray stop` would stop every Ray on this host; with --block, ending this one process ends its
+# cluster, at once where nothing is drained. Sets RAY_DASHBOARD.
+start_ray() { # comma-separated GPUs
+   local dashboard_port directory
+   dashboard_port=$(free_port)
+   directory=$(mktemp -d /tmp/slime_opd.XXXXXX)  # short: Ray puts sockets there
+   start "$LOGS/ray.log" env CUDA_VISIBLE_DEVICES="$1" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 \
+      ray start --head --block --num-gpus "$(count_of "$1")" --temp-dir "$directory" --disable-usage-stats \
+      --port "$(free_port)" --ray-client-server-port "$(free_port)" \
+      --dashboard-host 127.0.0.1 --dashboard-port "$dashboard_port" --dashboard-agent-listen-port "$(free_port)"
+   RAY_DASHBOARD=http://127.0.0.1:$dashboard_port
+   wait_for_url "the Ray head" "$RAY_DASHBOARD/api/version" "$PID" "$LOGS/ray.log" 120
+}
+
+# The job's own process outlives its cluster, so it is stopped by name on an early end.
+train() { # flags of slime_opd.train
+   JOB=slime_opd_$$
+   run ray job submit --address "$RAY_DASHBOARD" --submission-id "$JOB" \
+      --runtime-env-json "{\"env_vars\": {\"PYTHONPATH\": \"$ROOT\", \"CUDA_DEVICE_MAX_CONNECTIONS\": \"1\"}}" \
+      -- "$PYTHON" -m slime_opd.train "$@"
+   JOB=
+}

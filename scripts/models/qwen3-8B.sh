@@ -1,0 +1,18 @@
+MODEL_ARGS=(
+   --swiglu
+   --num-layers 36
+   --hidden-size 4096
+   --ffn-hidden-size 12288
+   --num-attention-heads 32
+   --group-query-attention
+   --num-query-groups 8
+   --kv-channels 128
+   --qk-layernorm
+   --disable-bias-linear
+   --normalization "RMSNorm"
+   --norm-epsilon 1e-6
+   --use-rotary-position-embeddings
+   --rotary-base 1000000
+   --vocab-size 151936
+   --untie-embeddings-and-output-weights
+)

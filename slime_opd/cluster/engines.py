@@ -1,0 +1,92 @@
+"""The SGLang engines as Ray actors that own their server process, and the one address to reach them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from slime_opd.cluster.session import Slot
+from slime_opd.config import Config
+from slime_opd.engine.router import RouterProcess
+from slime_opd.engine.server import EngineProcess, free_port
+
+START_TIMEOUT_S = 1800
+
+
+@ray.remote
+class EngineActor:
+    """Owns one SGLang server: when the actor goes, so does the server."""
+
+    def start(
+        self, model: str, options: Mapping[str, tuple[str, ...]], log: str, visible_gpus: list[str] | None
+    ) -> str:
+        """Start the server and wait until it answers; returns its URL."""
+        if visible_gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus)
+        host = ray.util.get_node_ip_address()
+        self._server = EngineProcess(model, host=host, port=free_port(host), options=options, log_path=Path(log))
+        self._server.start()
+        self._server.wait_ready(START_TIMEOUT_S)
+        return self._server.url
+
+    def stop(self) -> None:
+        """Stop the server."""
+        self._server.stop()
+
+
+class EngineGroup:
+    """All engines of a run. `url` is where requests go: the engine, or the router in front of several."""
+
+    def __init__(self, config: Config, slots: list[Slot], log_dir: Path) -> None:
+        self._config, self._log_dir = config, log_dir
+        self._actors = [EngineActor.options(**slot.options).remote() for slot in slots]
+        self._router: RouterProcess | None = None
+
+    def begin_start(self, trainer_gpus: list[list[str]]) -> list[Any]:
+        """Start every engine without waiting; with --colocate on the trainers' GPUs."""
+        per_engine = self._config.cluster.rollout_num_gpus_per_engine
+        pending = []
+        for index, actor in enumerate(self._actors):
+            shared = trainer_gpus[index * per_engine : (index + 1) * per_engine]
+            visible = [gpu for gpus in shared for gpu in gpus] if self._config.cluster.colocate else None
+            log = str(self._log_dir / f"engine_{index}.log")
+            pending.append(actor.start.remote(self._config.model.hf_checkpoint, self._options(), log, visible or None))
+        return pending
+
+    def finish_start(self, pending: list[Any]) -> None:
+        """Wait for every engine; put the router in front of more than one."""
+        self.urls: list[str] = ray.get(pending)
+        self.url = self.urls[0]
+        if len(self.urls) > 1:
+            host = ray.util.get_node_ip_address()
+            self._router = RouterProcess(
+                self.urls, host=host, port=free_port(host), log_path=self._log_dir / "router.log"
+            ).start()
+            self._router.wait_ready(START_TIMEOUT_S)
+            self.url = self._router.url
+
+    def _options(self) -> dict[str, tuple[str, ...]]:
+        options = dict(self._config.sglang)
+        options.setdefault("tp-size", (str(self._config.cluster.rollout_num_gpus_per_engine),))
+        # Tokens go in and come out; the engine needs no tokenizer unless it looks for stop strings.
+        if not self._config.rollout.rollout_stop:
+            options.setdefault("skip-tokenizer-init", ())
+        options.setdefault("random-seed", (str(self._config.data.rollout_seed),))
+        return options
+
+    def stop(self) -> None:
+        """Stop the router and every server, and end their actors."""
+        if self._router is not None:
+            self._router.stop()
+        for actor in self._actors:
+            try:
+                ray.get(actor.stop.remote(), timeout=30)
+            except (ray.exceptions.RayError, AttributeError):
+                # It died before; its server died with it.
+                continue
+            finally:
+                ray.kill(actor)

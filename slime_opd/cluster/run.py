@@ -1,0 +1,200 @@
+"""A run: everything that train.py's loop speaks to, started together and stopped together."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slime_opd.cluster import session
+from slime_opd.cluster.engines import EngineGroup
+from slime_opd.cluster.trainers import TrainerGroup
+from slime_opd.config import Config
+from slime_opd.config.yaml_file import to_yaml
+from slime_opd.data.assemble import assemble, split
+from slime_opd.data.source import PromptSource, read_eval_set
+from slime_opd.errors import CheckpointError
+from slime_opd.observe import console, metrics
+from slime_opd.observe.sinks import MetricSinks
+from slime_opd.rollout.evaluate import EvalSet
+from slime_opd.rollout.loop import BackgroundLoop
+from slime_opd.rollout.student import StudentRollouts
+from slime_opd.teacher.probe import probe
+from slime_opd.teacher.sglang import make_teacher
+from slime_opd.types import SampleGroup
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """The parts of a run. Enter it to start them; leaving it stops exactly what it started."""
+
+    def __init__(self, config: Config, tokenizer: Any, source: PromptSource | None) -> None:
+        self.config = with_epochs(config, source)
+        self._tokenizer, self._source = tokenizer, source
+        self._run_dir = run_dir(config)
+        self._stack = ExitStack()
+        self._timings: dict[str, float] = {}
+        self._weights_version = 0
+        self._weights_are_new = True
+
+    def __enter__(self) -> Run:
+        with self._stack:
+            self._start()
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _start(self) -> None:
+        config, keep = self.config, self._stack
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        (self._run_dir / "config.yaml").write_text(to_yaml(config))
+        self._sinks = MetricSinks(self._run_dir, tensorboard=not config.observe.no_tensorboard)
+        keep.callback(self._sinks.close)
+        eval_sets = self._read_eval_sets()
+        loop = keep.enter_context(BackgroundLoop())
+        teacher = None
+        if config.has_sglang_teacher:
+            teacher = make_teacher(config)
+            keep.callback(lambda: loop.run(teacher.client.aclose()))
+            console.say(loop.run(probe(teacher.client, self._tokenizer, config.model.hf_checkpoint)))
+        session.join(config.cluster.ray_address)
+        placement = session.reserve(config)
+        keep.callback(placement.release)
+        self._trainers = TrainerGroup(config, placement.trainers)
+        keep.callback(self._trainers.stop)
+        self._engines: EngineGroup | None = None
+        starting = []
+        if placement.engines:
+            self._engines = EngineGroup(config, placement.engines, self._run_dir / "logs")
+            keep.callback(self._engines.stop)
+            starting = self._engines.begin_start(self._trainers.gpu_ids() if config.cluster.colocate else [])
+        report = self._trainers.finish_start(self._trainers.begin_start())
+        if self._engines is not None:
+            self._engines.finish_start(starting)
+        self._resume(report)
+        self._rollouts = StudentRollouts(
+            config,
+            self._tokenizer,
+            loop,
+            engine_url=self._engines.url if self._engines else None,
+            num_engines=config.num_engines,
+            teacher=teacher,
+            eval_sets=eval_sets,
+        )
+        keep.callback(self._rollouts.close)
+
+    def _read_eval_sets(self) -> list[EvalSet]:
+        words, config = self.config.evaluation.eval_prompt_data, self.config
+        pairs = zip(words[::2], words[1::2], strict=True)
+        return [
+            EvalSet(name, read_eval_set(name, path, config.data, config.evaluation, self._tokenizer))
+            for name, path in pairs
+        ]
+
+    def _resume(self, report: Any) -> None:
+        self.first_step = int(report.run_state.get("step", 0))
+        for warning in report.warnings:
+            console.warn(warning)
+        if not report.run_state:
+            console.say(f"training starts from {report.loaded_from}")
+            return
+        if self._source is None:
+            raise CheckpointError(f"{report.loaded_from}: the checkpoint has a data cursor, but no --prompt-data is given")
+        self._source.load_state(report.run_state["prompts"])
+        console.say(
+            f"resumed {report.loaded_from}: continuing at rollout {self.first_step}, prompt {report.run_state['prompts']['next_index']}"
+        )
+
+    @property
+    def steps(self) -> range:
+        """The rollouts that are left to do."""
+        return range(self.first_step, self.config.rollout.num_rollout or 0)
+
+    def generate(self, step: int) -> list[SampleGroup]:
+        """The samples of one rollout."""
+        if self._weights_are_new and not self.config.is_sft:
+            self.update_weights()
+        with self._timed("rollout"):
+            return self._rollouts.generate(self._source, f"rollout {step + 1}/{self.config.rollout.num_rollout}")
+
+    def train(self, step: int, groups: list[SampleGroup]) -> dict[str, metrics.Metric]:
+        """Train on a rollout; returns the metrics of both."""
+        samples = [sample for group in groups for sample in group.samples]
+        interval = self.config.observe.print_samples_interval
+        if interval and not self.config.is_sft and step % interval == 0:
+            console.print_samples(samples[:2], self._tokenizer.decode)
+        with self._timed("train"):
+            batch = assemble(samples, self.config)
+            trained = self._trainers.train(split(batch, self.config))
+        self._weights_are_new = True
+        tokens = float(np.sum(batch.total_lengths))
+        return {**metrics.batch_metrics(batch), **trained, "perf/tokens": metrics.Total(tokens)}
+
+    def update_weights(self) -> None:
+        """Bring the engines to the trainer's weights."""
+        if self._engines is None:
+            return
+        with self._timed("update_weights"):
+            self._weights_version += 1
+            self._trainers.update_weights(
+                self._engines.urls, self._weights_version, check=self.config.weights.check_weight_update_equal
+            )
+        self._weights_are_new = False
+
+    def evaluate(self, step: int) -> dict[str, metrics.Metric]:
+        """Evaluate the student as it is after `step` rollouts."""
+        if self._weights_are_new:
+            self.update_weights()
+        with self._timed("evaluate"):
+            return dict(self._rollouts.evaluate(f"evaluation after {step} rollouts"))
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint that continues after `step` rollouts."""
+        with self._timed("save"):
+            path = self._trainers.save(step, {"step": step, "prompts": self._source.state()})
+        console.say(f"saved {path}")
+
+    def log(self, step: int, values: dict[str, metrics.Metric]) -> None:
+        """Show one line for a step, and keep every metric of it."""
+        times = self._timings
+        self._timings = {}
+        record = metrics.values(values) | {f"perf/{name}_time": seconds for name, seconds in times.items()}
+        busy = [times[name] for name in ("rollout", "train", "update_weights") if name in times]
+        if "train" in times:
+            record["perf/step_time"] = sum(busy)
+            record["perf/tokens_per_second"] = record.pop("perf/tokens") / sum(busy)
+        self._sinks.log(step, record)
+        console.say(console.step_summary(step, self.config.rollout.num_rollout or 0, record))
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._timings[name] = self._timings.get(name, 0.0) + time.perf_counter() - started
+
+
+def run_dir(config: Config) -> Path:
+    """Where the run writes what is to be watched."""
+    if config.observe.run_dir is not None:
+        return Path(config.observe.run_dir)
+    if config.checkpoint.save is not None:
+        return Path(config.checkpoint.save) / "run"
+    return Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def with_epochs(config: Config, source: PromptSource | None) -> Config:
+    """`--num-epoch` as a number of rollouts, which is known once the prompts are read."""
+    if config.data.num_epoch is None or config.rollout.num_rollout is not None or source is None:
+        return config
+    rollouts = config.data.num_epoch * len(source) // config.rollout.rollout_batch_size
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, num_rollout=rollouts))

@@ -1,0 +1,124 @@
+"""The trainer's ranks as Ray actors, and the group that speaks to them as one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import ray
+
+from slime_opd.cluster.session import Slot
+from slime_opd.config import Config
+from slime_opd.observe import metrics
+from slime_opd.types import TrainBatch
+
+# Seconds for all ranks to start: imports, a checkpoint from a slow disk, and the first collective.
+START_TIMEOUT_S = 1800
+
+
+@ray.remote
+class TrainerActor:
+    """One trainer rank in a process of its own."""
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        logging.basicConfig(level=logging.INFO, format=f"[trainer {rank}] %(message)s")
+        self._config, self._rank, self._world_size = config, rank, world_size
+        self._transport: Any = None
+
+    def address(self) -> str:
+        """A rendezvous address on this actor's node."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
+
+    def gpu_ids(self) -> list[str]:
+        """The GPUs that Ray gave this rank."""
+        return [str(gpu) for gpu in ray.get_gpu_ids()]
+
+    def start(self, init_method: str) -> Any:
+        """Build and load the rank's model; returns its StartReport."""
+        import torch
+
+        if not torch.cuda.is_available():
+            # Ranks on one node share its cores.
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._config.cluster.actor_num_gpus_per_node))
+        from slime_opd.megatron.trainer import Trainer
+
+        self._trainer = Trainer(self._config, rank=self._rank, world_size=self._world_size, init_method=init_method)
+        return self._trainer.start_report
+
+    def data_rank(self) -> int:
+        """Which TrainBatch is this rank's."""
+        return self._trainer.layout.data_rank
+
+    def train(self, batch: TrainBatch) -> dict[str, metrics.Metric]:
+        """Train on this rank's share of a rollout."""
+        return self._trainer.train(batch)
+
+    def save(self, iteration: int, run_state: dict[str, Any]) -> str:
+        """Write a checkpoint."""
+        return str(self._trainer.save(iteration, run_state))
+
+    def update_weights(self, urls: list[str], version: int, check: bool) -> None:
+        """Send the weights to the engines at `urls`; all ranks gather, the first one sends."""
+        from slime_opd.weights.update import WeightSender
+
+        if self._transport is None:
+            self._transport = WeightSender(self._config, urls if self._rank == 0 else [])
+        self._transport.send(self._trainer.exported_weights, version, check=check)
+
+
+class TrainerGroup:
+    """All trainer ranks; every verb runs on all of them and waits."""
+
+    def __init__(self, config: Config, slots: list[Slot]) -> None:
+        self._actors = [
+            TrainerActor.options(**slot.options, runtime_env=_environment()).remote(config, rank, len(slots))
+            for rank, slot in enumerate(slots)
+        ]
+
+    def gpu_ids(self) -> list[list[str]]:
+        """The GPUs of each rank."""
+        return self._all("gpu_ids")
+
+    def begin_start(self) -> list[Any]:
+        """Start every rank without waiting; `finish_start` takes what this returns."""
+        address = ray.get(self._actors[0].address.remote())
+        return [actor.start.remote(address) for actor in self._actors]
+
+    def finish_start(self, pending: list[Any]) -> Any:
+        """Wait for every rank; returns the first rank's StartReport."""
+        report = ray.get(pending, timeout=START_TIMEOUT_S)[0]
+        self._data_ranks = self._all("data_rank")
+        return report
+
+    def train(self, batches: list[TrainBatch]) -> dict[str, metrics.Metric]:
+        """Train on a rollout, one TrainBatch per data-parallel rank; returns the merged metrics."""
+        shared = [ray.put(batch) for batch in batches]
+        of_ranks = ray.get(
+            [actor.train.remote(shared[rank]) for actor, rank in zip(self._actors, self._data_ranks, strict=True)]
+        )
+        return metrics.merge([one for one in of_ranks if one])
+
+    def update_weights(self, urls: list[str], version: int, *, check: bool) -> None:
+        """Bring the engines at `urls` to the trainer's weights."""
+        self._all("update_weights", urls, version, check)
+
+    def save(self, iteration: int, run_state: dict[str, Any]) -> str:
+        """Write a checkpoint; returns its directory."""
+        return self._all("save", iteration, run_state)[0]
+
+    def stop(self) -> None:
+        """End every rank's process."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return ray.get([getattr(actor, method).remote(*arguments) for actor in self._actors])
+
+
+def _environment() -> dict[str, Any]:
+    # Megatron's overlap of communication and computation with tensor parallelism needs one connection.
+    return {"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}}

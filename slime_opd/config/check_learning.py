@@ -1,0 +1,214 @@
+"""Rules about what a run learns from: data, rollout, reward, evaluation, algorithm, teacher.
+
+Each rule is a pure function from a Config to the sentences that say what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from urllib.parse import urlsplit
+
+from slime_opd.config.config import Config
+from slime_opd.config.options import flag, options_of
+
+SLIME_POST_PROCESS_HOOK = "slime.rollout.on_policy_distillation.post_process_rewards"
+
+
+def check_required(config: Config) -> list[str]:
+    """Options without which there is no run. `--num-rollout 0` evaluates and trains nothing."""
+    rollout, data = config.rollout, config.data
+    needed: list[tuple[str, object, str]] = [
+        ("--hf-checkpoint", config.model.hf_checkpoint, "the Hugging Face directory of the student")
+    ]
+    if not only_evaluates(config):
+        length = None if config.is_sft else "the longest response, in tokens"
+        needed += [
+            ("--prompt-data", data.prompt_data, "a JSONL or Parquet file of prompts"),
+            ("--num-rollout", rollout.num_rollout or data.num_epoch, "the rollouts of the run (or give --num-epoch)"),
+            ("--rollout-batch-size", rollout.rollout_batch_size, "the prompts of one rollout"),
+        ]
+        if length:
+            needed.append(("--rollout-max-response-len", rollout.rollout_max_response_len, length))
+    return [f"{name}: found none, expected {expected}" for name, value, expected in needed if value is None]
+
+
+def check_length_of_run(config: Config) -> list[str]:
+    """Two lengths of one run."""
+    if config.rollout.num_rollout is not None and config.data.num_epoch is not None:
+        return ["--num-rollout and --num-epoch: found both, expected one"]
+    return []
+
+
+def check_chat_template(config: Config) -> list[str]:
+    """Arguments of the chat template that are no JSON object."""
+    found = config.data.apply_chat_template_kwargs
+    try:
+        arguments = json.loads(found)
+    except json.JSONDecodeError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        return [f"--apply-chat-template-kwargs: found {found!r}, expected a JSON object"]
+    if arguments and not config.data.apply_chat_template:
+        return ["--apply-chat-template-kwargs has no effect without --apply-chat-template"]
+    return []
+
+
+def check_reward(config: Config) -> list[str]:
+    """Rewards that exclude each other, or that nothing could be compared with."""
+    reward = config.reward
+    problems = []
+    if reward.rm_type is not None and reward.custom_rm_path is not None:
+        problems.append("--rm-type and --custom-rm-path: found both, expected one reward")
+    if reward.rm_type is not None and config.data.label_key is None and not only_evaluates(config):
+        problems.append(
+            f"--rm-type {reward.rm_type} needs --label-key: without the column of the answers every reward would be 0"
+        )
+    hook = reward.custom_reward_post_process_path
+    if hook not in (None, SLIME_POST_PROCESS_HOOK):
+        problems.append(
+            f"--custom-reward-post-process-path: found {hook!r}, expected none: only {SLIME_POST_PROCESS_HOOK} is accepted, and built in"
+        )
+    return problems
+
+
+def check_signal(config: Config) -> list[str]:
+    """A policy loss with nothing to learn from."""
+    if config.is_sft or only_evaluates(config) or config.opd.use_opd:
+        return []
+    if not has_reward(config):
+        return [
+            "nothing to learn from: found neither a reward (--rm-type, --custom-rm-path) nor a teacher (--use-opd), expected at least one"
+        ]
+    alone = config.rollout.n_samples_per_prompt == 1 and config.algorithm.advantage_estimator == "grpo"
+    if alone and not config.algorithm.disable_rewards_normalization:
+        return [
+            "--n-samples-per-prompt 1 with --advantage-estimator grpo: a reward minus the mean of its group of one is always 0; sample more responses, or give --disable-rewards-normalization or --use-opd"
+        ]
+    return []
+
+
+def check_kl_loss(config: Config) -> list[str]:
+    """A KL loss without a reference, or a weight without a loss."""
+    algorithm = config.algorithm
+    if algorithm.use_kl_loss and config.checkpoint.ref_load is None:
+        return ["--use-kl-loss needs --ref-load: the checkpoint of the reference model"]
+    if algorithm.kl_loss_coef and not algorithm.use_kl_loss:
+        return [f"--kl-loss-coef {algorithm.kl_loss_coef} has no effect without --use-kl-loss"]
+    return []
+
+
+def check_evaluation(config: Config) -> list[str]:
+    """Evaluation data that is missing, not in pairs, never used, or without answers."""
+    evaluation, words = config.evaluation, config.evaluation.eval_prompt_data
+    problems = []
+    if not words:
+        if only_evaluates(config):
+            problems.append("--num-rollout 0 only evaluates: found no --eval-prompt-data, expected NAME FILE pairs")
+        elif evaluation.eval_interval is not None:
+            problems.append("--eval-interval needs --eval-prompt-data: NAME FILE pairs to evaluate on")
+        return problems
+    if len(words) % 2:
+        problems.append(f"--eval-prompt-data: found {len(words)} words {list(words)}, expected pairs of NAME FILE")
+    names = words[::2]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"--eval-prompt-data: found the name {', '.join(repeated)} twice, expected a name per file")
+    if evaluation.eval_interval is None and not only_evaluates(config):
+        problems.append(
+            "--eval-prompt-data is never used without --eval-interval: give the rollouts between evaluations"
+        )
+    if config.reward.custom_rm_path is None and not (evaluation.eval_label_key or config.data.label_key):
+        problems.append(
+            "--eval-prompt-data needs --eval-label-key or --label-key: without the column of the answers every score would be 0"
+        )
+    if evaluation.eval_max_response_len is None and config.rollout.rollout_max_response_len is None:
+        problems.append(
+            "--eval-prompt-data needs --eval-max-response-len or --rollout-max-response-len: the longest response, in tokens"
+        )
+    return problems
+
+
+def check_opd_type(config: Config) -> list[str]:
+    """A distillation that does not say who its teacher is, or that has no rollouts."""
+    opd = config.opd
+    if opd.use_opd and config.is_sft:
+        return ["--use-opd scores the student's rollouts, and --loss-type sft_loss has none: drop one of the two"]
+    if opd.use_opd and opd.opd_type is None:
+        return [
+            "--opd-type must be given with --use-opd: found none, expected sglang (a teacher server at --rm-url) or megatron (a teacher checkpoint at --opd-teacher-load)"
+        ]
+    return []
+
+
+def check_opd_is_on(config: Config) -> list[str]:
+    """Options of a distillation that is not on."""
+    if config.opd.use_opd:
+        return []
+    return [
+        f"{option.flag} is set but --use-opd is not: add --use-opd, or drop it"
+        for option in options_of(Config).values()
+        if option.stage == "opd" and option.read(config) != option.default
+    ]
+
+
+def check_megatron_teacher(config: Config) -> list[str]:
+    """A teacher checkpoint that is missing, or that no one would load."""
+    opd = config.opd
+    if not opd.use_opd:
+        return []
+    if opd.opd_type == "megatron" and opd.opd_teacher_load is None:
+        return ["--opd-teacher-load is required with --opd-type megatron: the teacher's checkpoint directory"]
+    if opd.opd_type == "sglang" and opd.opd_teacher_load is not None:
+        return [
+            f"--opd-teacher-load {opd.opd_teacher_load} must not be given with --opd-type sglang, whose teacher is the server at --rm-url: drop it, or use --opd-type megatron"
+        ]
+    if opd.opd_teacher_ckpt_step is not None and opd.opd_teacher_load is None:
+        return ["--opd-teacher-ckpt-step has no effect without --opd-teacher-load"]
+    return []
+
+
+def check_sglang_teacher(config: Config) -> list[str]:
+    """A teacher's address that is missing, malformed, or that no one would ask."""
+    url = config.reward.rm_url
+    if config.has_sglang_teacher and url is None:
+        return ["--rm-url is required with --opd-type sglang: the teacher's endpoint, http://HOST:PORT/generate"]
+    if url is None:
+        return []
+    if not config.opd.use_opd or config.has_megatron_teacher:
+        return ["--rm-url is the endpoint of an SGLang teacher: it has no effect without --use-opd --opd-type sglang"]
+    if not _is_generate_endpoint(url):
+        return [f"--rm-url: found {url!r}, expected http://HOST:PORT/generate"]
+    return []
+
+
+def check_sampling_of_opd(config: Config) -> list[str]:
+    """Sampling that changes one side of the KL and not the other."""
+    if not config.opd.use_opd:
+        return []
+    return [
+        f"{flag(name)} {found} with --use-opd: sampled from a part of the vocabulary, the student's log-probs are of that part and the teacher's of all of it, so their difference is no KL; expected {whole}"
+        for name, found, whole in (
+            ("rollout_top_p", config.rollout.rollout_top_p, 1.0),
+            ("rollout_top_k", config.rollout.rollout_top_k, -1),
+        )
+        if found != whole
+    ]
+
+
+def only_evaluates(config: Config) -> bool:
+    """Whether the run trains nothing."""
+    return config.rollout.num_rollout == 0
+
+
+def has_reward(config: Config) -> bool:
+    """Whether something rewards the samples."""
+    return config.reward.rm_type is not None or config.reward.custom_rm_path is not None
+
+
+def _is_generate_endpoint(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    has_address = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
+    return has_address and parts.path.rstrip("/").endswith("/generate") and not any(map(str.isspace, url))

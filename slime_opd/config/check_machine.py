@@ -1,0 +1,122 @@
+"""Rules that look at this machine: files, hooks and installed packages.
+
+Nothing is imported or written, and no file larger than a model's config.json is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+from slime_opd.config.check_run import model_layout_problems
+from slime_opd.config.config import Config
+from slime_opd.config.options import flag
+
+
+def check_checkpoints_exist(config: Config) -> list[str]:
+    """Model directories that are not there. --load may be absent: training starts afresh."""
+    checkpoint, problems = config.checkpoint, []
+    directories = {
+        "hf_checkpoint": config.model.hf_checkpoint,
+        "ref_load": checkpoint.ref_load,
+        "opd_teacher_load": config.opd.opd_teacher_load,
+    }
+    for name, found in directories.items():
+        if found is None:
+            continue
+        if not Path(found).is_dir():
+            problems.append(f"{flag(name)}: found no directory {found}, expected one with a checkpoint")
+        elif name == "hf_checkpoint" and not (Path(found) / "config.json").is_file():
+            problems.append(f"--hf-checkpoint: found no config.json in {found}, expected a Hugging Face checkpoint")
+        elif not any(Path(found).iterdir()):
+            problems.append(f"{flag(name)}: found the empty directory {found}, expected one with a checkpoint")
+    problems += [
+        f"{flag(name)}: found the file {found}, expected a directory"
+        for name, found in (("load", checkpoint.load), ("save", checkpoint.save))
+        if found is not None and Path(found).is_file()
+    ]
+    return problems
+
+
+def check_data_exists(config: Config) -> list[str]:
+    """Prompt files that are not there; `FILE@[a:b]` is a slice of FILE."""
+    files = [("--prompt-data", config.data.prompt_data)]
+    files += [("--eval-prompt-data", file) for file in config.evaluation.eval_prompt_data[1::2]]
+    return [
+        f"{name}: found no file {file}, expected a JSONL or Parquet file"
+        for name, found in files
+        if found is not None and not Path(file := _without_slice(found)).is_file()
+    ]
+
+
+def _without_slice(file: str) -> str:
+    path, slice_mark, _ = file.rpartition("@[")
+    return path if slice_mark and file.endswith("]") else file
+
+
+def check_layout_of_checkpoint(config: Config) -> list[str]:
+    """Parallel sizes that do not divide the architecture in --hf-checkpoint (bridge mode)."""
+    if config.model.megatron_to_hf_mode != "bridge" or config.model.hf_checkpoint is None:
+        return []
+    file = Path(config.model.hf_checkpoint) / "config.json"
+    try:
+        architecture = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        return []  # check_checkpoints_exist says so
+    except ValueError:
+        return [f"--hf-checkpoint: {file} is not JSON"]
+    return model_layout_problems(
+        config,
+        layers=architecture.get("num_hidden_layers"),
+        heads=architecture.get("num_attention_heads"),
+        groups=architecture.get("num_key_value_heads"),
+    )
+
+
+def check_transformer_engine(config: Config) -> list[str]:
+    """Layouts that only Transformer Engine's layers can run."""
+    layout = config.parallel
+    if importlib.util.find_spec("transformer_engine") is not None:
+        return []
+    reasons = (
+        ("--context-parallel-size", layout.context_parallel_size > 1, "its attention exchanges parts of a sequence"),
+        ("--sequence-parallel", layout.sequence_parallel, "its norms work on a part of a sequence"),
+        ("--expert-model-parallel-size", layout.expert_model_parallel_size > 1, "its grouped layers hold the experts"),
+        (
+            "--expert-tensor-parallel-size",
+            layout.expert_tensor_parallel_size > 1,
+            "its grouped layers hold the experts",
+        ),
+    )
+    return [
+        f"{name} needs Transformer Engine ({reason}), and it is not installed here: drop the flag, or install the gpu extra on a machine with CUDA"
+        for name, needed, reason in reasons
+        if needed
+    ]
+
+
+def check_custom_reward(config: Config) -> list[str]:
+    """A reward hook that is no `module.function`, or whose module is not there."""
+    path = config.reward.custom_rm_path
+    if path is None:
+        return []
+    module, _, function = path.rpartition(".")
+    if not module or not all(part.isidentifier() for part in path.split(".")):
+        return [f"--custom-rm-path: found {path!r}, expected MODULE.FUNCTION"]
+    if not _module_exists(module):
+        return [f"--custom-rm-path: found no module {module!r} with {function!r}; is its folder on PYTHONPATH?"]
+    return []
+
+
+def _module_exists(name: str) -> bool:
+    """Whether a module can be found, without importing any of its parents."""
+    top, *inner = name.split(".")
+    spec, found = importlib.util.find_spec(top), top
+    for part in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return False
+        found = f"{found}.{part}"
+        spec = PathFinder.find_spec(found, list(spec.submodule_search_locations))
+    return spec is not None

@@ -1,0 +1,90 @@
+"""Whether the options of a run fit together and fit this machine.
+
+A rule is a pure function `check_…(config) -> list of sentences` and a row of CHECKS. Rules
+never edit the configuration, and all of them run, so a user reads all problems at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from slime_opd.config import check_learning, check_machine, check_run
+from slime_opd.config.config import Config
+from slime_opd.errors import ConfigError
+
+Check = Callable[[Config], list[str]]
+
+# Rules that need nothing but the configuration.
+COMBINATIONS: tuple[Check, ...] = (
+    check_run.check_ranges,
+    check_learning.check_required,
+    check_learning.check_length_of_run,
+    check_run.check_model,
+    check_run.check_layout,
+    check_run.check_precision,
+    check_run.check_recompute,
+    check_run.check_warmup,
+    check_run.check_batches,
+    check_run.check_dynamic_batch,
+    check_run.check_engines,
+    check_run.check_checkpoint,
+    check_run.check_weight_transport,
+    check_learning.check_chat_template,
+    check_learning.check_reward,
+    check_learning.check_signal,
+    check_learning.check_kl_loss,
+    check_learning.check_evaluation,
+    check_learning.check_opd_type,
+    check_learning.check_opd_is_on,
+    check_learning.check_megatron_teacher,
+    check_learning.check_sglang_teacher,
+    check_learning.check_sampling_of_opd,
+)
+
+CHECKS: tuple[Check, ...] = (
+    *COMBINATIONS,
+    check_machine.check_checkpoints_exist,
+    check_machine.check_data_exists,
+    check_machine.check_layout_of_checkpoint,
+    check_machine.check_transformer_engine,
+    check_machine.check_custom_reward,
+)
+
+
+def problems(config: Config, checks: Iterable[Check] = CHECKS) -> list[str]:
+    """What is wrong, one sentence each; empty for a configuration that can run."""
+    return [problem for check in checks for problem in check(config)]
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError with every problem, one line each, if there is any."""
+    if found := problems(config):
+        raise ConfigError("\n".join(found))
+
+
+def notes(config: Config) -> list[str]:
+    """What is not wrong, but worth saying at the start of a run."""
+    said = []
+    rollout, checkpoint = config.rollout, config.checkpoint
+    if config.has_sglang_teacher and rollout.rollout_temperature != 1:
+        said.append(
+            f"--rollout-temperature {rollout.rollout_temperature}: an SGLang teacher scores at temperature 1 whatever it is asked for, so the trainer scores the student at temperature 1 too for the penalty"
+        )
+    is_group_of_one = rollout.n_samples_per_prompt == 1 and config.algorithm.advantage_estimator == "grpo"
+    is_normalised = is_group_of_one and not config.algorithm.disable_rewards_normalization
+    if config.opd.use_opd and check_learning.has_reward(config) and is_normalised:
+        said.append(
+            "--n-samples-per-prompt 1: group normalisation of a group of one gives 0, so only the OPD penalty teaches"
+        )
+    if checkpoint.load is not None and not _holds_checkpoint(checkpoint.load):
+        start = "--ref-load" if checkpoint.ref_load is not None else "--hf-checkpoint"
+        said.append(f"--load {checkpoint.load} holds no checkpoint yet: training starts from {start}")
+    if config.reward.custom_reward_post_process_path is not None:
+        said.append("--custom-reward-post-process-path can go: what slime's hook does is built in")
+    return said
+
+
+def _holds_checkpoint(directory: str) -> bool:
+    names = ("latest_checkpointed_iteration.txt", "iter_*", "config.json")
+    return any(file for name in names for file in Path(directory).glob(name))

@@ -1,0 +1,84 @@
+"""The whole configuration of a run: the stages, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from slime_opd.config import stages
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every option of a run, by stage. Immutable; derived values are properties."""
+
+    cluster: stages.ClusterConfig = field(default_factory=stages.ClusterConfig)
+    model: stages.ModelConfig = field(default_factory=stages.ModelConfig)
+    parallel: stages.ParallelConfig = field(default_factory=stages.ParallelConfig)
+    training: stages.TrainingConfig = field(default_factory=stages.TrainingConfig)
+    optimizer: stages.OptimizerConfig = field(default_factory=stages.OptimizerConfig)
+    checkpoint: stages.CheckpointConfig = field(default_factory=stages.CheckpointConfig)
+    data: stages.DataConfig = field(default_factory=stages.DataConfig)
+    rollout: stages.RolloutConfig = field(default_factory=stages.RolloutConfig)
+    reward: stages.RewardConfig = field(default_factory=stages.RewardConfig)
+    evaluation: stages.EvaluationConfig = field(default_factory=stages.EvaluationConfig)
+    algorithm: stages.AlgorithmConfig = field(default_factory=stages.AlgorithmConfig)
+    opd: stages.OPDConfig = field(default_factory=stages.OPDConfig)
+    weights: stages.WeightsConfig = field(default_factory=stages.WeightsConfig)
+    observe: stages.ObserveConfig = field(default_factory=stages.ObserveConfig)
+    # Options of the SGLang engines (`--sglang-X` is their `--X`), as words.
+    sglang: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        """Training processes."""
+        return self.cluster.actor_num_nodes * self.cluster.actor_num_gpus_per_node
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Ranks that train on different samples."""
+        layout = self.parallel
+        return self.world_size // (
+            layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
+        )
+
+    @property
+    def samples_per_rollout(self) -> int:
+        """Samples of one rollout: prompts times responses per prompt."""
+        per_prompt = 1 if self.is_sft else self.rollout.n_samples_per_prompt
+        return (self.rollout.rollout_batch_size or 0) * per_prompt
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per optimizer step."""
+        if self.training.global_batch_size is not None:
+            return self.training.global_batch_size
+        return self.samples_per_rollout // (self.training.num_steps_per_rollout or 1)
+
+    @property
+    def steps_per_rollout(self) -> int:
+        """Optimizer steps per rollout."""
+        return self.samples_per_rollout // self.global_batch_size if self.global_batch_size else 0
+
+    @property
+    def num_engines(self) -> int:
+        """SGLang engines that generate."""
+        gpus = self.cluster.rollout_num_gpus
+        if gpus is None:
+            gpus = self.world_size if self.cluster.colocate else self.cluster.rollout_num_gpus_per_engine
+        return gpus // self.cluster.rollout_num_gpus_per_engine
+
+    @property
+    def is_sft(self) -> bool:
+        """Whether the run trains on the data set's own responses."""
+        return self.training.loss_type == "sft_loss"
+
+    @property
+    def has_sglang_teacher(self) -> bool:
+        """Whether a teacher server scores the samples during rollout."""
+        return self.opd.use_opd and self.opd.opd_type == "sglang"
+
+    @property
+    def has_megatron_teacher(self) -> bool:
+        """Whether the trainer forwards a teacher of its own."""
+        return self.opd.use_opd and self.opd.opd_type == "megatron"

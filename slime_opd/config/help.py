@@ -1,0 +1,77 @@
+"""Options as text: `--help`, and what a Config says that its defaults do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from slime_opd.config.config import Config
+from slime_opd.config.options import Option, options_of, stages_of
+from slime_opd.errors import ConfigError
+
+WIDTH = 44  # of the column of flags
+
+USAGE = """\
+usage: python -m slime_opd.train [--config FILE.yaml] [--flag value ...]
+
+Every flag may also stand in the YAML file of --config; the command line wins."""
+
+PASS_THROUGH = """\
+SGLang: every other option of the engines
+  --sglang-X [VALUE ...] is given to each engine as --X [VALUE ...]
+
+  --help GROUP prints one group: """
+
+
+def help_text(config_class: type, groups: Sequence[str] = ()) -> str:
+    """The help of all groups, or of those that `groups` name (their stage's name in Config).
+
+    Raises ConfigError for a group that is none of them.
+    """
+    options = options_of(config_class).values()
+    stages = stages_of(config_class)
+    if unknown := [group for group in groups if group not in stages]:
+        raise ConfigError(f"--help: found {' '.join(unknown)!r}, expected groups of {', '.join(stages)}")
+    chosen = [stage for stage in stages if stage in groups] or list(stages)
+    parts = [] if groups else [USAGE]
+    for stage in chosen:
+        title = (stages[stage].__doc__ or stage).splitlines()[0]
+        lines = [_line(option) for option in options if option.stage == stage]
+        parts.append("\n".join([title, *lines]))
+    return "\n\n".join([*parts, PASS_THROUGH + ", ".join(stages)])
+
+
+def difference_to_defaults(config: Config) -> str:
+    """One line per option that differs from its default: `--flag value (default …)`."""
+    lines = []
+    for option in options_of(Config).values():
+        value = option.read(config)
+        if value != option.default:
+            shown = "" if value is True else f" {_shown(value)}"
+            lines.append(f"{option.flag}{shown} (default {_shown(option.default)})")
+    lines += [" ".join([f"--sglang-{name}", *words]) for name, words in config.sglang.items()]
+    return "\n".join(lines)
+
+
+def _line(option: Option) -> str:
+    flag = f"  {option.flag} {_placeholder(option)}".rstrip()
+    default = "" if option.is_switch or option.default in (None, ()) else f" (default {_shown(option.default)})"
+    return f"{flag:<{WIDTH}}  {option.help}{default}"
+
+
+def _placeholder(option: Option) -> str:
+    if option.is_switch:
+        return ""
+    names = {int: "N", float: "X", str: "WORD"}
+    one = option.metavar or ("{" + ",".join(option.choices) + "}" if option.choices else names[option.kind])
+    return f"{one} ..." if option.many else one
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value)

@@ -1,0 +1,118 @@
+"""From a prompt column to text and token ids, once.
+
+The tokenizer is any object that behaves as transformers' `PreTrainedTokenizerFast`. No
+special tokens are added when text is tokenised: a chat template writes its own, and a plain
+string is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+
+from slime_opd.errors import ConfigError, DataError
+
+Message = Mapping[str, Any]
+
+
+def template_arguments(text: str) -> dict[str, Any]:
+    """The JSON object of `--apply-chat-template-kwargs`. Raises ConfigError if it is none."""
+    try:
+        arguments = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"--apply-chat-template-kwargs: {text!r} is not valid JSON ({error.msg})") from error
+    if not isinstance(arguments, dict):
+        raise ConfigError(
+            f'--apply-chat-template-kwargs: {text!r} is not a JSON object such as {{"enable_thinking": false}}'
+        )
+    return arguments
+
+
+class Renderer:
+    """Renders prompts with a tokenizer's chat template, or takes strings as they are.
+
+    `arguments` go to the template; `None` means no template.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None) -> None:
+        self._tokenizer = tokenizer
+        self._arguments = arguments
+
+    def prompt(self, value: object, where: str) -> str:
+        """The text the model continues.
+
+        With a template, a string is one user message and the text ends with the generation
+        prompt. Raises DataError, naming `where`, for a value that is neither a string nor a list
+        of messages, and for messages without a template.
+        """
+        if self._arguments is None:
+            if isinstance(value, str):
+                return value
+            messages(value, where)
+            raise DataError(f"{where}: the prompt is a list of messages; add --apply-chat-template to render it")
+        turns = [{"role": "user", "content": value}] if isinstance(value, str) else messages(value, where)
+        return self._render(turns, where, add_generation_prompt=True)
+
+    def conversation(self, value: object, where: str) -> str:
+        """The text of a whole conversation, answers included."""
+        return self._render(messages(value, where), where, add_generation_prompt=False)
+
+    def _render(self, turns: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **(self._arguments or {})
+            )
+        except (jinja2.TemplateError, ValueError) as error:
+            raise DataError(
+                f"{where}: the chat template of the tokenizer (--apply-chat-template) failed: {error}"
+            ) from error
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def messages(value: object, where: str) -> list[Message]:
+    """`value` as chat messages, without the empty entries that Parquet fills in.
+
+    Raises DataError unless it is a non-empty list of objects with a `role`.
+    """
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: the prompt is a {type(value).__name__}; expected a string or a list of messages")
+    for turn in value:
+        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+            raise DataError(f"{where}: a message is {turn!r:.80}; expected an object with `role` and `content`")
+    return [{name: part for name, part in turn.items() if part is not None} for turn in value]
+
+
+def ends_with_assistant(value: object) -> bool:
+    """Whether a prompt column holds a conversation that ends with the assistant's answer."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and isinstance(value[-1], Mapping)
+        and value[-1].get("role") == "assistant"
+    )
+
+
+def response_of_conversation(prompt: Sequence[int], whole: Sequence[int], eos: int | None, where: str) -> list[int]:
+    """The tokens of the last answer: what `whole` adds to `prompt`.
+
+    What follows the last end-of-sequence token (a template's newline) is cut off: no rollout
+    would generate it. Raises DataError where `prompt` is not how `whole` begins, or nothing follows it.
+    """
+    length = len(prompt)
+    if list(whole[:length]) != list(prompt):
+        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(length, len(whole)))
+        raise DataError(
+            f"{where}: the chat template renders the conversation differently with its last answer (from token {at} of the prompt's {length}), so the answer's tokens cannot be told; change --apply-chat-template-kwargs, or give a string prompt and --label-key"
+        )
+    response = list(whole[length:])
+    if eos is not None and eos in response:
+        response = response[: len(response) - response[::-1].index(eos)]
+    if not response:
+        raise DataError(f"{where}: the last answer of the conversation is empty; remove the row")
+    return response

@@ -1,0 +1,34 @@
+"""SGLang's router as an owned process: one address before several engines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from slime_opd.engine.process import OwnedProcess
+
+
+class RouterProcess(OwnedProcess):
+    """`python -m sglang_router.launch_router` before `worker_urls`.
+
+    The circuit breaker and the router's own retries are off: a client that counts its own
+    attempts must see each failure once.
+    """
+
+    def __init__(self, worker_urls: Sequence[str], *, host: str = "127.0.0.1", port: int, log_path: Path) -> None:
+        words = ["--worker-urls", *worker_urls, "--host", host, "--port", str(port)]
+        super().__init__(
+            name=f"the router of {len(worker_urls)} SGLang servers",
+            command=[
+                sys.executable,
+                "-m",
+                "sglang_router.launch_router",
+                *words,
+                "--disable-retries",
+                "--disable-circuit-breaker",
+            ],
+            url=f"http://{host}:{port}",
+            ready_path="/health",
+            log_path=log_path,
+        )

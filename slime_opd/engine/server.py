@@ -1,0 +1,56 @@
+"""SGLang servers as owned processes: `sglang.launch_server`, or the CPU launcher where CUDA is not."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import slime_opd
+from slime_opd.engine.process import OwnedProcess, free_port
+
+__all__ = ["EngineProcess", "engine_command", "free_port"]
+
+
+def engine_command(
+    model_path: str | Path, *, host: str, port: int, options: Mapping[str, tuple[str, ...]], has_cuda: bool
+) -> list[str]:
+    """The words that start an SGLang server.
+
+    `options` are SGLang's own, without their dashes: {"mem-fraction-static": ("0.7",), "disable-radix-cache": ()}.
+    """
+    module = "sglang.launch_server" if has_cuda else "slime_opd.engine.cpu_launcher"
+    command = [sys.executable, "-m", module, "--model-path", str(model_path), "--host", host, "--port", str(port)]
+    for name, words in options.items():
+        command += [f"--{name.lstrip('-').replace('_', '-')}", *words]
+    return command
+
+
+class EngineProcess(OwnedProcess):
+    """One SGLang server of a Hugging Face model directory; it uses the GPUs that this process sees."""
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        host: str = "127.0.0.1",
+        port: int,
+        options: Mapping[str, tuple[str, ...]] | None = None,
+        log_path: Path,
+    ) -> None:
+        import torch
+
+        package_root = str(Path(slime_opd.__file__).parent.parent)
+        search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
+        super().__init__(
+            name=f"the SGLang server of {model_path}",
+            command=engine_command(
+                model_path, host=host, port=port, options=options or {}, has_cuda=torch.cuda.is_available()
+            ),
+            url=f"http://{host}:{port}",
+            ready_path="/health",
+            log_path=log_path,
+            # The server imports this package: the CPU launcher is in it.
+            environment={"PYTHONPATH": os.pathsep.join(search_path)},
+        )

@@ -1,0 +1,129 @@
+"""Core attention over packed sequences, for layer specs without Transformer Engine.
+
+Megatron's local DotProductAttention takes no packed sequences. This module takes its place: it
+attends within each segment of a packed row, so no padding token is ever computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from slime_opd.errors import SlimeOPDError
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's packed-sequence parameters, and the segment lengths as Python integers.
+
+    `runs` lists (number of segments, length) for neighbours of equal length; a packed row sorted by length
+    has few runs, and each run is one batched attention call on a CPU.
+    """
+
+    runs: tuple[tuple[int, int], ...] = ()
+
+
+def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequences:
+    """Parameters of a packed row whose segments have `lengths`, in order."""
+    cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    cumulative[1:] = torch.cumsum(torch.tensor(lengths, dtype=torch.int32), dim=0)
+    cumulative = cumulative.to(device)
+    longest = max(lengths)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=cumulative,
+        cu_seqlens_kv=cumulative,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        runs=tuple((len(list(group)), length) for length, group in groupby(lengths)),
+    )
+
+
+class PackedCoreAttention(torch.nn.Module):
+    """Causal self-attention within each segment of a packed row.
+
+    Built by Megatron's SelfAttention from a layer spec, with the arguments that it gives to any core attention.
+    """
+
+    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise SlimeOPDError(
+                "--context-parallel-size needs Transformer Engine, which is not installed; set it to 1"
+            )
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: PackedSequences,
+        **unused,
+    ) -> Tensor:
+        """Attend. query [T, heads, head_dim], key and value [T, groups, head_dim] -> [T, heads * head_dim]."""
+        if query.is_cuda:
+            output = _varlen_attention(query, key, value, packed_seq_params, self.softmax_scale)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            output = _segment_attention(query, key, value, packed_seq_params.runs, self.softmax_scale, dropout)
+        return output.flatten(start_dim=1)
+
+
+def _segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, runs: tuple[tuple[int, int], ...], scale: float | None, dropout: float
+) -> Tensor:
+    """One scaled-dot-product call for each run of segments of equal length."""
+    outputs = []
+    start = 0
+    for count, length in runs:
+        rows = slice(start, start + count * length)
+        start = rows.stop
+        q, k, v = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+        )
+        outputs.append(attended.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs)
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
+    """flash-attn where it is installed, else torch's own variable-length kernel."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+
+        repeats = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+        # A window of (-1, 0) is torch's way to say causal.
+        return varlen_attn(
+            query,
+            key,
+            value,
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=scale,
+            window_size=(-1, 0),
+        )
+    return flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        packed.cu_seqlens_q,
+        packed.cu_seqlens_kv,
+        packed.max_seqlen_q,
+        packed.max_seqlen_kv,
+        softmax_scale=scale,
+        causal=True,
+    )

@@ -1,0 +1,89 @@
+"""The device layer: which device trains, and what Megatron-core needs where CUDA is not.
+
+Megatron-core names CUDA in its own code (`device="cuda"`, `Tensor.cuda()`, `torch.cuda.current_device()`,
+the string "torch.cuda.FloatTensor"). On a machine without CUDA `install()` gives these
+their CPU meaning, once per process and before Megatron builds anything. Where CUDA is
+available it does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+def has_cuda() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend of this machine."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a timer measures work and not its queueing."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def install() -> None:
+    """Give Megatron-core's CUDA calls their CPU meaning; a second call does nothing."""
+    if has_cuda() or _CPUMode.installed:
+        return
+    _replace_cuda_functions()
+    # Entered and never left: it must hold for the whole life of the process.
+    _CPUMode().__enter__()
+    _CPUMode.installed = True
+
+
+class _CPUMode(TorchFunctionMode):
+    """Turns what names CUDA in a torch call into the CPU."""
+
+    installed = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The distributed optimizer and gradient clipping compare this string with "torch.cuda.…Tensor".
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs:
+            if _names_cuda(kwargs.get("device")):
+                kwargs["device"] = torch.device("cpu")
+            kwargs.pop("pin_memory", None)
+        if any(_names_cuda(argument) for argument in args):
+            args = tuple(torch.device("cpu") if _names_cuda(argument) else argument for argument in args)
+        return func(*args, **kwargs)
+
+
+def _names_cuda(value: object) -> bool:
+    return (isinstance(value, str) and value.startswith("cuda")) or (
+        isinstance(value, torch.device) and value.type == "cuda"
+    )
+
+
+def _replace_cuda_functions() -> None:
+    from megatron.core.tensor_parallel import random as parallel_random
+
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.empty_cache = lambda: None
+    torch.cuda.manual_seed = torch.random.default_generator.manual_seed
+    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.nn.Module.cuda = lambda self, device=None: self
+    parallel_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    parallel_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

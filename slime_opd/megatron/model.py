@@ -1,0 +1,239 @@
+"""The trained model: a Megatron-core GPT that stops at its hidden states.
+
+Its architecture comes from the Hugging Face config through mbridge (`--megatron-to-hf-mode bridge`) or from
+Megatron's flags (`raw`); either way the names and layouts of its weights in Hugging Face's form are mbridge's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from mbridge import AutoBridge
+from mbridge.core.bridge import Bridge
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
+from torch import Tensor
+
+from slime_opd.config import Config
+from slime_opd.errors import ConfigError
+from slime_opd.megatron import device
+from slime_opd.megatron.attention import PackedCoreAttention
+from slime_opd.megatron.linear_log_probs import VocabularyShard
+
+# Hugging Face's names of the norms that the local layer spec keeps apart from the linear layers.
+_LOCAL_NORMS = {
+    "_OTHER_MAPPING": {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]},
+    "_MLP_MAPPING": {"pre_mlp_layernorm.weight": ["model.layers.{layer_number}.post_attention_layernorm.weight"]},
+}
+
+
+class HiddenStatesModel(GPTModel):
+    """A GPTModel whose forward ends with the last hidden states [T, 1, H].
+
+    The output layer's weights are there and trained, but logits are made chunk by chunk by `linear_log_probs`.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        return hidden_states
+
+    def output_weight(self) -> Tensor:
+        """The output layer's rows of this rank, [V/tp, H]; on the last pipeline stage only."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def parameter_dtype(config: Config) -> torch.dtype:
+    """The dtype that the model computes in."""
+    if config.training.fp32:
+        return torch.float32
+    if config.training.fp16:
+        return torch.float16
+    if config.training.bf16 or device.has_cuda():
+        return torch.bfloat16
+    return torch.float32
+
+
+def uses_transformer_engine(config: Config) -> bool:
+    """Whether layers are Transformer Engine's (they need CUDA) or Megatron's own."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    return device.has_cuda() and installed and config.training.attention_backend != "local"
+
+
+def make_bridge(config: Config) -> Bridge:
+    """mbridge's view of the student, set up for this layout and layer spec.
+
+    Raises ConfigError for a model family that mbridge does not know.
+    """
+    try:
+        bridge = AutoBridge.from_pretrained(config.model.hf_checkpoint, dtype=parameter_dtype(config))
+    except ValueError as error:
+        raise ConfigError(f"--hf-checkpoint {config.model.hf_checkpoint}: {error}") from error
+    # mbridge keeps its tables on the class and edits them for tied models: give this one tables of its own.
+    for name in ("_DIRECT_MAPPING", "_OTHER_MAPPING", "_MLP_MAPPING", "_ATTENTION_MAPPING"):
+        setattr(bridge, name, {**getattr(type(bridge), name), **_LOCAL_NORMS.get(name, {})})
+    tied = bridge.hf_config.tie_word_embeddings
+    bridge._DIRECT_MAPPING["output_layer.weight"] = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    bridge.make_vocab_size_divisible_by = padding_multiple(config)
+    bridge.vocab_size = bridge.hf_config.vocab_size
+    bridge.padded_vocab_size = padded_vocabulary(bridge.vocab_size, config)
+    bridge.set_extra_args(**_run_settings(config))
+    return bridge
+
+
+def padding_multiple(config: Config) -> int:
+    """What the vocabulary is padded to a multiple of: Megatron's rule."""
+    return config.model.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+
+
+def padded_vocabulary(size: int, config: Config) -> int:
+    """Vocabulary size with padding."""
+    return math.ceil(size / padding_multiple(config)) * padding_multiple(config)
+
+
+def transformer_config(config: Config, bridge: Bridge) -> TransformerConfig:
+    """Megatron's configuration of the model: the bridge's, or made from the Megatron flags."""
+    if config.model.megatron_to_hf_mode == "bridge":
+        return bridge.config
+    model = config.model
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups if model.group_query_attention else model.num_attention_heads,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        qk_layernorm=model.qk_layernorm,
+        add_qkv_bias=model.add_qkv_bias,
+        add_bias_linear=not model.disable_bias_linear,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        **_dtype_settings(parameter_dtype(config)),
+        **_layout_settings(config),
+        **_run_settings(config),
+    )
+
+
+def build_model(config: Config, bridge: Bridge) -> HiddenStatesModel:
+    """This rank's pipeline stage, with fresh random weights, on this rank's device."""
+    architecture = transformer_config(config, bridge)
+    with_engine = uses_transformer_engine(config)
+    spec = get_gpt_decoder_block_spec(architecture, use_transformer_engine=with_engine)
+    if not with_engine:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    model = HiddenStatesModel(
+        config=architecture,
+        transformer_layer_spec=spec,
+        vocab_size=bridge.padded_vocab_size,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        **_embedding_settings(config, bridge),
+    )
+    # A vocabulary row that is padding stays zero, so that a checkpoint is the same at every layout.
+    return model.to(device=device.device(), dtype=parameter_dtype(config))
+
+
+def vocabulary_shard(model: HiddenStatesModel, bridge: Bridge) -> VocabularyShard:
+    """This rank's rows of the output layer; on the last pipeline stage only."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    rows = model.output_weight().shape[0]
+    return VocabularyShard(
+        start=rows * parallel_state.get_tensor_model_parallel_rank(),
+        size=bridge.vocab_size,
+        group=group if group.size() > 1 else None,
+    )
+
+
+def exported_weights(model: HiddenStatesModel, bridge: Bridge) -> Iterator[tuple[str, Tensor]]:
+    """The model's weights in Hugging Face's names and shapes, one at a time, whole on every rank.
+
+    Call it on all ranks together and read it to the end: each weight is gathered as it is asked for.
+    """
+    tied = bridge.hf_config.tie_word_embeddings
+    seen: set[str] = set()
+    for name, tensor in bridge.export_weights([model]):
+        # With pipeline stages a tied embedding comes once for each end of the model.
+        if name in seen or (tied and name == "lm_head.weight"):
+            continue
+        seen.add(name)
+        tensor = tensor.detach()
+        # A slice (of a padded vocabulary, of a fused projection) would drag its whole storage to disk or to an engine.
+        owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        yield name, tensor if owns_storage else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _embedding_settings(config: Config, bridge: Bridge) -> dict:
+    model = config.model
+    if model.megatron_to_hf_mode == "bridge":
+        return {
+            **{key: value for key, value in bridge._get_gptmodel_args().items() if key != "vocab_size"},
+            "share_embeddings_and_output_weights": bridge.hf_config.tie_word_embeddings,
+        }
+    return {
+        "max_sequence_length": model.max_position_embeddings or bridge.hf_config.max_position_embeddings,
+        "position_embedding_type": model.position_embedding_type,
+        "rotary_base": model.rotary_base,
+        "rotary_percent": model.rotary_percent,
+        "rope_scaling": model.use_rope_scaling,
+        "rope_scaling_factor": model.rotary_scaling_factor,
+        "share_embeddings_and_output_weights": not model.untie_embeddings_and_output_weights,
+    }
+
+
+def _dtype_settings(dtype: torch.dtype) -> dict:
+    return {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
+    }
+
+
+def _layout_settings(config: Config) -> dict:
+    layout = config.parallel
+    return {
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.expert_tensor_parallel_size,
+    }
+
+
+def _run_settings(config: Config) -> dict:
+    """What does not depend on the architecture: layout details, precision, kernels and recomputation."""
+    layout, training = config.parallel, config.training
+    with_engine = uses_transformer_engine(config)
+    settings = {
+        "sequence_parallel": layout.sequence_parallel,
+        "variable_seq_lengths": True,
+        # Losses arrive divided by the whole step's denominators, so gradients are summed and never averaged.
+        "calculate_per_token_loss": True,
+        "use_cpu_initialization": not device.has_cuda(),
+        "attention_softmax_in_fp32": training.attention_softmax_in_fp32,
+        "recompute_granularity": layout.recompute_granularity,
+        "recompute_method": layout.recompute_method,
+        "recompute_num_layers": layout.recompute_num_layers,
+        "batch_p2p_comm": device.has_cuda(),
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": with_engine,
+        "masked_softmax_fusion": with_engine,
+        "bias_activation_fusion": with_engine,
+        "bias_dropout_fusion": with_engine,
+        "apply_rope_fusion": with_engine,
+    }
+    if training.attention_backend not in ("auto", "local"):
+        settings["attention_backend"] = AttnBackend[training.attention_backend]
+    return settings

@@ -1,0 +1,85 @@
+"""Gradient buffers, optimizer and learning-rate schedule of one rank."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+
+from slime_opd.config import Config
+from slime_opd.megatron.model import HiddenStatesModel, parameter_dtype
+
+
+def wrap(config: Config, model: HiddenStatesModel) -> DistributedDataParallel:
+    """The model inside Megatron's gradient buffers (and its cast to half precision, where it trains in that)."""
+    dtype = parameter_dtype(config)
+    architecture = model.config
+    inner = model if dtype is torch.float32 else Float16Module(architecture, model)
+    wrapped = DistributedDataParallel(
+        config=architecture,
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32 or dtype is torch.float32,
+            check_for_nan_in_grad=True,
+        ),
+        module=inner,
+    )
+    # Losses are already divided by the step's global denominators: there is no token count left to divide by.
+    architecture.finalize_model_grads_func = lambda chunks, num_tokens=None, **groups: finalize_model_grads(
+        chunks, None, **groups
+    )
+    architecture.no_sync_func = wrapped.no_sync
+    return wrapped
+
+
+def make_optimizer(config: Config, wrapped: DistributedDataParallel) -> MegatronOptimizer:
+    """The distributed optimizer over the gradient buffers."""
+    options, dtype = config.optimizer, parameter_dtype(config)
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=options.optimizer,
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
+            clip_grad=options.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+        ),
+        [wrapped],
+    )
+    wrapped.module.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """The learning rate as a function of the number of optimizer steps."""
+    options = config.optimizer
+    total = max(1, (config.rollout.num_rollout or 1) * max(1, config.steps_per_rollout))
+    decay_steps = options.lr_decay_iters or total
+    if options.lr_warmup_fraction is not None:
+        warmup_steps = round(options.lr_warmup_fraction * decay_steps)
+    else:
+        warmup_steps = options.lr_warmup_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=min(warmup_steps, decay_steps - 1),
+        lr_decay_steps=decay_steps,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=total,
+        wd_incr_style="constant",
+        # A resumed run may have changed its flags; what the user says now wins over what the checkpoint holds.
+        override_opt_param_scheduler=True,
+        use_checkpoint_opt_param_scheduler=False,
+    )

@@ -1,0 +1,110 @@
+"""Metric values that carry their own reduction, so that merging never makes a mean of means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from slime_opd import fields
+from slime_opd.types import RolloutBatch
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean as its sum and count; without a count it has no value."""
+
+    total: float
+    count: float
+
+    def merge(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float | None:
+        return self.total / self.count if self.count else None
+
+
+@dataclass(frozen=True)
+class Total:
+    """A sum over micro-batches and ranks."""
+
+    total: float
+
+    def merge(self, other: Total) -> Total:
+        return Total(self.total + other.total)
+
+    @property
+    def value(self) -> float | None:
+        return self.total
+
+
+@dataclass(frozen=True)
+class Maximum:
+    """The largest value anywhere."""
+
+    largest: float
+
+    def merge(self, other: Maximum) -> Maximum:
+        return Maximum(max(self.largest, other.largest))
+
+    @property
+    def value(self) -> float | None:
+        return self.largest
+
+
+@dataclass(frozen=True)
+class Last:
+    """A value that is the same on every rank, such as the learning rate."""
+
+    latest: float
+
+    def merge(self, other: Last) -> Last:
+        return other
+
+    @property
+    def value(self) -> float | None:
+        return self.latest
+
+
+Metric = Mean | Total | Maximum | Last
+
+
+def merge(parts: Iterable[dict[str, Metric]]) -> dict[str, Metric]:
+    """Metrics of several ranks or micro-batches as one."""
+    merged: dict[str, Metric] = {}
+    for part in parts:
+        for name, metric in part.items():
+            merged[name] = merged[name].merge(metric) if name in merged else metric
+    return merged
+
+
+def values(metrics: dict[str, Metric]) -> dict[str, float]:
+    """The metrics as numbers; a mean over nothing is left out."""
+    return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
+
+
+def counted_mean(array: np.ndarray, counted: np.ndarray | None = None) -> Mean:
+    """The mean of the entries that are counted and not NaN."""
+    present = ~np.isnan(array) if counted is None else counted & ~np.isnan(array)
+    return Mean(float(array[present].sum(dtype=np.float64)), float(present.sum()))
+
+
+def batch_metrics(batch: RolloutBatch) -> dict[str, Metric]:
+    """What a rollout looks like: the fields that the field table says are logged, and the lengths.
+
+    Means over response tokens count those with loss_mask; values that are missing (NaN) are in no denominator.
+    """
+    trained = batch.columns["loss_mask"] > 0
+    metrics: dict[str, Metric] = {
+        "rollout/response_length": counted_mean(batch.response_lengths.astype(np.float64)),
+        "rollout/response_length_max": Maximum(float(batch.response_lengths.max(initial=0))),
+    }
+    for row in fields.TABLE:
+        if row.logged_as is not None and row.name in batch.columns:
+            counted = trained if row.level == fields.RESPONSE else None
+            metrics[row.logged_as] = counted_mean(batch.columns[row.name], counted)
+    if "teacher_failed" in batch.columns:
+        metrics["opd/teacher_fallback_fraction"] = counted_mean(batch.columns["teacher_failed"])
+    return metrics

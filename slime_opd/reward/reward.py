@@ -1,0 +1,66 @@
+"""What a reward is, and which one a run uses. A reward is a float; it never asks the teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Protocol
+
+from slime_opd.config import Config
+from slime_opd.errors import DataError, SlimeOPDError
+from slime_opd.reward.custom import CustomReward
+from slime_opd.reward.exact_match import ExactMatch
+from slime_opd.reward.math import MathReward
+from slime_opd.types import Sample
+
+
+class Reward(Protocol):
+    """Rewards one response. `name` stands for it in messages; `close` ends processes it started."""
+
+    name: str
+
+    async def __call__(self, sample: Sample) -> float: ...
+
+    def close(self) -> None: ...
+
+
+# Rewards by --rm-type. "deepscaler" is slime's name for the verifier of its math scripts.
+REWARDS: Mapping[str, Callable[[], Reward]] = {
+    "math": MathReward,
+    "deepscaler": MathReward,
+    "exact_match": ExactMatch,
+}
+
+
+def make_reward(config: Config) -> Reward | None:
+    """The task reward of training: `--custom-rm-path`, else `--rm-type`, else none."""
+    if config.reward.custom_rm_path is not None:
+        return CustomReward(config.reward.custom_rm_path)
+    return None if config.reward.rm_type is None else REWARDS[config.reward.rm_type]()
+
+
+def make_eval_reward(config: Config) -> Reward | None:
+    """The reward of evaluation: `--eval-rm-type`, else that of training, else math; None without evaluation sets."""
+    if not config.evaluation.eval_prompt_data:
+        return None
+    if config.evaluation.eval_rm_type is not None:
+        return REWARDS[config.evaluation.eval_rm_type]()
+    return make_reward(config) or MathReward()
+
+
+async def rewarded(reward: Reward, sample: Sample) -> float:
+    """The reward of `sample`. Raises DataError where the reward fails or is not a finite number."""
+    try:
+        value = await reward(sample)
+    except SlimeOPDError:
+        raise
+    except Exception as error:  # code of users can raise anything; it goes on under the reward's name
+        raise DataError(
+            f"reward {reward.name} failed on a response to prompt {sample.prompt.index}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise DataError(
+            f"reward {reward.name} gave {value!r:.80} for a response to prompt {sample.prompt.index}; expected a finite float"
+        )
+    return float(value)

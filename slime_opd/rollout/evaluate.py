@@ -1,0 +1,65 @@
+"""Evaluation: how well the student answers prompts it is not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slime_opd.config import Config
+from slime_opd.engine.client import EngineClient
+from slime_opd.observe.metrics import Mean
+from slime_opd.reward.reward import Reward, rewarded
+from slime_opd.rollout.generate import OnSample
+from slime_opd.rollout.sampling import Sampler, evaluation_sampler, gather
+from slime_opd.types import Prompt, Sample, Status
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """A named list of prompts."""
+
+    name: str
+    prompts: Sequence[Prompt]
+
+
+async def evaluate(
+    client: EngineClient,
+    tokenizer: Any,
+    config: Config,
+    eval_sets: Sequence[EvalSet],
+    reward: Reward,
+    on_sample: OnSample | None = None,
+) -> dict[str, Mean]:
+    """Means over all samples of each set: `eval/NAME/accuracy` (the reward),
+    `eval/NAME/response_length` (tokens) and `eval/NAME/truncated_ratio`.
+
+    Greedy unless `--eval-temperature` says otherwise, `--n-samples-per-eval-prompt` responses
+    per prompt. The teacher has no part in it. The first error ends it all.
+    """
+
+    async def sampled(sampler: Sampler, prompt: Prompt, number: int) -> Sample:
+        sample = await sampler.sample(prompt, number)
+        sample.set("reward", await rewarded(reward, sample))
+        if on_sample is not None:
+            on_sample(sample)
+        return sample
+
+    async def of_set(eval_set: EvalSet) -> list[Sample]:
+        sampler = evaluation_sampler(client, tokenizer, config, eval_set.name)
+        numbers = range(config.evaluation.n_samples_per_eval_prompt)
+        return await gather(sampled(sampler, prompt, number) for prompt in eval_set.prompts for number in numbers)
+
+    metrics: dict[str, Mean] = {}
+    for eval_set, samples in zip(eval_sets, await gather(map(of_set, eval_sets)), strict=True):
+        metrics |= {f"eval/{eval_set.name}/{name}": mean for name, mean in _means(samples).items()}
+    return metrics
+
+
+def _means(samples: Sequence[Sample]) -> dict[str, Mean]:
+    count = len(samples)
+    return {
+        "accuracy": Mean(sum(float(sample.values["reward"][0]) for sample in samples), count),
+        "response_length": Mean(float(sum(sample.response_length for sample in samples)), count),
+        "truncated_ratio": Mean(float(sum(sample.status is Status.TRUNCATED for sample in samples)), count),
+    }

@@ -1,0 +1,59 @@
+"""One asyncio event loop in a thread of its own, for a driver that is not async."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+class BackgroundLoop:
+    """Runs coroutines for the driver: `run` waits, `submit` does not, so prefetching is the same loop.
+
+    An exception in a coroutine is raised where its result is asked for. Usable as a context
+    manager; `close` cancels whatever still runs.
+    """
+
+    def __init__(self, name: str = "rollout-loop") -> None:
+        started: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), name=name, daemon=True)
+        self._thread.start()
+        started.result()
+
+    async def _serve(self, started: concurrent.futures.Future[None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._closing = asyncio.Event()
+        started.set_result(None)
+        # When this returns, asyncio.run cancels the tasks that are left and waits for them.
+        await self._closing.wait()
+
+    def submit(self, coroutine: Coroutine[Any, Any, Result]) -> concurrent.futures.Future[Result]:
+        """Start `coroutine`. Cancelling the future cancels it."""
+        if not self._thread.is_alive():
+            coroutine.close()
+            raise RuntimeError("the background loop is closed")
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        """The result of `coroutine`. An interrupt while waiting (Ctrl-C) cancels it."""
+        future = self.submit(coroutine)
+        try:
+            return future.result()
+        finally:
+            future.cancel()
+
+    def close(self) -> None:
+        """Cancel what still runs, wait until it has ended, and stop the thread."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._closing.set)
+            self._thread.join()
+
+    def __enter__(self) -> BackgroundLoop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,201 @@
+"""One response to one prompt: tokens in, tokens out. Training and evaluation share it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+from collections.abc import Coroutine, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from slime_opd.config import Config
+from slime_opd.engine.client import EngineClient
+from slime_opd.engine.protocol import SamplingParams
+from slime_opd.errors import ConfigError, DataError, EngineError
+from slime_opd.types import Prompt, Sample, Status
+
+Result = TypeVar("Result")
+
+_STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED}
+
+
+class Sampler:
+    """Draws responses from the engines, under the length limits of the run.
+
+    `params.max_new_tokens` is the longest response; a prompt that leaves less room in
+    `max_context` (tokens of prompt and response; None: no limit) gets less. `purpose` keeps the
+    seeds of training and evaluation apart.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient,
+        tokenizer: Any,
+        params: SamplingParams,
+        *,
+        max_context: int | None,
+        eos: frozenset[int],
+        seed: int,
+        purpose: str,
+    ) -> None:
+        self._client = client
+        self._tokenizer = tokenizer
+        self._params = params
+        self._max_context = max_context
+        self._eos = eos
+        self._seed = seed
+        self._purpose = purpose
+
+    async def sample(self, prompt: Prompt, number: int) -> Sample:
+        """Response `number` to `prompt`, with loss_mask, rollout_log_probs, truncated and group set.
+
+        The response text leaves special tokens out. Raises DataError for a prompt that leaves
+        no room, EngineError for a response that ended in any other way than stop or length.
+        """
+        params = dataclasses.replace(
+            self._params,
+            max_new_tokens=self._room(prompt),
+            # SGLang heeds it with --sglang-enable-deterministic-inference only, and would else
+            # draw all samples of a prompt from one default seed.
+            seed=sampling_seed(self._seed, self._purpose, prompt.index, number),
+        )
+        generation = await self._client.generate(input_ids=prompt.tokens, sampling=params)
+        if generation.finish_reason not in _STATUS:
+            raise EngineError(
+                f"the engine ended a response to prompt {prompt.index} with {generation.finish_reason!r}; expected stop or length"
+            )
+        status = _STATUS[generation.finish_reason]
+        tokens = tuple(int(token) for token in generation.token_ids)
+        sample = Sample(prompt, tokens, response_text(self._tokenizer, tokens, self._eos), status)
+        sample.set("loss_mask", np.ones(len(tokens)))
+        sample.set("rollout_log_probs", generation.log_probs)
+        sample.set("truncated", float(status is Status.TRUNCATED))
+        sample.set("group", prompt.index)
+        return sample
+
+    def _room(self, prompt: Prompt) -> int:
+        limit = self._params.max_new_tokens
+        if self._max_context is None:
+            return limit
+        room = self._max_context - len(prompt.tokens)
+        if room < 1:
+            raise DataError(
+                f"prompt {prompt.index} has {len(prompt.tokens)} tokens and leaves no room for a response in a context of {self._max_context}; raise --rollout-max-context-len or drop long prompts with --rollout-max-prompt-len"
+            )
+        return min(limit, room)
+
+
+def training_sampler(client: EngineClient, tokenizer: Any, config: Config) -> Sampler:
+    """The sampler of `--rollout-temperature` and its kin."""
+    rollout = config.rollout
+    return _sampler(
+        client,
+        tokenizer,
+        config,
+        purpose="rollout",
+        max_new_tokens=_longest_response(config, rollout.rollout_max_response_len),
+        temperature=rollout.rollout_temperature,
+        top_p=rollout.rollout_top_p,
+        top_k=rollout.rollout_top_k,
+    )
+
+
+def evaluation_sampler(client: EngineClient, tokenizer: Any, config: Config, set_name: str) -> Sampler:
+    """The sampler of `--eval-temperature` and its kin, for one evaluation set."""
+    evaluation = config.evaluation
+    longest = evaluation.eval_max_response_len or config.rollout.rollout_max_response_len
+    return _sampler(
+        client,
+        tokenizer,
+        config,
+        purpose=f"eval/{set_name}",
+        max_new_tokens=_longest_response(config, longest),
+        temperature=evaluation.eval_temperature,
+        top_p=evaluation.eval_top_p,
+        top_k=evaluation.eval_top_k,
+    )
+
+
+def _sampler(client: EngineClient, tokenizer: Any, config: Config, *, purpose: str, **params: Any) -> Sampler:
+    eos = eos_token_ids(tokenizer, config.model.hf_checkpoint)
+    return Sampler(
+        client,
+        tokenizer,
+        SamplingParams(
+            stop=config.rollout.rollout_stop,
+            stop_token_ids=tuple(sorted(eos | set(config.rollout.rollout_stop_token_ids))),
+            **params,
+        ),
+        max_context=context_length(config),
+        eos=eos,
+        seed=config.data.rollout_seed,
+        purpose=purpose,
+    )
+
+
+def _longest_response(config: Config, limit: int | None) -> int:
+    longest = limit or context_length(config)
+    if longest is None:
+        raise ConfigError(
+            "--rollout-max-response-len is missing, and the model's config.json names no context length: set it"
+        )
+    return longest
+
+
+def context_length(config: Config) -> int | None:
+    """Tokens of prompt plus response: `--rollout-max-context-len`, else the model's, else None."""
+    chosen = config.rollout.rollout_max_context_len or config.model.max_position_embeddings
+    if chosen is not None:
+        return chosen
+    model = _json_of(config.model.hf_checkpoint, "config.json")
+    return (model.get("text_config") or model).get("max_position_embeddings")
+
+
+def eos_token_ids(tokenizer: Any, hf_checkpoint: str | None) -> frozenset[int]:
+    """Every token that ends a response: the tokenizer's and those of generation_config.json.
+
+    Chat models often end a turn with a token that is not the tokenizer's end of sequence.
+    """
+    named = _json_of(hf_checkpoint, "generation_config.json").get("eos_token_id")
+    candidates = [getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, list) else [named])]
+    return frozenset(int(token) for token in candidates if token is not None)
+
+
+def response_text(tokenizer: Any, tokens: tuple[int, ...], eos: frozenset[int]) -> str:
+    """The text of a response, without its end-of-sequence token and without special tokens."""
+    if tokens and tokens[-1] in eos:  # a tokenizer may not count every one of them as special
+        tokens = tokens[:-1]
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def sampling_seed(seed: int, purpose: str, prompt_index: int, number: int) -> int:
+    """A seed in [0, 2^31) for one response, the same in a run that is repeated or resumed."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{prompt_index}/{number}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") & 0x7FFFFFFF
+
+
+async def gather(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results in order. The first error cancels the others, waits for them, and is raised alone."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _json_of(directory: str | None, name: str) -> dict[str, Any]:
+    """A JSON file of a Hugging Face directory; empty where there is none."""
+    path = Path(directory or "") / name
+    if directory is None or not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--hf-checkpoint: {path} is not valid JSON: {error}") from error

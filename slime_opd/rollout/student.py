@@ -1,0 +1,90 @@
+"""The student as the run sees it: groups of scored samples for training, and evaluations."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from slime_opd.config import Config
+from slime_opd.data.source import PromptSource
+from slime_opd.engine.client import EngineClient
+from slime_opd.observe.metrics import Mean
+from slime_opd.observe.progress import Progress
+from slime_opd.reward.reward import make_eval_reward, make_reward
+from slime_opd.rollout.dataset import dataset_groups
+from slime_opd.rollout.evaluate import EvalSet, evaluate
+from slime_opd.rollout.generate import Generator, Teacher
+from slime_opd.rollout.loop import BackgroundLoop
+from slime_opd.teacher.fallback import check_fallback
+from slime_opd.types import SampleGroup
+
+logger = logging.getLogger(__name__)
+
+
+class StudentRollouts:
+    """Generates with the student's engines; one event loop in the background serves all requests."""
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Any,
+        loop: BackgroundLoop,
+        *,
+        engine_url: str | None,
+        num_engines: int,
+        teacher: Teacher | None,
+        eval_sets: list[EvalSet],
+    ) -> None:
+        self._config, self._tokenizer, self._loop = config, tokenizer, loop
+        self._eval_sets = eval_sets
+        self._rewards = [reward for reward in (make_reward(config), make_eval_reward(config)) if reward is not None]
+        self._client: EngineClient | None = None
+        if engine_url is not None:
+            rollout = config.rollout
+            self._client = EngineClient(
+                engine_url,
+                concurrency=rollout.sglang_server_concurrency * num_engines,
+                timeout_s=rollout.rollout_request_timeout_s,
+                retries=rollout.rollout_request_retries,
+            )
+            self._generator = Generator(self._client, tokenizer, config, reward=make_reward(config), teacher=teacher)
+
+    def generate(self, source: PromptSource, label: str) -> list[SampleGroup]:
+        """One rollout: the next prompts, their responses, rewards and teacher scores.
+
+        Raises TooManyFallbacks when more samples than the limit have no teacher scores.
+        """
+        prompts = source.take(self._config.rollout.rollout_batch_size)
+        if self._config.is_sft:
+            return dataset_groups(prompts, self._tokenizer)
+        with Progress(label, self._config.samples_per_rollout, unit="samples") as progress:
+            groups = self._loop.run(self._generator.generate(prompts, progress_of(progress)))
+        failed = [s for group in groups for s in group.samples if s.values.get("teacher_failed", [0.0])[0]]
+        check_fallback(len(failed), self._config.samples_per_rollout, self._config.opd.opd_max_fallback_fraction)
+        return groups
+
+    def evaluate(self, label: str) -> dict[str, Mean]:
+        """Evaluate on every evaluation set."""
+        total = sum(len(eval_set.prompts) for eval_set in self._eval_sets)
+        total *= self._config.evaluation.n_samples_per_eval_prompt
+        with Progress(label, total, unit="samples") as progress:
+            return self._loop.run(
+                evaluate(
+                    self._client,
+                    self._tokenizer,
+                    self._config,
+                    self._eval_sets,
+                    make_eval_reward(self._config),
+                    progress_of(progress),
+                )
+            )
+
+    def close(self) -> None:
+        """Close connections and the workers of the rewards."""
+        if self._client is not None:
+            self._loop.run(self._client.aclose())
+
+
+def progress_of(progress: Progress):
+    """A callback that moves `progress` by one sample and its tokens."""
+    return lambda sample: progress.advance(1, tokens=sample.response_length)

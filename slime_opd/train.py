@@ -1,0 +1,70 @@
+"""Train: `python -m slime_opd.train FLAGS`, alone or under `ray job submit`.
+
+The loop, in verbs. `--help` lists the flags by purpose.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from slime_opd.config.checks import notes, validate
+from slime_opd.config.parser import command_line, parse
+
+if TYPE_CHECKING:
+    from slime_opd.cluster.run import Run
+    from slime_opd.config import Config
+
+
+def train(run: Run) -> None:
+    """Generate, train, and show how it goes, until the last rollout; then evaluate and save."""
+    config = run.config
+    if is_evaluated(config) and not (config.evaluation.skip_eval_before_train or run.first_step):
+        run.log(0, run.evaluate(0))
+    for step in run.steps:
+        metrics = run.train(step, run.generate(step))
+        done = step + 1
+        if is_due(done, config.checkpoint.save_interval, config, config.checkpoint.save is not None):
+            run.save(done)
+        if is_due(done, config.evaluation.eval_interval, config, is_evaluated(config)):
+            metrics |= run.evaluate(done)
+        run.log(done, metrics)
+
+
+def is_evaluated(config: Config) -> bool:
+    """Whether the run has anything to evaluate on."""
+    return bool(config.evaluation.eval_prompt_data)
+
+
+def is_due(done: int, interval: int | None, config: Config, wanted: bool) -> bool:
+    """Whether something that is wanted every `interval` rollouts, and after the last, is due after `done` of them."""
+    return wanted and (done == config.rollout.num_rollout or (interval is not None and done % interval == 0))
+
+
+def main(arguments: list[str]) -> None:
+    """Check the command line, read the data, start the run, train."""
+    config = parse(arguments)
+    validate(config)
+    # Heavy imports come after the checks: a wrong flag is answered at once, and without Ray.
+    from transformers import AutoTokenizer
+
+    from slime_opd.cluster.run import Run
+    from slime_opd.data.source import PromptSource
+    from slime_opd.observe import console
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # `ray job stop` and a terminal's kill end the run as Ctrl-C does: by way of every `finally`.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for note in notes(config):
+        console.say(note)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.hf_checkpoint)
+    source = PromptSource(config.data, tokenizer, is_sft=config.is_sft) if config.data.prompt_data else None
+    with Run(config, tokenizer, source) as run:
+        train(run)
+
+
+if __name__ == "__main__":
+    command_line(main)

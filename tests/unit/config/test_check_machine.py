@@ -1,0 +1,111 @@
+import json
+import sys
+
+import pytest
+
+from slime_opd.config import check_machine, parse
+
+
+@pytest.fixture
+def student(tmp_path):
+    directory = tmp_path / "student"
+    directory.mkdir()
+    architecture = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    (directory / "config.json").write_text(json.dumps(architecture))
+    return directory
+
+
+def test_model_directories_that_are_there_are_no_problem(student, tmp_path):
+    words = ["--hf-checkpoint", str(student), "--ref-load", str(student), "--opd-teacher-load", str(student)]
+    assert check_machine.check_checkpoints_exist(parse([*words, "--load", str(tmp_path / "not-yet")])) == []
+
+
+@pytest.mark.parametrize("flag", ["--hf-checkpoint", "--ref-load", "--opd-teacher-load"])
+def test_a_missing_model_directory_is_named(flag, tmp_path):
+    missing = tmp_path / "missing"
+    assert check_machine.check_checkpoints_exist(parse([flag, str(missing)])) == [
+        f"{flag}: found no directory {missing}, expected one with a checkpoint"
+    ]
+
+
+def test_an_empty_directory_is_no_checkpoint(tmp_path):
+    assert check_machine.check_checkpoints_exist(parse(["--ref-load", str(tmp_path)])) == [
+        f"--ref-load: found the empty directory {tmp_path}, expected one with a checkpoint"
+    ]
+    assert check_machine.check_checkpoints_exist(parse(["--hf-checkpoint", str(tmp_path)])) == [
+        f"--hf-checkpoint: found no config.json in {tmp_path}, expected a Hugging Face checkpoint"
+    ]
+
+
+@pytest.mark.parametrize("flag", ["--load", "--save"])
+def test_a_file_is_no_checkpoint_directory(flag, student):
+    file = student / "config.json"
+    assert check_machine.check_checkpoints_exist(parse([flag, str(file)])) == [
+        f"{flag}: found the file {file}, expected a directory"
+    ]
+
+
+def test_missing_data_is_named_and_a_slice_is_no_part_of_the_name(tmp_path):
+    there = tmp_path / "there.jsonl"
+    there.write_text("{}\n")
+    fine = ["--prompt-data", f"{there}@[0:5]", "--eval-prompt-data", "a", str(there)]
+    assert check_machine.check_data_exists(parse(fine)) == []
+    missing = ["--prompt-data", "gone.jsonl@[0:5]", "--eval-prompt-data", "a", str(there), "b", "gone.parquet"]
+    assert check_machine.check_data_exists(parse(missing)) == [
+        "--prompt-data: found no file gone.jsonl, expected a JSONL or Parquet file",
+        "--eval-prompt-data: found no file gone.parquet, expected a JSONL or Parquet file",
+    ]
+
+
+def test_the_layout_must_divide_the_checkpoints_architecture(student):
+    words = f"--megatron-to-hf-mode bridge --hf-checkpoint {student} --pipeline-model-parallel-size 3".split()
+    assert check_machine.check_layout_of_checkpoint(parse([*words, "--tensor-model-parallel-size", "4"])) == [
+        "--tensor-model-parallel-size 4 does not divide the model's 2 key-value heads (query groups)",
+        "--pipeline-model-parallel-size 3 does not divide the model's 4 layers",
+    ]
+    assert check_machine.check_layout_of_checkpoint(parse(words[:4])) == []
+    (student / "config.json").write_text("{")
+    assert check_machine.check_layout_of_checkpoint(parse(words)) == [
+        f"--hf-checkpoint: {student}/config.json is not JSON"
+    ]
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--context-parallel-size=2",
+        "--sequence-parallel",
+        "--expert-model-parallel-size=2",
+        "--expert-tensor-parallel-size=2",
+    ],
+)
+def test_layouts_of_transformer_engine_are_refused_without_it(flag, monkeypatch):
+    monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: None)
+    (problem,) = check_machine.check_transformer_engine(parse([flag]))
+    assert problem.startswith(f"{flag.split('=')[0]} needs Transformer Engine (")
+    monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: object())
+    assert check_machine.check_transformer_engine(parse([flag])) == []
+
+
+def test_a_custom_reward_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "my_rewards"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "strict.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert check_machine.check_custom_reward(parse(["--custom-rm-path", "my_rewards.strict.score"])) == []
+    assert check_machine.check_custom_reward(parse(["--custom-rm-path", "my_rewards.score"])) == []
+    assert "my_rewards" not in sys.modules
+
+
+@pytest.mark.parametrize("path", ["no_such_module_here.score", "json.decoder.deeper.score", "os.path.missing.score"])
+def test_a_custom_reward_whose_module_is_not_there_is_refused(path):
+    (problem,) = check_machine.check_custom_reward(parse(["--custom-rm-path", path]))
+    assert "found no module" in problem
+
+
+@pytest.mark.parametrize("path", ["score", "my.", ".score", "my/file.py:score", "a.b-c"])
+def test_a_custom_reward_that_is_no_dotted_name_is_refused(path):
+    assert check_machine.check_custom_reward(parse(["--custom-rm-path", path])) == [
+        f"--custom-rm-path: found {path!r}, expected MODULE.FUNCTION"
+    ]

@@ -1,0 +1,322 @@
+"""Each rule: one configuration that breaks it alone, and the sentence it gives."""
+
+import copy
+import shlex
+
+import pytest
+
+from slime_opd.config import parse, problems, validate
+from slime_opd.config.checks import CHECKS, COMBINATIONS, notes
+from slime_opd.config.config import Config
+from slime_opd.errors import ConfigError
+
+# Four samples a rollout, one process, an SGLang teacher.
+MODEL = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --vocab-size 64"
+DATA = "--hf-checkpoint student --prompt-data train.jsonl --label-key label"
+ROLLOUT = "--num-rollout 2 --rollout-batch-size 2 --n-samples-per-prompt 2 --rollout-max-response-len 8"
+NO_SIGNAL = f"{MODEL} {DATA} {ROLLOUT}"
+TEACHER = "--use-opd --opd-type sglang --rm-url http://localhost:1/generate"
+GOOD = f"{NO_SIGNAL} {TEACHER}"
+REWARDED = f"{NO_SIGNAL} --rm-type math"
+EVALUATED = f"{GOOD} --eval-interval 1 --eval-prompt-data a a.jsonl"
+EVALUATE_ONLY = f"{MODEL} --hf-checkpoint student --num-rollout 0 --label-key label --rollout-max-response-len 8"
+SFT = f"{MODEL} --hf-checkpoint student --prompt-data a.jsonl --loss-type sft_loss --num-epoch 3 --rollout-batch-size 4"
+
+
+def config_of(words: str) -> Config:
+    return parse(shlex.split(words))
+
+
+def problems_of(words: str) -> list[str]:
+    return problems(config_of(words), COMBINATIONS)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        GOOD,
+        REWARDED,
+        EVALUATED,
+        f"{EVALUATE_ONLY} --eval-prompt-data a a.jsonl",
+        SFT,
+        f"{SFT} --rollout-num-gpus 0",
+        f"{REWARDED} {TEACHER}",
+        f"{GOOD} --opd-only-reward --opd-kl-coef 0",
+        f"{GOOD} --rollout-temperature 0.8",
+        f"{GOOD} --n-samples-per-prompt 1",
+        f"{REWARDED} --n-samples-per-prompt 1 --disable-rewards-normalization",
+        f"{NO_SIGNAL} --use-opd --opd-type megatron --opd-teacher-load t --opd-teacher-ckpt-step 3",
+        f"{NO_SIGNAL} --custom-rm-path mine.reward",
+        f"{GOOD} --use-kl-loss --kl-loss-coef 0.1 --ref-load r",
+        f"{GOOD} --num-steps-per-rollout 2 --global-batch-size 2",
+        f"{GOOD} --actor-num-gpus-per-node 4 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2",
+        f"{GOOD} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        f"{GOOD} --custom-reward-post-process-path slime.rollout.on_policy_distillation.post_process_rewards",
+        f"{DATA} {ROLLOUT} {TEACHER} --megatron-to-hf-mode bridge",
+        f"{GOOD} --rm-url https://[::1]:8000/v2/generate",
+    ],
+)
+def test_a_run_that_makes_sense_has_no_problem(words):
+    assert problems_of(words) == []
+
+
+RULES = {
+    # The three errors of the field's FAQ.
+    "opd without a type": (f"{NO_SIGNAL} --use-opd", "--opd-type must be given with --use-opd"),
+    "megatron without a teacher": (
+        f"{NO_SIGNAL} --use-opd --opd-type megatron",
+        "--opd-teacher-load is required with --opd-type megatron",
+    ),
+    "sglang with a teacher checkpoint": (
+        f"{GOOD} --opd-teacher-load t",
+        "--opd-teacher-load t must not be given with --opd-type sglang",
+    ),
+    # The teacher.
+    "sglang without an address": (
+        f"{NO_SIGNAL} --use-opd --opd-type sglang",
+        "--rm-url is required with --opd-type sglang",
+    ),
+    "address without a teacher": (
+        f"{REWARDED} --rm-url http://h:1/generate",
+        "no effect without --use-opd --opd-type sglang",
+    ),
+    "address with a megatron teacher": (
+        f"{GOOD} --opd-type megatron --opd-teacher-load t",
+        "no effect without --use-opd --opd-type sglang",
+    ),
+    "teacher step without a checkpoint": (f"{GOOD} --opd-teacher-ckpt-step 1", "no effect without --opd-teacher-load"),
+    "opd option without opd": (f"{REWARDED} --opd-kl-coef 0.5", "--opd-kl-coef is set but --use-opd is not"),
+    "pure distillation without opd": (f"{REWARDED} --opd-only-reward", "--opd-only-reward is set but --use-opd is not"),
+    "teacher of sft": (f"{SFT} {TEACHER}", "--loss-type sft_loss has none"),
+    "nucleus with opd": (f"{GOOD} --rollout-top-p 0.9", "--rollout-top-p 0.9 with --use-opd"),
+    "top-k with opd": (f"{GOOD} --rollout-top-k 20", "--rollout-top-k 20 with --use-opd"),
+    # Ranges.
+    "negative coefficient": (f"{GOOD} --opd-kl-coef -1", "--opd-kl-coef: found -1.0, expected 0 or more"),
+    "share above one": (
+        f"{GOOD} --opd-max-fallback-fraction 1.5",
+        "--opd-max-fallback-fraction: found 1.5, expected at most 1",
+    ),
+    "share below zero": (f"{GOOD} --opd-max-fallback-fraction -0.1", "expected a share between 0 and 1"),
+    "no time for the teacher": (
+        f"{GOOD} --opd-teacher-timeout-s 0",
+        "--opd-teacher-timeout-s: found 0.0, expected a number above 0",
+    ),
+    "no time for a generation": (f"{GOOD} --rollout-request-timeout-s -1", "expected a number above 0"),
+    "no temperature": (
+        f"{GOOD} --rollout-temperature 0",
+        "--rollout-temperature: found 0.0, expected a number above 0",
+    ),
+    "top-k of nothing": (
+        f"{EVALUATED} --eval-top-k 0",
+        "--eval-top-k: found 0, expected -1 (all tokens) or a number above 0",
+    ),
+    "dual clip below one": (f"{GOOD} --eps-clip-c 0.5", "--eps-clip-c: found 0.5, expected a number above 1"),
+    "beta of one": (f"{GOOD} --adam-beta2 1", "--adam-beta2: found 1.0, expected a number below 1"),
+    # What a run needs.
+    "no student": (f"{MODEL} --prompt-data a --label-key l {ROLLOUT} {TEACHER}", "--hf-checkpoint: found none"),
+    "no prompts": (f"{MODEL} --hf-checkpoint a {ROLLOUT} {TEACHER}", "--prompt-data: found none"),
+    "no length of the run": (
+        f"{MODEL} {DATA} {TEACHER} --rollout-batch-size 2 --rollout-max-response-len 8",
+        "--num-rollout: found none",
+    ),
+    "two lengths of the run": (f"{GOOD} --num-epoch 1", "--num-rollout and --num-epoch: found both"),
+    "no batch": (
+        f"{MODEL} {DATA} {TEACHER} --num-rollout 1 --rollout-max-response-len 8",
+        "--rollout-batch-size: found none",
+    ),
+    "no response length": (
+        f"{MODEL} {DATA} {TEACHER} --num-rollout 1 --rollout-batch-size 2",
+        "--rollout-max-response-len: found none",
+    ),
+    # The model and its layout.
+    "no architecture": (
+        f"{DATA} {ROLLOUT} {TEACHER} --num-layers 2",
+        "needs --hidden-size, --num-attention-heads, --vocab-size",
+    ),
+    "groups without their switch": (f"{GOOD} --num-query-groups 2", "expected both or neither"),
+    "switch without its groups": (f"{GOOD} --group-query-attention", "expected both or neither"),
+    "heads and groups": (
+        f"{GOOD} --group-query-attention --num-query-groups 3",
+        "--num-attention-heads 4 cannot be shared evenly by --num-query-groups 3",
+    ),
+    "width and heads": (f"{GOOD} --hidden-size 33", "--hidden-size 33 is no multiple of --num-attention-heads 4"),
+    "processes and layout": (
+        f"{GOOD} --actor-num-gpus-per-node 3 --tensor-model-parallel-size 2",
+        "3 training processes",
+    ),
+    "heads and tensor parallel": (
+        f"{GOOD} --actor-num-gpus-per-node 8 --tensor-model-parallel-size 8",
+        "--tensor-model-parallel-size 8 does not divide the model's 4 attention heads",
+    ),
+    "groups and tensor parallel": (
+        f"{GOOD} --group-query-attention --num-query-groups 2 --actor-num-gpus-per-node 4 --tensor-model-parallel-size 4",
+        "does not divide the model's 2 key-value heads",
+    ),
+    "layers and pipeline": (
+        f"{GOOD} --actor-num-gpus-per-node 3 --pipeline-model-parallel-size 3",
+        "--pipeline-model-parallel-size 3 does not divide the model's 4 layers",
+    ),
+    "two precisions": (f"{GOOD} --bf16 --fp32", "found --bf16 and --fp32, expected one precision"),
+    "full recomputation of what": (f"{GOOD} --recompute-granularity full", "needs --recompute-method"),
+    "recomputation without a kind": (
+        f"{GOOD} --recompute-method block",
+        "no effect without --recompute-granularity full",
+    ),
+    "two warm-ups": (f"{GOOD} --lr-warmup-iters 1 --lr-warmup-fraction 0.1", "found both, expected one"),
+    # Batches.
+    "batch and rollout": (
+        f"{GOOD} --global-batch-size 3",
+        "--global-batch-size 3 does not divide the 4 samples of a rollout",
+    ),
+    "batch and ranks": (
+        f"{GOOD} --actor-num-gpus-per-node 4 --global-batch-size 2",
+        "--global-batch-size 2 is no multiple of the 4 data-parallel ranks",
+    ),
+    "default batch and ranks": (
+        f"{GOOD} --actor-num-gpus-per-node 8",
+        "the global batch of 4 samples is no multiple of the 8",
+    ),
+    "steps and batch": (
+        f"{GOOD} --num-steps-per-rollout 4 --global-batch-size 2",
+        "--num-steps-per-rollout 4 and --global-batch-size 2 contradict each other",
+    ),
+    "steps and rollout": (
+        f"{GOOD} --num-steps-per-rollout 3",
+        "--num-steps-per-rollout 3 does not divide the 4 samples",
+    ),
+    "packing to what": (f"{GOOD} --use-dynamic-batch-size", "--use-dynamic-batch-size needs --max-tokens-per-gpu"),
+    # Engines, checkpoints, weights.
+    "engines and gpus": (
+        f"{GOOD} --rollout-num-gpus 3 --rollout-num-gpus-per-engine 2",
+        "--rollout-num-gpus 3 is no multiple",
+    ),
+    "no engine": (f"{GOOD} --rollout-num-gpus 0", "--rollout-num-gpus: found 0"),
+    "colocated engines": (f"{GOOD} --colocate --rollout-num-gpus-per-engine 2", "--colocate: the 1 training GPUs"),
+    "more engines than shared gpus": (f"{GOOD} --colocate --rollout-num-gpus 2", "more than the 1 training GPUs"),
+    "saving to nowhere": (f"{GOOD} --save-interval 1", "--save-interval has no effect without --save"),
+    "a step of nothing": (f"{GOOD} --ckpt-step 1", "--ckpt-step has no effect without --load"),
+    "shared memory of two nodes": (
+        f"{GOOD} --actor-num-nodes 2",
+        "--update-weight-transport tensor is shared memory on one node",
+    ),
+    "directory of no one": (f"{GOOD} --update-weight-disk-dir d", "no effect without --update-weight-transport disk"),
+    # Data, reward, evaluation, algorithm.
+    "template arguments": (f"{GOOD} --apply-chat-template --apply-chat-template-kwargs [1]", "expected a JSON object"),
+    "broken template arguments": (
+        f"{GOOD} --apply-chat-template --apply-chat-template-kwargs x",
+        "expected a JSON object",
+    ),
+    "template arguments of no template": (
+        f"{GOOD} --apply-chat-template-kwargs '{{\"a\": 1}}'",
+        "no effect without --apply-chat-template",
+    ),
+    "two rewards": (f"{REWARDED} --custom-rm-path a.b", "--rm-type and --custom-rm-path: found both"),
+    "reward without answers": (
+        f"{MODEL} --hf-checkpoint s --prompt-data a {ROLLOUT} --rm-type math",
+        "--rm-type math needs --label-key",
+    ),
+    "hook of another": (
+        f"{GOOD} --custom-reward-post-process-path a.b",
+        "--custom-reward-post-process-path: found 'a.b'",
+    ),
+    "nothing to learn from": (NO_SIGNAL, "nothing to learn from"),
+    "group of one": (f"{REWARDED} --n-samples-per-prompt 1", "its group of one is always 0"),
+    "kl without a reference": (f"{GOOD} --use-kl-loss", "--use-kl-loss needs --ref-load"),
+    "weight of no loss": (f"{GOOD} --kl-loss-coef 0.1", "--kl-loss-coef 0.1 has no effect without --use-kl-loss"),
+    "interval without data": (f"{GOOD} --eval-interval 1", "--eval-interval needs --eval-prompt-data"),
+    "data without an interval": (f"{GOOD} --eval-prompt-data a b", "never used without --eval-interval"),
+    "evaluation without data": (EVALUATE_ONLY, "found no --eval-prompt-data"),
+    "half a pair": (
+        f"{EVALUATED} --eval-prompt-data a b c",
+        "found 3 words ['a', 'b', 'c'], expected pairs of NAME FILE",
+    ),
+    "one name for two files": (f"{EVALUATED} --eval-prompt-data a b a c", "found the name a twice"),
+    "evaluation without answers": (
+        f"{MODEL} --hf-checkpoint s --prompt-data a {ROLLOUT} {TEACHER} --eval-interval 1 --eval-prompt-data a b",
+        "needs --eval-label-key or --label-key",
+    ),
+    "evaluation without a length": (
+        f"{MODEL} --hf-checkpoint s --num-rollout 0 --label-key l --eval-prompt-data a b",
+        "needs --eval-max-response-len",
+    ),
+}
+
+
+@pytest.mark.parametrize("words, sentence", RULES.values(), ids=RULES)
+def test_a_rule_that_is_broken_alone_gives_one_sentence(words, sentence):
+    (problem,) = problems_of(words)
+    assert sentence in problem
+    assert "\n" not in problem
+
+
+def test_every_rule_of_combinations_is_broken_by_a_test():
+    broken = {check for words, _ in RULES.values() for check in COMBINATIONS if check(config_of(words))}
+    assert broken == set(COMBINATIONS)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:13141/generate",
+        "http://localhost:13141",
+        "http://localhost:port/generate",
+        "http://localhost:99999/generate",
+        "http:///generate",
+        "ftp://h:1/generate",
+        "http://h:1/v1/completions",
+        "http://h:1 /generate",
+        "http://[::1/generate",
+    ],
+)
+def test_a_malformed_teacher_address_is_refused(url):
+    words = [*shlex.split(GOOD), "--rm-url", url]
+    assert problems(parse(words), COMBINATIONS) == [f"--rm-url: found {url!r}, expected http://HOST:PORT/generate"]
+
+
+def test_validate_reports_all_problems_one_line_each():
+    with pytest.raises(ConfigError) as caught:
+        validate(config_of(f"{GOOD} --opd-kl-coef -1 --bf16 --fp16 --save-interval 1"))
+    lines = str(caught.value).splitlines()
+    assert lines == problems(config_of(f"{GOOD} --opd-kl-coef -1 --bf16 --fp16 --save-interval 1"))
+    assert len(lines) == 5  # the three, and two paths that are not there
+
+
+def test_no_check_edits_the_configuration():
+    for words, _ in RULES.values():
+        config = config_of(words)
+        before = copy.deepcopy(config)
+        problems(config, CHECKS)
+        assert config == before
+
+
+def test_no_configuration_makes_a_check_fail_with_anything_but_a_sentence():
+    zeros = "--global-batch-size 0 --num-steps-per-rollout 0 --tensor-model-parallel-size 0 --num-query-groups 0 --num-attention-heads 0 --rollout-num-gpus-per-engine 0 --rollout-num-gpus 0 --rollout-batch-size 0"
+    assert len(problems(config_of(f"{GOOD} {zeros}"))) > 5
+    assert len(problems(Config())) > 5
+
+
+def test_a_sensible_run_has_nothing_to_say():
+    assert notes(config_of(GOOD)) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (f"{GOOD} --rollout-temperature 0.8", "an SGLang teacher scores at temperature 1"),
+        (f"{GOOD} --rm-type math --n-samples-per-prompt 1", "only the OPD penalty teaches"),
+        (f"{GOOD} --load nowhere", "--load nowhere holds no checkpoint yet: training starts from --hf-checkpoint"),
+        (f"{GOOD} --load nowhere --ref-load r", "training starts from --ref-load"),
+        (
+            f"{GOOD} --custom-reward-post-process-path slime.rollout.on_policy_distillation.post_process_rewards",
+            "is built in",
+        ),
+    ],
+)
+def test_what_is_worth_knowing_is_said(words, sentence):
+    (note,) = notes(config_of(words))
+    assert sentence in note
+
+
+def test_a_checkpoint_to_continue_from_needs_no_note(tmp_path):
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    assert notes(config_of(f"{GOOD} --load {tmp_path}")) == []

@@ -1,0 +1,81 @@
+"""Chat templates: what text the model continues, and which tokens are a data set's answer."""
+
+import pytest
+from byte_tokenizer import byte_tokenizer
+
+from slime_opd.data.chat import Renderer, messages, response_of_conversation, template_arguments
+from slime_opd.errors import ConfigError, DataError
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def test_a_message_list_is_rendered_up_to_the_generation_prompt(tokenizer):
+    text = Renderer(tokenizer, {}).prompt(HELLO, "row 1")
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_string_is_one_user_message_with_a_template_and_itself_without(tokenizer):
+    assert Renderer(tokenizer, {}).prompt("hi", "row 1") == Renderer(tokenizer, {}).prompt(HELLO, "row 1")
+    assert Renderer(tokenizer, None).prompt("hi", "row 1") == "hi"
+
+
+def test_template_arguments_reach_the_template(tokenizer):
+    assert Renderer(tokenizer, template_arguments('{"think": true}')).prompt("hi", "row 1").endswith("<think>")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "true"])
+def test_template_arguments_that_are_no_object_name_their_flag(text):
+    with pytest.raises(ConfigError, match="--apply-chat-template-kwargs"):
+        template_arguments(text)
+
+
+def test_messages_without_a_template_name_the_flag_and_the_row(tokenizer):
+    with pytest.raises(DataError, match=r"row 1: .*--apply-chat-template"):
+        Renderer(tokenizer, None).prompt(HELLO, "row 1")
+
+
+@pytest.mark.parametrize("value", [None, 3, [], ["hi"], [{"content": "hi"}], {"role": "user"}])
+def test_a_value_that_is_no_prompt_is_an_error_with_or_without_template(tokenizer, value):
+    for arguments in (None, {}):
+        with pytest.raises(DataError, match=r"row 1: (the prompt is|a message is)"):
+            Renderer(tokenizer, arguments).prompt(value, "row 1")
+
+
+def test_a_tokenizer_without_template_and_a_template_that_raises_are_data_errors():
+    for template in (None, "{{ raise_exception('only one turn') }}"):
+        with pytest.raises(DataError, match=r"row 1: the chat template .*--apply-chat-template"):
+            Renderer(byte_tokenizer(template), {}).prompt(HELLO, "row 1")
+
+
+def test_nulls_that_parquet_fills_in_are_dropped_from_messages():
+    assert messages([{"role": "user", "content": "hi", "tool_calls": None}], "row 1") == HELLO
+
+
+def test_tokens_decode_to_the_text_and_nothing_is_added(tokenizer):
+    text = Renderer(tokenizer, {}).prompt("a ü", "row 1")
+    [tokens, nothing] = Renderer(tokenizer, {}).tokenize([text, ""])
+    assert tokenizer.decode(tokens) == text
+    assert nothing == []
+    assert Renderer(tokenizer, {}).tokenize([]) == []
+
+
+def test_the_answer_is_what_the_conversation_adds_up_to_its_last_end_of_sequence():
+    assert response_of_conversation([1, 2], [1, 2, 5, 9, 6, 9, 3], eos=9, where="row 1") == [5, 9, 6, 9]
+    assert response_of_conversation([1, 2], [1, 2, 5, 3], eos=9, where="row 1") == [5, 3]
+    assert response_of_conversation([1, 2], [1, 2, 5, 3], eos=None, where="row 1") == [5, 3]
+
+
+@pytest.mark.parametrize("whole", [[1, 3, 5], [1]])
+def test_a_conversation_that_does_not_begin_with_its_prompt_is_an_error(whole):
+    with pytest.raises(DataError, match=r"row 1: .*renders the conversation differently .*from token 1 "):
+        response_of_conversation([1, 2], whole, eos=9, where="row 1")
+
+
+def test_an_empty_answer_is_an_error():
+    with pytest.raises(DataError, match=r"row 1: the last answer .* is empty"):
+        response_of_conversation([1, 2], [1, 2], eos=9, where="row 1")
