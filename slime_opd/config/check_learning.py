@@ -98,7 +98,7 @@ def check_kl_loss(config: Config) -> list[str]:
 
 
 def check_evaluation(config: Config) -> list[str]:
-    """Evaluation data that is missing, not in pairs, never used, or without answers."""
+    """Evaluation data that is missing, not in pairs, or without answers."""
     evaluation, words = config.evaluation, config.evaluation.eval_prompt_data
     problems = []
     if not words:
@@ -112,10 +112,6 @@ def check_evaluation(config: Config) -> list[str]:
     names = words[::2]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"--eval-prompt-data: found the name {', '.join(repeated)} twice, expected a name per file")
-    if evaluation.eval_interval is None and not only_evaluates(config):
-        problems.append(
-            "--eval-prompt-data is never used without --eval-interval: give the rollouts between evaluations"
-        )
     if config.reward.custom_rm_path is None and not (evaluation.eval_label_key or config.data.label_key):
         problems.append(
             "--eval-prompt-data needs --eval-label-key or --label-key: without the column of the answers every score would be 0"

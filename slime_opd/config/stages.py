@@ -18,7 +18,10 @@ class ClusterConfig:
 
     actor_num_nodes: int = option(1, help="nodes that train")
     actor_num_gpus_per_node: int = option(1, help="training GPUs (on a CPU: processes) per node")
-    rollout_num_gpus: int | None = option(None, help="GPUs (on a CPU: processes) that generate; unset: one engine's worth, or the training GPUs with --colocate")
+    rollout_num_gpus: int | None = option(
+        None,
+        help="GPUs (on a CPU: processes) that generate; unset: one engine's worth, or the training GPUs with --colocate",
+    )
     rollout_num_gpus_per_engine: int = option(1, help="GPUs of one SGLang engine: its tensor-parallel size")
     num_gpus_per_node: int = option(8, help="GPUs of a node")
     colocate: bool = option(False, help="engines share the training GPUs")
@@ -29,8 +32,14 @@ class ClusterConfig:
 class ModelConfig:
     """Model: where its architecture and tokenizer come from"""
 
-    hf_checkpoint: str | None = option(None, help="Hugging Face directory of the student: tokenizer, config, and the engines' first weights", metavar="DIR")
-    megatron_to_hf_mode: str = option("raw", choices=("raw", "bridge"), help="raw: architecture from the Megatron flags; bridge: from --hf-checkpoint")
+    hf_checkpoint: str | None = option(
+        None,
+        help="Hugging Face directory of the student: tokenizer, config, and the engines' first weights",
+        metavar="DIR",
+    )
+    megatron_to_hf_mode: str = option(
+        "raw", choices=("raw", "bridge"), help="raw: architecture from the Megatron flags; bridge: from --hf-checkpoint"
+    )
     num_layers: int | None = option(None, help="transformer layers")
     hidden_size: int | None = option(None, help="width of the model")
     ffn_hidden_size: int | None = option(None, help="width of the MLP")
@@ -45,7 +54,9 @@ class ModelConfig:
     add_qkv_bias: bool = option(False, help="bias in the query, key and value projections")
     disable_bias_linear: bool = option(False, help="no bias in the other linear layers")
     untie_embeddings_and_output_weights: bool = option(False, help="output layer with weights of its own")
-    use_rotary_position_embeddings: bool = option(False, help="rotary position embeddings (same as --position-embedding-type rope)")
+    use_rotary_position_embeddings: bool = option(
+        False, help="rotary position embeddings (same as --position-embedding-type rope)"
+    )
     position_embedding_type: str = option("rope", choices=("rope",), help="kind of position embedding")
     rotary_base: int = option(10000, help="base of the rotary frequencies")
     rotary_percent: float = option(1.0, help="share of a head that is rotated")
@@ -53,7 +64,9 @@ class ModelConfig:
     rotary_scaling_factor: float = option(8.0, help="factor of --use-rope-scaling")
     max_position_embeddings: int | None = option(None, help="longest sequence; unset: the Hugging Face config's")
     vocab_size: int | None = option(None, help="vocabulary without padding")
-    make_vocab_size_divisible_by: int = option(128, help="the vocabulary is padded to a multiple of this times the tensor-parallel size")
+    make_vocab_size_divisible_by: int = option(
+        128, help="the vocabulary is padded to a multiple of this times the tensor-parallel size"
+    )
     attention_dropout: float = option(0.0, help="dropout of attention weights")
     hidden_dropout: float = option(0.0, help="dropout of hidden states")
 
@@ -67,9 +80,15 @@ class ParallelConfig:
     context_parallel_size: int = option(1, help="ranks that share a sequence (needs Transformer Engine)")
     expert_model_parallel_size: int = option(1, help="ranks that share the experts")
     expert_tensor_parallel_size: int = option(1, help="ranks that share one expert")
-    sequence_parallel: bool = option(False, help="split norms and dropout over the tensor-parallel ranks (needs Transformer Engine)")
-    recompute_granularity: str | None = option(None, choices=("full", "selective"), help="activations to recompute in the backward; unset: none")
-    recompute_method: str | None = option(None, choices=("uniform", "block"), help="which layers --recompute-granularity full recomputes")
+    sequence_parallel: bool = option(
+        False, help="split norms and dropout over the tensor-parallel ranks (needs Transformer Engine)"
+    )
+    recompute_granularity: str | None = option(
+        None, choices=("full", "selective"), help="activations to recompute in the backward; unset: none"
+    )
+    recompute_method: str | None = option(
+        None, choices=("uniform", "block"), help="which layers --recompute-granularity full recomputes"
+    )
     recompute_num_layers: int | None = option(None, help="layers per recomputed block")
 
 
@@ -77,20 +96,34 @@ class ParallelConfig:
 class TrainingConfig:
     """Training: batches, precision and kernels"""
 
-    loss_type: str = option("policy_loss", choices=("policy_loss", "sft_loss"), help="policy_loss: train on rollouts; sft_loss: on the data set's own responses")
+    loss_type: str = option(
+        "policy_loss",
+        choices=("policy_loss", "sft_loss"),
+        help="policy_loss: train on rollouts; sft_loss: on the data set's own responses",
+    )
     global_batch_size: int | None = option(None, help="samples per optimizer step; unset: all samples of a rollout")
-    num_steps_per_rollout: int | None = option(None, help="optimizer steps per rollout; sets --global-batch-size from the other side")
+    num_steps_per_rollout: int | None = option(
+        None, help="optimizer steps per rollout; sets --global-batch-size from the other side"
+    )
     micro_batch_size: int = option(1, help="samples per micro-batch, without --use-dynamic-batch-size")
     use_dynamic_batch_size: bool = option(False, help="pack micro-batches up to --max-tokens-per-gpu")
     max_tokens_per_gpu: int | None = option(None, help="tokens per micro-batch and GPU, with --use-dynamic-batch-size")
-    balance_data: bool = option(False, help="accepted for slime's scripts: data-parallel ranks are always balanced by tokens")
-    calculate_per_token_loss: bool = option(False, help="mean over all tokens of a step; unset: mean over samples of each sample's mean")
+    balance_data: bool = option(
+        False, help="accepted for slime's scripts: data-parallel ranks are always balanced by tokens"
+    )
+    calculate_per_token_loss: bool = option(
+        False, help="mean over all tokens of a step; unset: mean over samples of each sample's mean"
+    )
     bf16: bool = option(False, help="train in bfloat16 (the default where CUDA is)")
     fp16: bool = option(False, help="train in float16")
     fp32: bool = option(False, help="train in float32 (the default on a CPU)")
     accumulate_allreduce_grads_in_fp32: bool = option(False, help="accumulate and reduce gradients in float32")
     attention_softmax_in_fp32: bool = option(False, help="attention softmax in float32")
-    attention_backend: str = option("auto", choices=("auto", "flash", "fused", "unfused", "local"), help="attention kernel of Transformer Engine; local: this package's own")
+    attention_backend: str = option(
+        "auto",
+        choices=("auto", "flash", "fused", "unfused", "local"),
+        help="attention kernel of Transformer Engine; local: this package's own",
+    )
     log_probs_chunk_size: int = option(1024, help="tokens whose logits exist at one time")
     seed: int = option(1234, help="seed of the trainer")
     distributed_timeout_minutes: int = option(10, help="minutes before a stuck collective ends the run")
@@ -103,7 +136,9 @@ class OptimizerConfig:
     optimizer: str = option("adam", choices=("adam", "sgd"), help="optimizer")
     lr: float = option(1e-6, help="learning rate")
     min_lr: float = option(0.0, help="learning rate at the end of the decay")
-    lr_decay_style: str = option("constant", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"), help="shape of the decay")
+    lr_decay_style: str = option(
+        "constant", choices=("constant", "linear", "cosine", "inverse-square-root", "WSD"), help="shape of the decay"
+    )
     lr_decay_iters: int | None = option(None, help="optimizer steps of the decay; unset: the whole run")
     lr_warmup_iters: int = option(0, help="optimizer steps of the warm-up")
     lr_warmup_fraction: float | None = option(None, help="warm-up as a share of the decay")
@@ -118,7 +153,11 @@ class OptimizerConfig:
 class CheckpointConfig:
     """Checkpoints"""
 
-    load: str | None = option(None, help="checkpoint to continue from; where it holds none yet, training starts from --ref-load or --hf-checkpoint", metavar="DIR")
+    load: str | None = option(
+        None,
+        help="checkpoint to continue from; where it holds none yet, training starts from --ref-load or --hf-checkpoint",
+        metavar="DIR",
+    )
     ckpt_step: int | None = option(None, help="step of --load; unset: the latest")
     save: str | None = option(None, help="directory to save checkpoints in", metavar="DIR")
     save_interval: int | None = option(None, help="rollouts between checkpoints; unset: only at the end")
@@ -126,7 +165,9 @@ class CheckpointConfig:
     no_save_optim: bool = option(False, help="save weights only")
     no_load_optim: bool = option(False, help="load weights only")
     finetune: bool = option(False, help="take the weights of --load and start from step 0")
-    ref_load: str | None = option(None, help="checkpoint of the reference model, and of the first weights", metavar="DIR")
+    ref_load: str | None = option(
+        None, help="checkpoint of the reference model, and of the first weights", metavar="DIR"
+    )
     ref_ckpt_step: int | None = option(None, help="step of --ref-load; unset: the latest")
 
 
@@ -135,11 +176,15 @@ class DataConfig:
     """Prompts"""
 
     prompt_data: str | None = option(None, help="JSONL or Parquet file of prompts", metavar="FILE")
-    input_key: str = option("input", help="column of the prompt: a string or a list of chat messages; dots reach into nested columns")
+    input_key: str = option(
+        "input", help="column of the prompt: a string or a list of chat messages; dots reach into nested columns"
+    )
     label_key: str | None = option(None, help="column of the answer (with sft_loss: of the response)")
     metadata_key: str = option("metadata", help="column handed to custom rewards")
     apply_chat_template: bool = option(False, help="render the prompt with the tokenizer's chat template")
-    apply_chat_template_kwargs: str = option("{}", help="JSON object of arguments for the chat template", metavar="JSON")
+    apply_chat_template_kwargs: str = option(
+        "{}", help="JSON object of arguments for the chat template", metavar="JSON"
+    )
     rollout_shuffle: bool = option(False, help="shuffle the prompts of each epoch")
     rollout_seed: int = option(42, help="seed of the shuffle and of the engines' sampling")
     rollout_max_prompt_len: int | None = option(None, help="drop longer prompts, in tokens; unset: keep all")
@@ -154,12 +199,16 @@ class RolloutConfig:
     rollout_batch_size: int | None = option(None, help="prompts per rollout")
     n_samples_per_prompt: int = option(1, help="responses per prompt")
     rollout_max_response_len: int | None = option(None, help="longest response, in tokens")
-    rollout_max_context_len: int | None = option(None, help="longest prompt plus response, in tokens; unset: the model's")
+    rollout_max_context_len: int | None = option(
+        None, help="longest prompt plus response, in tokens; unset: the model's"
+    )
     rollout_temperature: float = option(1.0, help="sampling temperature")
     rollout_top_p: float = option(1.0, help="nucleus of the sampling; 1: all")
     rollout_top_k: int = option(-1, help="most likely tokens to sample from; -1: all")
     rollout_stop: tuple[str, ...] = option((), nargs="+", help="strings that end a response")
-    rollout_stop_token_ids: tuple[int, ...] = option((), nargs="+", help="token ids that end a response, beside the end-of-sequence token")
+    rollout_stop_token_ids: tuple[int, ...] = option(
+        (), nargs="+", help="token ids that end a response, beside the end-of-sequence token"
+    )
     sglang_server_concurrency: int = option(512, help="requests in flight per engine")
     rollout_request_timeout_s: float = option(600.0, help="seconds that one generation may take")
     rollout_request_retries: int = option(8, help="times a failed generation is sent again")
@@ -169,9 +218,19 @@ class RolloutConfig:
 class RewardConfig:
     """Reward"""
 
-    rm_type: str | None = option(None, choices=("math", "deepscaler", "exact_match"), help="built-in verifier of a response against its label; unset: no task reward")
-    custom_rm_path: str | None = option(None, help="your reward: a function `(sample) -> float`, async or not", metavar="MODULE.FUNCTION")
-    custom_reward_post_process_path: str | None = option(None, help="accepted for slime's scripts: its on_policy_distillation.post_process_rewards is built in", metavar="MODULE.FUNCTION")
+    rm_type: str | None = option(
+        None,
+        choices=("math", "deepscaler", "exact_match"),
+        help="built-in verifier of a response against its label; unset: no task reward",
+    )
+    custom_rm_path: str | None = option(
+        None, help="your reward: a function `(sample) -> float`, async or not", metavar="MODULE.FUNCTION"
+    )
+    custom_reward_post_process_path: str | None = option(
+        None,
+        help="accepted for slime's scripts: its on_policy_distillation.post_process_rewards is built in",
+        metavar="MODULE.FUNCTION",
+    )
     rm_url: str | None = option(None, help="endpoint of the SGLang teacher, http://HOST:PORT/generate", metavar="URL")
 
 
@@ -179,26 +238,40 @@ class RewardConfig:
 class EvaluationConfig:
     """Evaluation"""
 
-    eval_interval: int | None = option(None, help="rollouts between evaluations; unset: none")
-    eval_prompt_data: tuple[str, ...] = option((), nargs="+", metavar="NAME FILE", help="pairs of a name and a JSONL or Parquet file")
+    eval_interval: int | None = option(
+        None, help="rollouts between evaluations; unset: only before the first and after the last"
+    )
+    eval_prompt_data: tuple[str, ...] = option(
+        (), nargs="+", metavar="NAME FILE", help="pairs of a name and a JSONL or Parquet file"
+    )
     skip_eval_before_train: bool = option(False, help="no evaluation before the first step")
     n_samples_per_eval_prompt: int = option(1, help="responses per evaluation prompt")
     eval_temperature: float = option(0.0, help="sampling temperature; 0: greedy")
     eval_top_p: float = option(1.0, help="nucleus of the sampling")
     eval_top_k: int = option(-1, help="most likely tokens to sample from; -1: all")
-    eval_max_response_len: int | None = option(None, help="longest response, in tokens; unset: --rollout-max-response-len")
+    eval_max_response_len: int | None = option(
+        None, help="longest response, in tokens; unset: --rollout-max-response-len"
+    )
     eval_input_key: str | None = option(None, help="column of the prompt; unset: --input-key")
     eval_label_key: str | None = option(None, help="column of the answer; unset: --label-key")
-    eval_rm_type: str | None = option(None, choices=("math", "deepscaler", "exact_match"), help="verifier; unset: --rm-type, or math")
+    eval_rm_type: str | None = option(
+        None, choices=("math", "deepscaler", "exact_match"), help="verifier; unset: --rm-type, or math"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
     """Algorithm: advantages and the policy loss"""
 
-    advantage_estimator: str = option("grpo", choices=("grpo",), help="base advantage; the OPD penalty is added to any of them")
-    normalize_advantages: bool = option(False, help="whiten the base advantages over the whole rollout, before the OPD penalty")
-    disable_rewards_normalization: bool = option(False, help="use rewards as they are: no group mean, no group deviation")
+    advantage_estimator: str = option(
+        "grpo", choices=("grpo",), help="base advantage; the OPD penalty is added to any of them"
+    )
+    normalize_advantages: bool = option(
+        False, help="whiten the base advantages over the whole rollout, before the OPD penalty"
+    )
+    disable_rewards_normalization: bool = option(
+        False, help="use rewards as they are: no group mean, no group deviation"
+    )
     disable_grpo_std_normalization: bool = option(False, help="subtract the group mean only")
     eps_clip: float = option(0.2, help="PPO clip below 1")
     eps_clip_high: float | None = option(None, help="PPO clip above 1; unset: --eps-clip")
@@ -207,7 +280,9 @@ class AlgorithmConfig:
     use_kl_loss: bool = option(False, help="add a KL loss to the reference model (--ref-load)")
     kl_loss_coef: float = option(0.0, help="weight of the KL loss")
     kl_loss_type: str = option("k1", choices=("k1", "k2", "k3", "low_var_kl"), help="estimator of the KL loss")
-    use_rollout_logprobs: bool = option(False, help="the engine's log-probs are the old policy's, instead of the trainer's")
+    use_rollout_logprobs: bool = option(
+        False, help="the engine's log-probs are the old policy's, instead of the trainer's"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,31 +290,51 @@ class OPDConfig:
     """On-policy distillation"""
 
     use_opd: bool = option(False, help="subtract the reverse-KL penalty against the teacher from the advantages")
-    opd_type: str | None = option(None, choices=("sglang", "megatron"), help="sglang: teacher server at --rm-url, scored during rollout; megatron: teacher forward in the trainer")
+    opd_type: str | None = option(
+        None,
+        choices=("sglang", "megatron"),
+        help="sglang: teacher server at --rm-url, scored during rollout; megatron: teacher forward in the trainer",
+    )
     opd_kl_coef: float = option(1.0, help="weight of the penalty")
     opd_only_reward: bool = option(False, help="zero the base advantage: pure distillation")
-    opd_teacher_load: str | None = option(None, help="teacher checkpoint (torch_dist or Hugging Face), for --opd-type megatron", metavar="DIR")
+    opd_teacher_load: str | None = option(
+        None, help="teacher checkpoint (torch_dist or Hugging Face), for --opd-type megatron", metavar="DIR"
+    )
     opd_teacher_ckpt_step: int | None = option(None, help="step of --opd-teacher-load; unset: the latest")
     opd_teacher_timeout_s: float = option(30.0, help="seconds per teacher request")
     opd_teacher_retries: int = option(2, help="times a failed teacher request is sent again")
     opd_teacher_concurrency: int = option(64, help="teacher requests in flight")
-    opd_max_fallback_fraction: float = option(0.1, help="largest share of a rollout's samples that may go without teacher scores; above it the run stops")
+    opd_max_fallback_fraction: float = option(
+        0.1, help="largest share of a rollout's samples that may go without teacher scores; above it the run stops"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightsConfig:
     """Weights: from the trainer to the engines"""
 
-    update_weight_transport: str = option("tensor", choices=("tensor", "broadcast", "disk"), help="tensor: shared memory on one node (CUDA IPC needs --colocate); broadcast: a process group with the engines; disk: a Hugging Face directory")
+    update_weight_transport: str = option(
+        "tensor",
+        choices=("tensor", "broadcast", "disk"),
+        help="tensor: shared memory on one node (CUDA IPC needs --colocate); broadcast: a process group with the engines; disk: a Hugging Face directory",
+    )
     update_weight_buffer_size: int = option(512 * 1024 * 1024, help="bytes sent at a time")
-    update_weight_disk_dir: str | None = option(None, help="directory for disk updates; unset: in --run-dir", metavar="DIR")
-    check_weight_update_equal: bool = option(False, help="after each update, compare the engines' weights with the trainer's by checksum")
+    update_weight_disk_dir: str | None = option(
+        None, help="directory for disk updates; unset: in --run-dir", metavar="DIR"
+    )
+    check_weight_update_equal: bool = option(
+        False, help="after each update, compare the engines' weights with the trainer's by checksum"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObserveConfig:
     """Watching a run"""
 
-    run_dir: str | None = option(None, help="where metrics.jsonl, TensorBoard files and the resolved configuration go; unset: SAVE/run, or runs/DATE", metavar="DIR")
+    run_dir: str | None = option(
+        None,
+        help="where metrics.jsonl, TensorBoard files and the resolved configuration go; unset: SAVE/run, or runs/DATE",
+        metavar="DIR",
+    )
     no_tensorboard: bool = option(False, help="no TensorBoard files")
     print_samples_interval: int = option(10, help="rollouts between printed samples; 0: never")

@@ -7,7 +7,10 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 import slime_opd
+from slime_opd.engine import weight_proof
 from slime_opd.engine.process import OwnedProcess, free_port
 
 __all__ = ["EngineProcess", "engine_command", "free_port"]
@@ -22,8 +25,9 @@ def engine_command(
     """
     module = "sglang.launch_server" if has_cuda else "slime_opd.engine.cpu_launcher"
     command = [sys.executable, "-m", module, "--model-path", str(model_path), "--host", host, "--port", str(port)]
-    for name, words in options.items():
-        command += [f"--{name.lstrip('-').replace('_', '-')}", *words]
+    given = {name.lstrip("-").replace("_", "-"): words for name, words in options.items()}
+    for name, words in ({"custom-weight-loader": (weight_proof.LOADER,)} | given).items():
+        command += [f"--{name}", *words]
     return command
 
 
@@ -39,8 +43,6 @@ class EngineProcess(OwnedProcess):
         options: Mapping[str, tuple[str, ...]] | None = None,
         log_path: Path,
     ) -> None:
-        import torch
-
         package_root = str(Path(slime_opd.__file__).parent.parent)
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         super().__init__(

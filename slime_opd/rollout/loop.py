@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 
+_SIGNAL_CHECK_S = 1.0
+
 
 class BackgroundLoop:
     """Runs coroutines for the driver: `run` waits, `submit` does not, so prefetching is the same loop.
@@ -42,6 +44,9 @@ class BackgroundLoop:
         """The result of `coroutine`. An interrupt while waiting (Ctrl-C) cancels it."""
         future = self.submit(coroutine)
         try:
+            # In slices: Python notices a signal that comes just before a wait only when the wait ends.
+            while not concurrent.futures.wait([future], timeout=_SIGNAL_CHECK_S).done:
+                pass
             return future.result()
         finally:
             future.cancel()

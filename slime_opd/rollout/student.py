@@ -37,7 +37,7 @@ class StudentRollouts:
     ) -> None:
         self._config, self._tokenizer, self._loop = config, tokenizer, loop
         self._eval_sets = eval_sets
-        self._rewards = [reward for reward in (make_reward(config), make_eval_reward(config)) if reward is not None]
+        self._reward, self._eval_reward = make_reward(config), make_eval_reward(config)
         self._client: EngineClient | None = None
         if engine_url is not None:
             rollout = config.rollout
@@ -74,7 +74,7 @@ class StudentRollouts:
                     self._tokenizer,
                     self._config,
                     self._eval_sets,
-                    make_eval_reward(self._config),
+                    self._eval_reward,
                     progress_of(progress),
                 )
             )
@@ -83,6 +83,9 @@ class StudentRollouts:
         """Close connections and the workers of the rewards."""
         if self._client is not None:
             self._loop.run(self._client.aclose())
+        for reward in (self._reward, self._eval_reward):
+            if reward is not None:
+                reward.close()
 
 
 def progress_of(progress: Progress):

@@ -22,6 +22,28 @@ EVALUATED = f"{GOOD} --eval-interval 1 --eval-prompt-data a a.jsonl"
 EVALUATE_ONLY = f"{MODEL} --hf-checkpoint student --num-rollout 0 --label-key label --rollout-max-response-len 8"
 SFT = f"{MODEL} --hf-checkpoint student --prompt-data a.jsonl --loss-type sft_loss --num-epoch 3 --rollout-batch-size 4"
 
+# What slime's two scripts of on-policy distillation say, as they say it.
+SLIME = """
+    --swiglu --num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 --group-query-attention
+    --num-query-groups 8 --use-rotary-position-embeddings --disable-bias-linear --normalization RMSNorm --norm-epsilon 1e-6
+    --rotary-base 1000000 --vocab-size 151936 --kv-channels 128 --qk-layernorm --untie-embeddings-and-output-weights
+    --actor-num-nodes 1 --actor-num-gpus-per-node 2 --rollout-num-gpus 4 --hf-checkpoint Qwen3-8B --ref-load torch_dist
+    --load slime/ --save slime/ --save-interval 20 --prompt-data dapo-math-17k.jsonl --input-key prompt
+    --apply-chat-template --rollout-shuffle --num-rollout 300 --rollout-batch-size 16 --n-samples-per-prompt 4
+    --rollout-max-response-len 16384 --rollout-temperature 1 --global-batch-size 64 --balance-data
+    --advantage-estimator grpo --use-opd --opd-kl-coef 1.0 --use-kl-loss --kl-loss-coef 0.00 --kl-loss-type low_var_kl
+    --entropy-coef 0.00 --tensor-model-parallel-size 2 --sequence-parallel --pipeline-model-parallel-size 1
+    --context-parallel-size 1 --expert-model-parallel-size 1 --expert-tensor-parallel-size 1 --recompute-granularity full
+    --recompute-method uniform --recompute-num-layers 1 --use-dynamic-batch-size --max-tokens-per-gpu 16384
+    --optimizer adam --lr 1e-6 --lr-decay-style constant --weight-decay 0.1 --adam-beta1 0.9 --adam-beta2 0.98
+    --rollout-num-gpus-per-engine 1 --sglang-mem-fraction-static 0.4 --attention-dropout 0.0 --hidden-dropout 0.0
+    --accumulate-allreduce-grads-in-fp32 --attention-softmax-in-fp32 --attention-backend flash
+"""
+SLIME_SGLANG = f"""{SLIME} --opd-type sglang --rm-url http://127.0.0.1:13141/generate
+    --custom-rm-path slime.rollout.on_policy_distillation.reward_func
+    --custom-reward-post-process-path slime.rollout.on_policy_distillation.post_process_rewards"""
+SLIME_MEGATRON = f"{SLIME} --opd-type megatron --opd-teacher-load torch_dist --rm-type math"
+
 
 def config_of(words: str) -> Config:
     return parse(shlex.split(words))
@@ -37,6 +59,7 @@ def problems_of(words: str) -> list[str]:
         GOOD,
         REWARDED,
         EVALUATED,
+        f"{GOOD} --eval-prompt-data a a.jsonl",
         f"{EVALUATE_ONLY} --eval-prompt-data a a.jsonl",
         SFT,
         f"{SFT} --rollout-num-gpus 0",
@@ -224,7 +247,6 @@ RULES = {
     "kl without a reference": (f"{GOOD} --use-kl-loss", "--use-kl-loss needs --ref-load"),
     "weight of no loss": (f"{GOOD} --kl-loss-coef 0.1", "--kl-loss-coef 0.1 has no effect without --use-kl-loss"),
     "interval without data": (f"{GOOD} --eval-interval 1", "--eval-interval needs --eval-prompt-data"),
-    "data without an interval": (f"{GOOD} --eval-prompt-data a b", "never used without --eval-interval"),
     "evaluation without data": (EVALUATE_ONLY, "found no --eval-prompt-data"),
     "half a pair": (
         f"{EVALUATED} --eval-prompt-data a b c",
@@ -271,6 +293,17 @@ def test_every_rule_of_combinations_is_broken_by_a_test():
 def test_a_malformed_teacher_address_is_refused(url):
     words = [*shlex.split(GOOD), "--rm-url", url]
     assert problems(parse(words), COMBINATIONS) == [f"--rm-url: found {url!r}, expected http://HOST:PORT/generate"]
+
+
+def test_slimes_script_for_an_sglang_teacher_is_accepted_as_it_is():
+    assert problems_of(SLIME_SGLANG) == []
+
+
+def test_slimes_script_for_a_megatron_teacher_lacks_only_its_label_key():
+    """slime's own script rewards every answer with 0, because it names no answers."""
+    (problem,) = problems_of(SLIME_MEGATRON)
+    assert problem.startswith("--rm-type math needs --label-key")
+    assert problems_of(f"{SLIME_MEGATRON} --label-key label") == []
 
 
 def test_validate_reports_all_problems_one_line_each():

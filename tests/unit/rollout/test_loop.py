@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import signal
 import threading
 
 import pytest
@@ -83,22 +82,17 @@ def test_closing_cancels_what_still_runs_waits_for_it_and_may_be_repeated():
         loop.submit(value(1))
 
 
-def test_an_interrupt_while_waiting_cancels_the_coroutine():
+def test_an_interrupt_while_waiting_cancels_the_coroutine_and_leaves_the_loop_usable(monkeypatch):
     started, ended = threading.Event(), threading.Event()
 
-    def interrupt():
+    def interrupted(*_, **__):
         assert started.wait(10)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with BackgroundLoop() as loop:
-            thread = threading.Thread(target=interrupt)
-            thread.start()
-            with pytest.raises(KeyboardInterrupt):
-                loop.run(endless(started, ended))
-            assert ended.wait(10)
-            thread.join()
-            assert loop.run(value(1)) == 1
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    with BackgroundLoop() as loop:
+        monkeypatch.setattr(concurrent.futures, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(endless(started, ended))
+        monkeypatch.undo()
+        assert ended.wait(10)
+        assert loop.run(value(1)) == 1

@@ -1,0 +1,179 @@
+"""What the trainer tells an SGLang server: pause, flush, take these weights, prove that you have them.
+
+Synchronous: the caller is a trainer rank that has nothing else to do meanwhile. Every method
+returns when the server has done it, and raises EngineError with the server's message where it has not.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from slime_opd.engine import weight_proof
+from slime_opd.errors import EngineError, EngineTimeout
+
+
+class EngineControl:
+    """The admin calls of one SGLang server. `timeout_s` bounds each call, in seconds."""
+
+    def __init__(self, url: str, *, timeout_s: float = 600.0, transport: httpx.BaseTransport | None = None) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(base_url=self.url, timeout=timeout_s, transport=transport, trust_env=False)
+
+    def flush_cache(self, timeout_s: float = 60.0) -> None:
+        """Drop cached prefixes. A server that still has requests refuses: asked again for `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        pause = 0.05
+        while True:
+            response = self._send("POST", "/flush_cache")
+            if response.is_success:
+                return
+            if time.monotonic() > deadline:
+                raise EngineTimeout(f"{self.url}/flush_cache: refused for {timeout_s:g} s, as requests are running or waiting")
+            time.sleep(pause)
+            pause = min(pause * 2, 1.0)
+
+    def pause_generation(self, mode: str = "abort") -> None:
+        """Stop generating.
+
+        `mode`: "abort" ends the running responses (a client asks again), "retract" puts
+        them back into the queue and recomputes them, "in_place" leaves them where they
+        are, with a cache of the old weights (flush_cache is then refused).
+        """
+        self._command("/pause_generation", {"mode": mode})
+
+    def continue_generation(self) -> None:
+        """Generate again."""
+        self._command("/continue_generation", {})
+
+    def update_weights_from_tensor(
+        self,
+        serialized: Sequence[str],
+        *,
+        load_format: str | None = None,
+        weight_version: str | None = None,
+        flush_cache: bool = True,
+    ) -> None:
+        """Load tensors that the server can open, by their Hugging Face names.
+
+        `serialized`: one base64 pickle per tensor-parallel rank of the engine, of a list of (name,
+        tensor), or with `load_format` "flattened_bucket" of {"flattened_tensor", "metadata"}.
+        """
+        body = {"serialized_named_tensors": list(serialized), "load_format": load_format}
+        self._command(
+            "/update_weights_from_tensor", {**body, "weight_version": weight_version, "flush_cache": flush_cache}
+        )
+
+    def update_weights_from_disk(self, path: str, *, weight_version: str | None = None) -> None:
+        """Load a Hugging Face directory that the server can read."""
+        self._command("/update_weights_from_disk", {"model_path": path, "weight_version": weight_version})
+
+    def init_weights_update_group(
+        self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
+    ) -> None:
+        """Join a process group whose rank 0, the trainer, listens at the master address.
+
+        Returns when all have joined, so the trainer must join at the same time, from another
+        thread. The engine's ranks are `rank_offset` and up, one per tensor-parallel rank.
+        """
+        self._command(
+            "/init_weights_update_group",
+            {
+                "master_address": master_address,
+                "master_port": master_port,
+                "rank_offset": rank_offset,
+                "world_size": world_size,
+                "group_name": group_name,
+                "backend": backend,
+            },
+        )
+
+    def update_weights_from_distributed(
+        self,
+        *,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        group_name: str,
+        weight_version: str | None = None,
+        flush_cache: bool = True,
+        load_format: str | None = None,
+    ) -> None:
+        """Receive tensors that rank 0 of the group broadcasts, in this order; see `init_weights_update_group`.
+
+        `dtypes` are torch's names ("bfloat16"). Returns when the tensors are loaded, so
+        the broadcast must run at the same time, from another thread.
+        """
+        body = {"names": list(names), "dtypes": list(dtypes), "shapes": [list(shape) for shape in shapes]}
+        options = {"weight_version": weight_version, "flush_cache": flush_cache, "load_format": load_format}
+        self._command("/update_weights_from_distributed", {**body, **options, "group_name": group_name})
+
+    def destroy_weights_update_group(self, group_name: str) -> None:
+        """Leave a process group."""
+        self._command("/destroy_weights_update_group", {"group_name": group_name})
+
+    def differing_weights(self, serialized: Sequence[str]) -> list[str]:
+        """Names of the engine's own parameters that are not bit for bit what the given tensors load to; [] is the proof.
+
+        `serialized` is as for `update_weights_from_tensor`, as lists of (name, tensor).
+        The server must have been started with `--custom-weight-loader` naming `weight_proof.LOADER` (EngineProcess does).
+        A parameter that differs has the given value afterwards. How it works: see weight_proof.py.
+        """
+        self.update_weights_from_tensor(serialized, load_format=weight_proof.LOADER, flush_cache=False)
+        response = self._send("POST", "/get_weights_by_name", {"name": weight_proof.REPORT, "truncate_size": 0})
+        report = self._json(response, "/get_weights_by_name")
+        # One report per data-parallel replica of the engine, or the report itself where there is one replica.
+        if not isinstance(report, list):
+            raise EngineError(f"{self.url}/get_weights_by_name: expected the list of differing weights, got {str(report)[:200]}")
+        return sorted({name for part in report for name in (part if isinstance(part, list) else [part])})
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _command(self, path: str, body: dict[str, Any]) -> None:
+        response = self._send("POST", path, body)
+        answer = self._json(response, path)
+        if isinstance(answer, dict) and answer.get("success") is False:
+            raise EngineError(f"{self.url}{path}: the server refused: {answer.get('message')}")
+
+    def _send(self, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            return self._http.request(method, path, json=body)
+        except httpx.TimeoutException as error:
+            raise EngineTimeout(f"{self.url}{path}: no answer within {self._http.timeout.read:g} s") from error
+        except httpx.TransportError as error:
+            raise EngineError(f"{self.url}{path}: {type(error).__name__}: {error}".rstrip(": ")) from error
+
+    def _json(self, response: httpx.Response, path: str) -> Any:
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if response.is_success:
+            return answer
+        reason = answer.get("message") if isinstance(answer, dict) else None
+        raise EngineError(f"{self.url}{path}: HTTP {response.status_code}: {reason or response.text[:500]}")
+
+
+def serialize_by_value(named_tensors: Sequence[tuple[str, Any]]) -> str:
+    """CPU tensors as one base64 pickle that holds their values, for `update_weights_from_tensor`.
+
+    It crosses machines and containers, unlike handles of shared memory, and costs
+    4/3 of the tensors' size in the request: for small models and small sets of tensors.
+    """
+    return base64.b64encode(pickle.dumps(list(named_tensors), protocol=pickle.HIGHEST_PROTOCOL)).decode()

@@ -1,0 +1,84 @@
+"""Where metrics go: a JSONL file always, TensorBoard unless it is turned off."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self
+
+from slime_opd.observe import console
+
+
+class Sink(Protocol):
+    """Keeps the metrics of one step."""
+
+    def log(self, step: int, record: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One line per record in metrics.jsonl; a resumed run appends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = (run_dir / "metrics.jsonl").open("a")
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """Write one line, at once."""
+        self._file.write(json.dumps({"step": step, "time": time.time(), **record}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files for `tensorboard --logdir RUN_DIR`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """Add one point to the curve of every metric."""
+        for name, value in record.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._writer.close()
+
+
+class MetricSinks:
+    """Every sink at once. One that cannot start raises; one that fails later is dropped, and the run goes on."""
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._sinks: list[Sink] = [JsonLines(run_dir), *([TensorBoard(run_dir)] if tensorboard else [])]
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """Give the record to every sink."""
+        for sink in list(self._sinks):
+            try:
+                sink.log(step, record)
+            except OSError as error:
+                self._sinks.remove(sink)
+                console.warn(f"{type(sink).__name__} stops keeping metrics at step {step}: {error}")
+
+    def close(self) -> None:
+        """Close every sink."""
+        for sink in self._sinks:
+            sink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,87 @@
+"""Weights by broadcast: the trainer's first rank and all engines share a process group (NCCL; gloo on a CPU)."""
+
+from __future__ import annotations
+
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.distributed as dist
+
+from slime_opd.config import Config
+from slime_opd.engine.control import EngineControl
+from slime_opd.weights.buckets import NamedTensor
+
+GROUP = "slime_opd_weights"
+
+
+class BroadcastTransport:
+    """Sends each tensor of a bucket to all engines, wherever they run."""
+
+    def __init__(self, config: Config, controls: list[EngineControl]) -> None:
+        self._controls = controls
+        self._per_engine = config.cluster.rollout_num_gpus_per_engine
+        self._threads = ThreadPoolExecutor(len(controls))
+        self._group = self._join()
+
+    def _join(self) -> dist.ProcessGroup:
+        if not torch.cuda.is_available():
+            from slime_opd.engine.cpu_launcher import prepare_process
+
+            prepare_process()
+        # The engines make their side of the group with this function, and both sides must agree on its store's prefixes.
+        from sglang.srt.utils import init_custom_process_group
+
+        address = socket.gethostbyname(socket.gethostname())
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        world_size = 1 + self._per_engine * len(self._controls)
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        joining = [
+            self._threads.submit(
+                control.init_weights_update_group,
+                master_address=address,
+                master_port=port,
+                rank_offset=1 + index * self._per_engine,
+                world_size=world_size,
+                group_name=GROUP,
+                backend=backend,
+            )
+            for index, control in enumerate(self._controls)
+        ]
+        group = init_custom_process_group(
+            backend=backend, init_method=f"tcp://{address}:{port}", world_size=world_size, rank=0, group_name=GROUP
+        )
+        for one in joining:
+            one.result()
+        return group
+
+    def send(self, bucket: list[NamedTensor]) -> None:
+        """Announce one bucket to every engine, then broadcast its tensors in order."""
+        receiving = [
+            self._threads.submit(
+                control.update_weights_from_distributed,
+                names=[name for name, _ in bucket],
+                dtypes=[str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+                shapes=[tuple(tensor.shape) for _, tensor in bucket],
+                group_name=GROUP,
+                flush_cache=False,
+            )
+            for control in self._controls
+        ]
+        for _, tensor in bucket:
+            dist.broadcast(tensor, src=0, group=self._group)
+        for one in receiving:
+            one.result()
+
+    def finish(self, version: str) -> None:
+        """Drop prefixes cached under the old weights."""
+        for control in self._controls:
+            control.flush_cache()
+
+    def close(self) -> None:
+        """Leave the group."""
+        for control in self._controls:
+            control.destroy_weights_update_group(GROUP)
+        self._threads.shutdown()

@@ -1,0 +1,51 @@
+"""Weights by disk: a Hugging Face directory that the engines load again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from slime_opd.config import Config
+from slime_opd.engine.control import EngineControl
+from slime_opd.weights.buckets import NamedTensor
+
+
+class DiskTransport:
+    """Writes each bucket as one safetensors file; the engines read the directory when it is complete."""
+
+    def __init__(self, config: Config, controls: list[EngineControl]) -> None:
+        self._controls = controls
+        self._directory = disk_directory(config)
+        self._origin = Path(config.model.hf_checkpoint)
+        self._files = 0
+
+    def send(self, bucket: list[NamedTensor]) -> None:
+        """Write one bucket."""
+        if self._files == 0:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory.mkdir(parents=True)
+            for file in self._origin.glob("*.json"):
+                if not file.name.endswith(".index.json"):
+                    shutil.copy2(file, self._directory)
+        save_file(
+            {name: tensor.cpu() for name, tensor in bucket}, self._directory / f"model-{self._files:05d}.safetensors"
+        )
+        self._files += 1
+
+    def finish(self, version: str) -> None:
+        """Have every engine load the directory."""
+        self._files = 0
+        for control in self._controls:
+            control.update_weights_from_disk(str(self._directory.resolve()), weight_version=version)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def disk_directory(config: Config) -> Path:
+    """`--update-weight-disk-dir`, or a directory beside the run's other files."""
+    if config.weights.update_weight_disk_dir is not None:
+        return Path(config.weights.update_weight_disk_dir)
+    return Path(config.observe.run_dir or config.checkpoint.save or "runs") / "weights"

@@ -1,0 +1,84 @@
+"""Bringing the engines to the trainer's weights: gather, cut into buckets, send, and prove that they arrived.
+
+All trainer ranks gather each weight together; the first rank sends. How it travels is a WeightTransport.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from slime_opd.config import Config
+from slime_opd.engine.control import EngineControl
+from slime_opd.errors import WeightSyncError
+from slime_opd.weights.broadcast import BroadcastTransport
+from slime_opd.weights.buckets import NamedTensor, buckets
+from slime_opd.weights.disk import DiskTransport
+from slime_opd.weights.shared import SharedBuffer
+from slime_opd.weights.tensor import TensorTransport
+
+
+class WeightTransport(Protocol):
+    """One way for weights to reach the engines."""
+
+    def send(self, bucket: list[NamedTensor]) -> None:
+        """Send one bucket; when it returns the tensors may be overwritten."""
+
+    def finish(self, version: str) -> None:
+        """Make the engines serve what was sent, as weights `version`."""
+
+    def close(self) -> None:
+        """Give up what the transport holds."""
+
+
+TRANSPORTS: dict[str, Callable[[Config, list[EngineControl]], WeightTransport]] = {
+    "tensor": TensorTransport,
+    "broadcast": BroadcastTransport,
+    "disk": DiskTransport,
+}
+
+
+class WeightSender:
+    """Sends weights to the engines at `urls`; on ranks that do not send, `urls` is empty."""
+
+    def __init__(self, config: Config, urls: list[str]) -> None:
+        self._limit = config.weights.update_weight_buffer_size
+        self._controls = [EngineControl(url) for url in urls]
+        make = TRANSPORTS[config.weights.update_weight_transport]
+        self._transport = make(config, self._controls) if urls else None
+        self._copies = config.cluster.rollout_num_gpus_per_engine
+        self._proof_buffer = SharedBuffer()
+
+    def send(self, weights: Callable[[], Iterator[NamedTensor]], version: int, *, check: bool) -> None:
+        """Update every engine to `weights()`, which all ranks iterate together.
+
+        With `check`, raises WeightSyncError where an engine then serves anything else.
+        """
+        for bucket in buckets(weights(), self._limit):
+            if self._transport is not None:
+                self._transport.send(bucket)
+        if self._transport is not None:
+            self._transport.finish(str(version))
+        if check:
+            self._check(weights)
+
+    def _check(self, weights: Callable[[], Iterator[NamedTensor]]) -> None:
+        differing: dict[str, list[str]] = {}
+        for bucket in buckets(weights(), self._limit):
+            if self._controls:
+                serialized = [self._proof_buffer.serialize(bucket)] * self._copies
+                for control in self._controls:
+                    differing.setdefault(control.url, []).extend(control.differing_weights(serialized))
+        for url, names in differing.items():
+            if names:
+                raise WeightSyncError(
+                    f"the engine at {url} did not serve the trainer's weights: {len(names)} parameters differ, first {', '.join(names[:3])}"
+                )
+
+    def close(self) -> None:
+        """Close connections and process groups."""
+        if self._transport is not None:
+            self._transport.close()
+        for control in self._controls:
+            control.close()
+

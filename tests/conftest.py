@@ -1,0 +1,72 @@
+"""Fixtures that several rooms share: a tiny Hugging Face model, and one real SGLang server of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# One character, one token; 64 of them, so that the tokenizer fills the model's vocabulary.
+TINY_VOCABULARY = ("<pad>", "<eos>", *"0123456789", *"abcdefghijklmnopqrstuvwxyz", *" +-*/=()?.,:;!'\"\n#%&<>@_|$")
+
+
+def save_tiny_tokenizer(directory: Path, vocabulary: tuple[str, ...] = TINY_VOCABULARY) -> None:
+    """A character-level tokenizer whose ids are the places in `vocabulary`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(vocabulary)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>", model_max_length=512
+    )
+    fast.save_pretrained(directory)
+
+
+def save_tiny_model(directory: Path, *, seed: int = 0, vocab_size: int = 64, **overrides: object) -> None:
+    """A random Qwen3 of 0.1M parameters in float32, with its tokenizer."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shape = dict(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        # Ten times the usual, so that log-probs differ visibly between tokens.
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(Qwen3Config(**{**shape, **overrides})).to(torch.float32)
+    model.generation_config.eos_token_id = 1
+    model.save_pretrained(directory)
+    save_tiny_tokenizer(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face directory: vocabulary 64, 2 layers, hidden 64, untied, with a tokenizer of its 64 characters."""
+    directory = tmp_path_factory.mktemp("tiny_model")
+    save_tiny_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def engine_server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """An `EngineProcess` that serves `tiny_model_dir`, ready; a test that changes its weights puts them back."""
+    from slime_opd.engine.server import EngineProcess, free_port
+
+    log_path = tmp_path_factory.mktemp("engine_server") / "server.log"
+    with EngineProcess(tiny_model_dir, port=free_port(), log_path=log_path) as server:
+        server.wait_ready(180)
+        yield server

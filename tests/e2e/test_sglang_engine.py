@@ -1,0 +1,287 @@
+"""The SGLang boundary against a real server: numbers, weights, and what happens when something dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import save_tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from slime_opd.engine.client import EngineClient
+from slime_opd.engine.control import EngineControl, serialize_by_value
+from slime_opd.engine.protocol import SamplingParams
+from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.errors import EngineError, EngineTimeout
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = (3, 40, 5, 38, 12, 44)
+TOKENS = (*PROMPT, 7, 63, 21, 9, 30, 1)
+
+
+def hugging_face_log_probs(model_dir: Path, tokens: tuple[int, ...], temperature: float = 1.0) -> np.ndarray:
+    """Log-prob of each token but the first, given those before it, float32."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        log_probs = (model(torch.tensor([tokens])).logits[0, :-1] / temperature).log_softmax(-1)
+    return log_probs.gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0].numpy()
+
+
+def ask(server: EngineProcess, *calls, timeout_s: float = 60.0, retries: int = 0):
+    """The results of `call(client)` for each of `calls`, asked at one time."""
+
+    async def run():
+        client = EngineClient(server.url, concurrency=16, timeout_s=timeout_s, retries=retries)
+        try:
+            return await asyncio.gather(*(call(client) for call in calls))
+        finally:
+            await client.aclose()
+
+    return asyncio.run(run())
+
+
+def score(server: EngineProcess) -> np.ndarray:
+    return ask(server, lambda client: client.score(TOKENS, len(PROMPT)))[0]
+
+
+@pytest.fixture
+def other_weights(engine_server, tiny_model_dir, tmp_path):
+    """Another model's directory; afterwards the server serves its own weights again."""
+    save_tiny_model(tmp_path / "other", seed=1)
+    yield tmp_path / "other"
+    with EngineControl(engine_server.url) as control:
+        control.update_weights_from_disk(str(tiny_model_dir), weight_version="first")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_a_generation_carries_the_models_log_probs_at_the_sampling_temperature(engine_server, tiny_model_dir, temperature):
+    sampling = SamplingParams(temperature, 1.0, -1, 12)
+    generations = ask(engine_server, *[lambda client: client.generate(PROMPT, sampling)] * 8)
+    assert len({generation.token_ids for generation in generations}) > 1
+    for generation in generations:
+        assert 1 <= len(generation.token_ids) <= 12
+        assert generation.finish_reason == ("stop" if generation.token_ids[-1] == 1 else "length")
+        expected = hugging_face_log_probs(tiny_model_dir, PROMPT + generation.token_ids, temperature)[len(PROMPT) - 1 :]
+        np.testing.assert_allclose(generation.log_probs, expected, atol=1e-4)
+
+
+def test_temperature_zero_takes_the_most_likely_token_and_stop_conditions_end_it(engine_server, tiny_model_dir):
+    greedy = SamplingParams(0.0, 1.0, -1, 8)
+    [free] = ask(engine_server, lambda client: client.generate(PROMPT, greedy))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    ids = model.generate(torch.tensor([PROMPT]), do_sample=False, max_new_tokens=8)[0, len(PROMPT) :].tolist()
+    assert list(free.token_ids) == ids
+    stopping = SamplingParams(0.0, 1.0, -1, 8, stop_token_ids=(free.token_ids[2],))
+    [stopped] = ask(engine_server, lambda client: client.generate(PROMPT, stopping))
+    first = free.token_ids.index(free.token_ids[2])
+    assert stopped.token_ids == free.token_ids[: first + 1]
+    assert stopped.finish_reason == "stop"
+
+
+def test_scores_are_the_models_log_probs_at_temperature_one(engine_server, tiny_model_dir):
+    scores = score(engine_server)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, hugging_face_log_probs(tiny_model_dir, TOKENS)[len(PROMPT) - 1 :], atol=1e-4)
+
+
+def test_a_token_beyond_the_vocabulary_is_refused_at_once(engine_server):
+    with pytest.raises(EngineError, match=r"HTTP 400.*64"):
+        ask(engine_server, lambda client: client.score((3, 4, 64), 1), retries=5)
+
+
+def test_weights_from_disk_are_served_and_proven(engine_server, tiny_model_dir, other_weights):
+    own, other = load_file(tiny_model_dir / "model.safetensors"), load_file(other_weights / "model.safetensors")
+    with EngineControl(engine_server.url) as control:
+        assert control.differing_weights([serialize_by_value(own.items())]) == []
+        control.update_weights_from_disk(str(other_weights), weight_version="other")
+        assert control.differing_weights([serialize_by_value(other.items())]) == []
+    expected = hugging_face_log_probs(other_weights, TOKENS)[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(score(engine_server), expected, atol=1e-4)
+    [generation] = ask(engine_server, lambda client: client.generate(PROMPT, SamplingParams(1.0, 1.0, -1, 2)))
+    assert generation.weight_version == "other"
+
+
+def test_one_changed_bit_in_one_fused_tensor_is_named(engine_server, tiny_model_dir, other_weights):
+    changed = load_file(tiny_model_dir / "model.safetensors")
+    changed["model.layers.1.self_attn.k_proj.weight"].view(torch.int32)[0, 0] ^= 1
+    with EngineControl(engine_server.url) as control:
+        assert control.differing_weights([serialize_by_value(changed.items())]) == [
+            "model.layers.1.self_attn.qkv_proj.weight"
+        ]
+
+
+SENDER = """
+import sys, torch
+from safetensors.torch import load_file
+from slime_opd.engine.cpu_launcher import prepare_process
+prepare_process()
+from sglang.srt.utils import MultiprocessingSerializer
+from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
+from slime_opd.engine.control import EngineControl
+tensors = list(load_file(sys.argv[2]).items())
+bucket = FlattenedTensorBucket(named_tensors=tensors)
+flat = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
+with EngineControl(sys.argv[1]) as control:
+    serialized = MultiprocessingSerializer.serialize(flat, output_str=True)
+    control.update_weights_from_tensor([serialized], load_format="flattened_bucket", weight_version="shared")
+    print(control.differing_weights([MultiprocessingSerializer.serialize(tensors, output_str=True)]))
+"""
+
+
+def test_weights_from_another_processes_shared_memory_are_served(engine_server, other_weights):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SENDER, engine_server.url, str(other_weights / "model.safetensors")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip().splitlines()[-1] == "[]"
+    expected = hugging_face_log_probs(other_weights, TOKENS)[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(score(engine_server), expected, atol=1e-4)
+
+
+def test_weights_by_value_are_served(engine_server, other_weights):
+    tensors = load_file(other_weights / "model.safetensors")
+    with EngineControl(engine_server.url) as control:
+        control.update_weights_from_tensor([serialize_by_value(tensors.items())], weight_version="value")
+    expected = hugging_face_log_probs(other_weights, TOKENS)[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(score(engine_server), expected, atol=1e-4)
+
+
+BROADCASTER = """
+import sys, torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_helper, _world, default_pg_timeout
+from concurrent.futures import ThreadPoolExecutor
+from safetensors.torch import load_file
+from slime_opd.engine.control import EngineControl
+from slime_opd.engine.process import free_port
+url, path = sys.argv[1:]
+name, port = "weights", free_port()
+tensors = load_file(path)
+with EngineControl(url, timeout_s=60) as control, ThreadPoolExecutor(1) as other:
+    joining = other.submit(control.init_weights_update_group, master_address="127.0.0.1", master_port=port,
+                           rank_offset=1, world_size=2, group_name=name, backend="gloo")
+    store = dist.TCPStore("127.0.0.1", port, 2, is_master=True, wait_for_workers=False, timeout=default_pg_timeout)
+    group, _ = _new_process_group_helper(2, 0, [], dist.Backend("gloo"), PrefixStore(name, store), group_name=name,
+                                         timeout=default_pg_timeout)
+    _world.pg_group_ranks[group] = {0: 0, 1: 1}
+    joining.result()
+    receiving = other.submit(control.update_weights_from_distributed, names=list(tensors),
+                             dtypes=[str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+                             shapes=[list(t.shape) for t in tensors.values()], group_name=name, weight_version="broadcast")
+    for tensor in tensors.values():
+        dist.broadcast(tensor, src=0, group=group)
+    receiving.result()
+    control.destroy_weights_update_group(name)
+"""
+
+
+def test_weights_from_a_gloo_broadcast_are_served(engine_server, other_weights):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BROADCASTER, engine_server.url, str(other_weights / "model.safetensors")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    expected = hugging_face_log_probs(other_weights, TOKENS)[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(score(engine_server), expected, atol=1e-4)
+
+
+def test_a_refused_update_says_why(engine_server, tmp_path):
+    with EngineControl(engine_server.url) as control, pytest.raises(EngineError, match="update_weights_from_disk"):
+        control.update_weights_from_disk(str(tmp_path / "nowhere"))
+
+
+def test_a_paused_engine_answers_after_it_continues(engine_server, tiny_model_dir):
+    with EngineControl(engine_server.url) as control, ThreadPoolExecutor(1) as other:
+        control.pause_generation("retract")
+        control.flush_cache()
+        asked = other.submit(score, engine_server)
+        with pytest.raises(TimeoutError):
+            asked.result(0.5)
+        control.continue_generation()
+        expected = hugging_face_log_probs(tiny_model_dir, TOKENS)[len(PROMPT) - 1 :]
+        np.testing.assert_allclose(asked.result(60), expected, atol=1e-4)
+
+
+def group_members(group: int) -> list[int]:
+    members = []
+    for process in psutil.process_iter():
+        try:
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                members.append(process.pid)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return members
+
+
+def wait_until(condition, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+OWNER = """
+import sys, time
+from pathlib import Path
+from slime_opd.engine.server import EngineProcess
+server = EngineProcess(sys.argv[1], port=int(sys.argv[2]), log_path=Path(sys.argv[3])).start()
+print(server.pid, flush=True)
+server.wait_ready(180)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_server_dies_with_its_killed_owner_and_a_waiting_client_learns_of_it_at_once(tiny_model_dir, tmp_path):
+    port = free_port()
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, str(tiny_model_dir), str(port), str(tmp_path / "server.log")],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        group = int(owner.stdout.readline())
+        assert owner.stdout.readline().strip() == "ready", (tmp_path / "server.log").read_text()[-2000:]
+        assert len(group_members(group)) >= 4  # the guard, the server, its scheduler and its detokenizer
+
+        async def ask_while_the_owner_is_killed() -> float:
+            client = EngineClient(f"http://127.0.0.1:{port}", concurrency=4, timeout_s=60, retries=0)
+            endless = SamplingParams(1.0, 1.0, -1, 400, stop_token_ids=())
+            requests = [asyncio.create_task(client.generate(PROMPT, endless)) for _ in range(4)]
+            await asyncio.sleep(0)  # the requests are on their way
+            owner.send_signal(signal.SIGSTOP)  # proves nothing but keeps the owner from stopping the server itself
+            owner.kill()
+            start = time.monotonic()
+            outcomes = await asyncio.gather(*requests, return_exceptions=True)
+            await client.aclose()
+            assert all(isinstance(outcome, EngineError) or outcome.token_ids for outcome in outcomes), outcomes
+            with pytest.raises(EngineError):
+                while True:  # the guard looks twice a second
+                    await client.generate(PROMPT, endless)
+            return time.monotonic() - start
+
+        assert asyncio.run(ask_while_the_owner_is_killed()) < 15
+        assert wait_until(lambda: not group_members(group), 10), group_members(group)
+    finally:
+        owner.kill()
+        owner.wait()
+
+
+def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path):
+    server = EngineProcess(tmp_path / "no_model", port=free_port(), log_path=tmp_path / "server.log")
+    with server, pytest.raises(EngineError, match="exited with code") as caught:
+        server.wait_ready(120)
+    assert not isinstance(caught.value, EngineTimeout)
+    assert "no_model" in str(caught.value)

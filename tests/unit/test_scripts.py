@@ -1,0 +1,217 @@
+"""The shell scripts parse, say what they were given, and stop what they start."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from slime_opd.config import parse, problems
+from slime_opd.config.checks import COMBINATIONS
+
+ROOT = Path(__file__).parents[2]
+MODELS = sorted((ROOT / "scripts/models").glob("*.sh"))
+EXAMPLES = ROOT / "examples/on_policy_distillation"
+RUNS = sorted(EXAMPLES.glob("run-*.sh"))
+
+# Weights in the checkpoints that Qwen published, a tied output layer counted once.
+PARAMETERS = {
+    "qwen3-0.6B": 596_049_920,
+    "qwen3-1.7B": 1_720_574_976,
+    "qwen3-4B": 4_022_468_096,
+    "qwen3-8B": 8_190_735_360,
+    "qwen3-14B": 14_768_307_200,
+    "qwen3-32B": 32_762_123_264,
+}
+
+
+def bash(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", program],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def model_arguments(script: Path) -> list[str]:
+    run = bash(f"source '{script}'; printf '%s\\n' \"${{MODEL_ARGS[@]}}\"")
+    assert (run.returncode, run.stderr) == (0, "")
+    return run.stdout.splitlines()
+
+
+def flags_of(run: Path, base: Path) -> list[str]:
+    dry = bash(f"'{run}' --seed 7", DRY_RUN="1", BASE=str(base))
+    assert (dry.returncode, dry.stderr) == (0, "")
+    return dry.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    "script", [*MODELS, *EXAMPLES.glob("*.sh"), *(ROOT / "tools").glob("*.sh")], ids=lambda p: p.name
+)
+def test_every_script_is_valid_bash(script):
+    check = bash(f"bash -n '{script}'")
+    assert (check.returncode, check.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("script", MODELS, ids=lambda script: script.stem)
+def test_a_model_script_sets_model_args_and_nothing_else(script):
+    before, after = (set(bash(f"{source} compgen -v").stdout.split()) for source in ("true;", f"source '{script}';"))
+    assert after - before == {"MODEL_ARGS"}
+
+
+@pytest.mark.parametrize("script", MODELS, ids=lambda script: script.stem)
+def test_a_model_scripts_flags_describe_the_published_model(script):
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    model = parse(model_arguments(script)).model
+    architecture = Qwen3Config(
+        num_hidden_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_query_groups,
+        head_dim=model.kv_channels,
+        vocab_size=model.vocab_size,
+        tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+    )
+    with torch.device("meta"):
+        parameters = Qwen3ForCausalLM(architecture).num_parameters()
+    assert parameters == PARAMETERS[script.stem]
+    assert (model.swiglu, model.qk_layernorm, model.disable_bias_linear, model.add_qkv_bias) == (
+        True,
+        True,
+        True,
+        False,
+    )
+    assert (model.normalization, model.norm_epsilon, model.rotary_base) == ("RMSNorm", architecture.rms_norm_eps, 10**6)
+
+
+def test_every_model_script_is_checked():
+    assert {script.stem for script in MODELS} == set(PARAMETERS)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.stem)
+def test_the_flags_of_a_run_script_fit_together(run, tmp_path):
+    assert problems(parse(flags_of(run, tmp_path)), COMBINATIONS) == []
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.stem)
+def test_a_run_script_trains_and_evaluates_on_math_data_as_it_is_laid_out(run, tmp_path):
+    config = parse(flags_of(run, tmp_path))
+    data, evaluation = config.data, config.evaluation
+    assert (data.input_key, data.label_key, data.apply_chat_template) == ("prompt", "reward_model.ground_truth", True)
+    assert data.prompt_data == f"{tmp_path}/dapo-math-17k.parquet"
+    assert evaluation.eval_prompt_data == ("math500", f"{tmp_path}/math500.parquet")
+    assert (evaluation.eval_interval, evaluation.eval_rm_type) == (20, "math")
+    assert config.training.seed == 7  # flags after the script's name come last
+
+
+def test_the_two_run_scripts_have_the_two_kinds_of_teacher(tmp_path):
+    server, trainer = (parse(flags_of(EXAMPLES / f"run-qwen3-8B-opd{kind}.sh", tmp_path)) for kind in ("", "-megatron"))
+    assert (server.opd.opd_type, server.reward.rm_url) == ("sglang", "http://127.0.0.1:13141/generate")
+    assert (trainer.opd.opd_type, trainer.opd.opd_teacher_load) == ("megatron", f"{tmp_path}/Qwen3-8B_torch_dist")
+
+
+def test_ray_never_sees_the_teachers_gpus():
+    text = (EXAMPLES / "run-qwen3-8B-opd.sh").read_text()
+    ray, teacher = (
+        re.search(rf"^{name}=\${{{name}:-(.*)}}$", text, re.M)[1].split(",") for name in ("RAY_GPUS", "TEACHER_GPUS")
+    )
+    assert not set(ray) & set(teacher)
+    assert len(ray) + len(teacher) == 8
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.stem)
+def test_the_gpus_a_run_script_gives_ray_are_those_its_flags_use(run, tmp_path):
+    cluster = parse(flags_of(run, tmp_path)).cluster
+    gpus = re.search(r"^RAY_GPUS=\${RAY_GPUS:-(.*)}$", run.read_text(), re.M)[1].split(",")
+    assert len(gpus) == cluster.actor_num_nodes * cluster.actor_num_gpus_per_node + cluster.rollout_num_gpus
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.stem)
+def test_a_missing_checkpoint_is_one_sentence_and_nothing_starts(run, tmp_path):
+    started = bash(f"'{run}'", BASE=str(tmp_path), PATH="/usr/bin:/bin")
+    assert started.returncode == 1
+    assert re.fullmatch(
+        r"error: STUDENT: found no directory .*, expected the Hugging Face checkpoint of .*\n", started.stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def common(program: str, base: Path) -> subprocess.CompletedProcess[str]:
+    return bash(f"source '{EXAMPLES}/common.sh'\n{program}", BASE=str(base))
+
+
+def is_running(pid: int) -> bool:
+    state = Path(f"/proc/{pid}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_script_stops_what_it_started_with_its_children_and_nothing_else(tmp_path):
+    other = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    try:
+        run = common(
+            'start "$LOGS/log" bash -c "sleep 100 & wait"\necho "$PID"; pgrep -g "$PID" || true; exit 3', tmp_path
+        )
+        assert run.returncode == 3
+        pids = {int(word) for word in run.stdout.split()}
+        assert pids
+        assert not any(is_running(pid) for pid in pids)
+        assert is_running(other.pid)
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_a_signal_stops_a_script_while_its_command_runs(tmp_path):
+    program = f'source "{EXAMPLES}/common.sh"\nrun bash -c "echo \\$\\$; exec sleep 100"'
+    script = subprocess.Popen(
+        ["bash", "-c", program], env={**os.environ, "BASE": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    )
+    pid = int(script.stdout.readline())
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=20) == 128 + signal.SIGTERM
+    assert not is_running(pid)
+
+
+def test_a_server_that_ends_or_never_answers_is_reported_with_the_end_of_its_log(tmp_path):
+    url = "http://127.0.0.1:9/health"
+    ended = common(
+        f'start "$LOGS/log" bash -c "echo broken; exit 1"\nwait_for_url teacher {url} "$PID" "$LOGS/log" 30', tmp_path
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("broken\nerror: teacher ended before it was ready")
+    start = time.monotonic()
+    late = common(
+        f'start "$LOGS/log" bash -c "echo slow; sleep 100"\nwait_for_url teacher {url} "$PID" "$LOGS/log" 1', tmp_path
+    )
+    assert late.returncode == 1
+    assert late.stderr.startswith("slow\nerror: teacher was not ready after 1 seconds")
+    assert time.monotonic() - start < 20
+
+
+def test_a_checkpoint_is_converted_once_and_never_half(tmp_path):
+    tool = tmp_path / "python"
+    tool.write_text('#!/bin/bash\nmkdir -p "${!#}"; echo tool ran\n[ -z "${BROKEN:-}" ]\n')
+    tool.chmod(0o755)
+    program = f"PYTHON='{tool}'; MODEL_ARGS=(--num-layers 1); convert_once in '{tmp_path}/out'; convert_once in '{tmp_path}/out'"
+    broken = common(f"export BROKEN=1; {program}", tmp_path)
+    assert broken.returncode != 0
+    assert not (tmp_path / "out").exists()
+    done = common(program, tmp_path)
+    assert (done.returncode, done.stdout.count("tool ran")) == (0, 1)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_setup_cpu_says_what_it_lacks():
+    script = ROOT / "tools/setup_cpu.sh"
+    run = bash(f"'{script}' /nowhere", PYTHON="no-such-python")
+    assert run.returncode == 1
+    assert run.stderr.startswith("setup_cpu: error: found no no-such-python, expected Python 3.11 or newer")
