@@ -191,6 +191,18 @@ class TrainBatch:
     steps: tuple[tuple[int, ...], ...]
 
 
+@dataclass(frozen=True)
+class StartReport:
+    """What a trainer started from: for the log, and for the driver to continue from.
+
+    `run_state` is what the checkpoint's run had saved beside its weights; {} for a run that starts afresh.
+    """
+
+    loaded_from: str
+    run_state: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
 def _column(row: fields.Field, samples: Sequence[Sample]) -> np.ndarray:
     lacking = [sample.prompt.index for sample in samples if row.name not in sample.values]
     if lacking and row.missing is None:

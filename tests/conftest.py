@@ -30,22 +30,22 @@ def save_tiny_model(directory: Path, *, seed: int = 0, vocab_size: int = 64, **o
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shape = dict(
-        vocab_size=vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
+    shape = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
         # Ten times the usual, so that log-probs differ visibly between tokens.
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+    }
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(Qwen3Config(**{**shape, **overrides})).to(torch.float32)
     model.generation_config.eos_token_id = 1

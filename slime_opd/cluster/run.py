@@ -28,7 +28,7 @@ from slime_opd.rollout.loop import BackgroundLoop
 from slime_opd.rollout.student import StudentRollouts
 from slime_opd.teacher.probe import probe
 from slime_opd.teacher.sglang import make_teacher
-from slime_opd.types import SampleGroup
+from slime_opd.types import SampleGroup, StartReport
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Run:
             for name, path in pairs
         ]
 
-    def _resume(self, report: Any) -> None:
+    def _resume(self, report: StartReport) -> None:
         self.first_step = int(report.run_state.get("step", 0))
         for warning in report.warnings:
             console.warn(warning)

@@ -12,7 +12,7 @@ import ray
 from slime_opd.cluster.session import Slot
 from slime_opd.config import Config
 from slime_opd.observe import metrics
-from slime_opd.types import TrainBatch
+from slime_opd.types import StartReport, TrainBatch
 
 # Seconds for all ranks to start: imports, a checkpoint from a slow disk, and the first collective.
 START_TIMEOUT_S = 1800
@@ -24,6 +24,9 @@ class TrainerActor:
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         logging.basicConfig(level=logging.INFO, format=f"[trainer {rank}] %(message)s")
+        # These say at INFO what only their authors want to know; the run prints what matters.
+        for chatty in ("megatron", "httpx"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         self._config, self._rank, self._world_size = config, rank, world_size
         self._transport: Any = None
 
@@ -37,7 +40,7 @@ class TrainerActor:
         """The GPUs that Ray gave this rank."""
         return [str(gpu) for gpu in ray.get_gpu_ids()]
 
-    def start(self, init_method: str) -> Any:
+    def start(self, init_method: str) -> StartReport:
         """Build and load the rank's model; returns its StartReport."""
         import torch
 
@@ -88,7 +91,7 @@ class TrainerGroup:
         address = ray.get(self._actors[0].address.remote())
         return [actor.start.remote(address) for actor in self._actors]
 
-    def finish_start(self, pending: list[Any]) -> Any:
+    def finish_start(self, pending: list[Any]) -> StartReport:
         """Wait for every rank; returns the first rank's StartReport."""
         report = ray.get(pending, timeout=START_TIMEOUT_S)[0]
         self._data_ranks = self._all("data_rank")

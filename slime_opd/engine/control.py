@@ -35,7 +35,9 @@ class EngineControl:
             if response.is_success:
                 return
             if time.monotonic() > deadline:
-                raise EngineTimeout(f"{self.url}/flush_cache: refused for {timeout_s:g} s, as requests are running or waiting")
+                raise EngineTimeout(
+                    f"{self.url}/flush_cache: refused for {timeout_s:g} s, as requests are running or waiting"
+                )
             time.sleep(pause)
             pause = min(pause * 2, 1.0)
 
@@ -73,6 +75,10 @@ class EngineControl:
     def update_weights_from_disk(self, path: str, *, weight_version: str | None = None) -> None:
         """Load a Hugging Face directory that the server can read."""
         self._command("/update_weights_from_disk", {"model_path": path, "weight_version": weight_version})
+
+    def set_weight_version(self, weight_version: str) -> None:
+        """Label the weights that are served; generations carry the label."""
+        self._command("/update_weight_version", {"new_version": weight_version, "abort_all_requests": False})
 
     def init_weights_update_group(
         self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
@@ -130,7 +136,9 @@ class EngineControl:
         report = self._json(response, "/get_weights_by_name")
         # One report per data-parallel replica of the engine, or the report itself where there is one replica.
         if not isinstance(report, list):
-            raise EngineError(f"{self.url}/get_weights_by_name: expected the list of differing weights, got {str(report)[:200]}")
+            raise EngineError(
+                f"{self.url}/get_weights_by_name: expected the list of differing weights, got {str(report)[:200]}"
+            )
         return sorted({name for part in report for name in (part if isinstance(part, list) else [part])})
 
     def close(self) -> None:

@@ -72,7 +72,7 @@ class ModelInfo:
     tokenizer_path: str | None
     has_tokenizer: bool
     weight_version: str | None
-    context_length: int | None
+    max_input_length: int | None
     vocab_size: int | None
     version: str | None
 
@@ -152,16 +152,12 @@ def parse_model_info(model: Mapping[str, Any], server: Mapping[str, Any]) -> Mod
         raise EngineError(
             f"the server's model info has no model_path (its keys: {', '.join(sorted(model))}): is it an SGLang server?"
         )
-    context_length = server.get("context_length")
-    if context_length is None:
-        # A scheduler reports the longest input it takes, which is the context less the room for one request's slack.
-        context_length = server.get("max_req_input_len")
     return ModelInfo(
         model_path=model_path,
         tokenizer_path=model.get("tokenizer_path"),
         has_tokenizer=not server.get("skip_tokenizer_init", False),
         weight_version=model.get("weight_version"),
-        context_length=context_length,
+        max_input_length=server.get("max_req_input_len"),
         vocab_size=model.get("vocab_size") or server.get("vocab_size"),
         version=server.get("version"),
     )

@@ -29,6 +29,6 @@ class RouterProcess(OwnedProcess):
                 "--disable-circuit-breaker",
             ],
             url=f"http://{host}:{port}",
-            ready_path="/health",
+            ready_path="/readiness",  # its /health answers before it has a worker
             log_path=log_path,
         )

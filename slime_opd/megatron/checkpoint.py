@@ -28,7 +28,7 @@ from slime_opd.megatron.model import HiddenStatesModel
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RUN_STATE = "run_state.json"
-_FULLY_RESHARDABLE = {"distrib_optim_sharding_type": "fully_sharded_model_space"}
+_FULLY_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ TrainBatches and returns metrics; it knows nothing of Ray, HTTP or rollouts.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,19 +26,7 @@ from slime_opd.megatron.model import HiddenStatesModel, build_model, exported_we
 from slime_opd.megatron.optimizer import make_optimizer, make_scheduler, wrap
 from slime_opd.megatron.snapshots import WeightSnapshots, fingerprint
 from slime_opd.observe.metrics import Last, Mean, Metric, Total
-from slime_opd.types import TrainBatch
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StartReport:
-    """What a trainer started from, for the log."""
-
-    loaded_from: str
-    iteration: int
-    run_state: dict[str, Any]
-    warnings: tuple[str, ...]
+from slime_opd.types import StartReport, TrainBatch
 
 
 class Trainer:
@@ -89,7 +75,7 @@ class Trainer:
             warnings.append(
                 f"teacher and student are identical (weights' fingerprint {prints['student'][0]:.6g}): the penalty is 0 until the student moves"
             )
-        return StartReport(f"{flag} {location.directory}", location.iteration or 0, run_state, tuple(warnings))
+        return StartReport(f"{flag} {location.directory}", run_state, tuple(warnings))
 
     def _student_location(self) -> tuple[checkpoint.Location, str]:
         options = self.config.checkpoint

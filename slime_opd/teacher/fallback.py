@@ -1,0 +1,17 @@
+"""How many responses may go without teacher scores before the run stops. Pure."""
+
+from __future__ import annotations
+
+from slime_opd.errors import TooManyFallbacks
+
+
+def check_fallback(failed: int, total: int, limit: float, example_reason: str | None = None) -> None:
+    """Raise TooManyFallbacks where more than `limit` (a fraction) of `total` responses went unscored."""
+    if failed <= limit * total:
+        return
+    raise TooManyFallbacks(
+        f"the teacher did not score {failed} of {total} responses of this rollout ({failed / total:.1%}), more than "
+        f"--opd-max-fallback-fraction {limit:g} allows"
+        + (f"; one reason: {example_reason}" if example_reason else "")
+        + ". Check the teacher server, or raise --opd-teacher-timeout-s, --opd-teacher-retries or the fraction"
+    )

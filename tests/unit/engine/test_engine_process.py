@@ -1,0 +1,115 @@
+"""Commands and options of servers; the lifecycle itself is tested on real servers in tests/e2e."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from slime_opd.engine import cpu_launcher, weight_proof
+from slime_opd.engine.process import OwnedProcess, free_port
+from slime_opd.engine.router import RouterProcess
+from slime_opd.engine.server import engine_command
+from slime_opd.errors import EngineError
+
+
+def test_an_engine_is_sglang_where_cuda_is_and_the_cpu_launcher_elsewhere():
+    options = {"mem-fraction-static": ("0.7",), "disable_radix_cache": ()}
+    command = engine_command("/m", host="h", port=5, options=options, has_cuda=True)
+    assert command[1:] == [
+        "-m", "sglang.launch_server", "--model-path", "/m", "--host", "h", "--port", "5",
+        "--custom-weight-loader", weight_proof.LOADER, "--mem-fraction-static", "0.7", "--disable-radix-cache",
+    ]  # fmt: skip
+    on_cpu = engine_command("/m", host="h", port=5, options={}, has_cuda=False)
+    assert on_cpu[2] == "slime_opd.engine.cpu_launcher"
+
+
+def test_the_weight_loader_is_named_by_its_place():
+    module, name = weight_proof.LOADER.rsplit(".", 1)
+    assert getattr(sys.modules[module], name) is weight_proof.note_differing_weights
+
+
+def test_cpu_options_are_defaults_that_a_user_overrides():
+    completed = cpu_launcher.with_default_options(["--dtype=bfloat16", "--max-total-tokens", "99", "--port", "1"])
+    assert completed[:5] == ["--dtype=bfloat16", "--max-total-tokens", "99", "--port", "1"]
+    assert completed.count("--dtype") == 0
+    assert completed.count("--max-total-tokens") == 1
+    assert completed[completed.index("--device") + 1] == "cpu"
+    assert "--sleep-on-idle" in completed
+
+
+def test_stand_ins_are_importable_until_they_are_called():
+    stand_ins = cpu_launcher._StandIns(("absent_kernels",))
+    sys.meta_path.insert(0, stand_ins)
+    try:
+        from absent_kernels import silu_and_mul
+        from absent_kernels.deep.down import Mode
+
+        with pytest.raises(NotImplementedError, match=r"absent_kernels\.silu_and_mul does not run on a CPU"):
+            silu_and_mul(1)
+        assert isinstance(Mode.BICUBIC, cpu_launcher._Absent)
+        assert importlib.util.find_spec("another_absent_package") is None
+    finally:
+        sys.meta_path.remove(stand_ins)
+    assert cpu_launcher._StandIns(("sgl_kernel",)).find_spec("sgl_kernel.scalar_type") is None
+
+
+def test_importing_the_launcher_prepares_nothing():
+    before = list(sys.meta_path)
+    importlib.reload(cpu_launcher)
+    assert sys.meta_path == before
+
+
+def test_a_router_knows_its_workers(tmp_path):
+    router = RouterProcess(["http://a:1", "http://b:2"], port=9, log_path=tmp_path / "log")
+    assert router.command[2:6] == ("sglang_router.launch_router", "--worker-urls", "http://a:1", "http://b:2")
+    assert router.url == "http://127.0.0.1:9"
+
+
+def owned(tmp_path: Path, source: str, port: int = 1) -> OwnedProcess:
+    return OwnedProcess(
+        name="the test server",
+        command=[sys.executable, "-S", "-c", source],
+        url=f"http://127.0.0.1:{port}",
+        ready_path="/",
+        log_path=tmp_path / "logs" / "server.log",
+    )
+
+
+def test_a_process_that_ends_before_it_is_ready_is_reported_with_its_code_and_log(tmp_path):
+    with owned(tmp_path, "print('no such model'); raise SystemExit(3)") as process:
+        with pytest.raises(EngineError, match=r"the test server exited with code 3 (.|\n)*no such model"):
+            process.wait_ready(30)
+        assert process.exit_code() == 3
+
+
+def test_stopping_ends_the_whole_group_even_what_ignores_sigterm(tmp_path):
+    source = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        "child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)']);"
+        "print(child.pid, flush=True); time.sleep(600)"
+    )
+    process = owned(tmp_path, source).start()
+    while not (started := process.last_log_lines()).isdigit():
+        assert process.exit_code() is None, started
+    assert Path(f"/proc/{started}").exists()
+    process.stop(grace_s=0.2)
+    state = subprocess.run(["ps", "-o", "stat=", "-p", started], capture_output=True, text=True, check=False).stdout
+    assert state.strip() in ("", "Z")
+    assert process.exit_code() is not None
+    process.stop()  # a second stop is nothing
+
+
+def test_a_process_is_started_once_and_asked_only_when_started(tmp_path):
+    process = owned(tmp_path, "import time; time.sleep(600)")
+    with pytest.raises(EngineError, match="was not started"):
+        process.exit_code()
+    with process, pytest.raises(EngineError, match="was started already"):
+        process.start()
+
+
+def test_a_free_port_is_free():
+    assert 0 < free_port() < 65536

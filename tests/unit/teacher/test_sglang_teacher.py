@@ -1,0 +1,132 @@
+"""A teacher that scores, one that fails and one that lies; and when failures stop the run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+
+import httpx
+import numpy as np
+import pytest
+
+from slime_opd.config.config import Config
+from slime_opd.config.stages import OPDConfig, RewardConfig
+from slime_opd.engine.client import EngineClient
+from slime_opd.errors import ConfigError, TooManyFallbacks
+from slime_opd.teacher.fallback import check_fallback
+from slime_opd.teacher.sglang import SGLangTeacher, make_teacher
+from slime_opd.types import Prompt, Sample, Status, TeacherScores
+
+
+def sample(response: tuple[int, ...]) -> Sample:
+    return Sample(Prompt(0, (4, 5), "ab"), response, "", Status.COMPLETED)
+
+
+def honest(request: httpx.Request) -> httpx.Response:
+    """Scores token i of the sequence -i/10."""
+    body = json.loads(request.content)
+    start = body["logprob_start_len"]
+    rows = [[None if i == start else -i / 10, body["input_ids"][i], None] for i in range(start, len(body["input_ids"]))]
+    return httpx.Response(200, json={"meta_info": {"input_token_logprobs": rows}})
+
+
+def damaged(change):
+    def answer(request: httpx.Request) -> httpx.Response:
+        rows = json.loads(honest(request).content)["meta_info"]["input_token_logprobs"]
+        change(rows)
+        return httpx.Response(200, json={"meta_info": {"input_token_logprobs": rows}})
+
+    return answer
+
+
+def scores_of(answer, *samples: Sample, timeout_s: float = 5.0) -> tuple[list[TeacherScores], SGLangTeacher]:
+    async def main():
+        client = EngineClient(
+            "http://teacher:1", concurrency=2, timeout_s=timeout_s, retries=1,
+            transport=httpx.MockTransport(answer), backoff_s=lambda attempt: 0.0,
+        )  # fmt: skip
+        teacher = SGLangTeacher(client)
+        scores = [await teacher.score(one) for one in samples]
+        await client.aclose()
+        return scores, teacher
+
+    return asyncio.run(main())
+
+
+def test_entry_t_is_about_response_token_t():
+    [scores], _ = scores_of(honest, sample((7, 8, 9)))
+    assert scores.failure is None
+    np.testing.assert_allclose(scores.log_probs, [-0.2, -0.3, -0.4], rtol=1e-6)
+    assert scores.log_probs.dtype == np.float32
+
+
+def test_an_empty_response_is_scored_without_a_request():
+    def never(request):
+        raise AssertionError("no request was expected")
+
+    [scores], _ = scores_of(never, sample(()))
+    assert scores.log_probs.shape == (0,)
+    assert scores.failure is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (lambda request: httpx.Response(500, text="no memory"), r"HTTP 500: no memory \(attempts: 2\)"),
+        (lambda request: httpx.Response(400, text="too long"), "HTTP 400: too long"),
+        (damaged(lambda rows: rows[1].__setitem__(1, 99)), "other tokens than were sent"),
+        (damaged(lambda rows: rows[2].__setitem__(0, None)), "no finite log-prob"),
+        (damaged(lambda rows: rows.pop()), "log-prob rows"),
+        (lambda request: httpx.Response(200, json={"object": "error"}), "no meta_info"),
+    ],
+)
+def test_a_teacher_that_fails_or_lies_leaves_nan_and_the_reason(answer, reason):
+    [scores], teacher = scores_of(answer, sample((7, 8, 9)))
+    assert scores.log_probs.shape == (3,)
+    assert np.isnan(scores.log_probs).all()
+    assert re.search(reason, scores.failure)
+    assert teacher.failures.total() == 1
+
+
+def test_a_teacher_that_hangs_is_a_failure_after_its_time_limits():
+    async def hang(request):
+        await asyncio.sleep(60)
+
+    [scores], teacher = scores_of(hang, sample((7,)), timeout_s=0.05)
+    assert "no answer within 0.05 s" in scores.failure
+    assert teacher.failures == {"timeout": 1}
+
+
+def test_each_kind_of_failure_is_logged_once_and_all_are_counted(caplog):
+    replies = iter(
+        [httpx.Response(400, text=f"sequence of {n} is too long") for n in (17, 23, 99)] + [httpx.Response(404)]
+    )
+    with caplog.at_level(logging.WARNING):
+        scores, teacher = scores_of(lambda request: next(replies), *[sample((7,))] * 4)
+    assert all(one.failure for one in scores)
+    assert len(caplog.records) == 2
+    assert sorted(teacher.failures.values()) == [1, 3]
+
+
+@pytest.mark.parametrize("url", ["http://h:5/generate", "http://h:5/generate/", "http://h:5", "http://h:5/"])
+def test_the_address_may_name_the_endpoint_or_the_server(url):
+    config = Config(reward=RewardConfig(rm_url=url), opd=OPDConfig(use_opd=True, opd_type="sglang"))
+    assert make_teacher(config).client.url == "http://h:5"
+
+
+def test_a_teacher_without_an_address_is_a_config_error():
+    with pytest.raises(ConfigError, match="--rm-url"):
+        make_teacher(Config())
+
+
+@pytest.mark.parametrize(("failed", "total", "limit"), [(0, 8, 0.0), (1, 10, 0.1), (0, 0, 0.0), (8, 8, 1.0)])
+def test_failures_up_to_the_limit_pass(failed, total, limit):
+    check_fallback(failed, total, limit)
+
+
+@pytest.mark.parametrize(("failed", "total", "limit"), [(1, 8, 0.0), (2, 10, 0.1), (8, 8, 0.99)])
+def test_failures_past_the_limit_stop_the_run(failed, total, limit):
+    with pytest.raises(TooManyFallbacks, match=f"{failed} of {total} .*--opd-max-fallback-fraction.*late"):
+        check_fallback(failed, total, limit, "no answer: late")
