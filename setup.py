@@ -9,6 +9,7 @@ EVERYWHERE = [
     "mbridge>=0.15.1,<0.16",
     "transformers>=4.57.1,<4.58",
     "safetensors>=0.8,<0.9",
+    "huggingface-hub>=0.36,<1",
     "ray[default]>=2.60,<2.61",
     "sglang-router>=0.3.2,<0.4",
     "httpx>=0.28.1,<0.29",

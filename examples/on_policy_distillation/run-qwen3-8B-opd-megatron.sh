@@ -3,7 +3,7 @@
 # teacher has the student's architecture), with the math verifier's reward beside it.
 # One node of eight 80 GB GPUs: four train, four generate.
 # DRY_RUN=1 prints the flags of the run and starts nothing.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 source "$ROOT/scripts/models/qwen3-8B.sh"
 
 STUDENT=${STUDENT:-$BASE/Qwen3-8B-Base}

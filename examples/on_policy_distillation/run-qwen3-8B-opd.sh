@@ -2,7 +2,7 @@
 # Qwen3-8B learns from Qwen3-32B, which an SGLang server of this script serves.
 # One node of eight 80 GB GPUs: two train, four generate, two serve the teacher.
 # DRY_RUN=1 prints the flags of the run and starts nothing.
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 source "$ROOT/scripts/models/qwen3-8B.sh"
 
 STUDENT=${STUDENT:-$BASE/Qwen3-8B}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 _LOW_VARIANCE_BOUND = 10.0
@@ -16,10 +18,21 @@ def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, *, kind: str) -> Tenso
     As losses, differentiated through log π at fixed samples, they are other things: k1's expected gradient is 0, k2's
     is that of KL(π ‖ π_ref), and k3's is that of the forward KL(π_ref ‖ π).
     """
-    difference = log_probs - ref_log_probs.detach()
-    if kind == "k1":
-        return difference
-    if kind == "k2":
-        return difference.square() / 2
-    estimate = (-difference).exp() - 1 + difference
-    return estimate if kind == "k3" else estimate.clamp(-_LOW_VARIANCE_BOUND, _LOW_VARIANCE_BOUND)
+    return ESTIMATORS[kind](log_probs - ref_log_probs.detach())
+
+
+def _k3(difference: Tensor) -> Tensor:
+    return (-difference).exp() - 1 + difference
+
+
+def _low_variance(difference: Tensor) -> Tensor:
+    # Beyond 2 × the bound k3 is past it anyhow, and an exponential that overflows has NaN for a gradient.
+    return _k3(difference.clamp(min=-2 * _LOW_VARIANCE_BOUND)).clamp(-_LOW_VARIANCE_BOUND, _LOW_VARIANCE_BOUND)
+
+
+ESTIMATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "k1": lambda difference: difference,
+    "k2": lambda difference: difference.square() / 2,
+    "k3": _k3,
+    "low_var_kl": _low_variance,
+}

@@ -62,7 +62,7 @@ def policy_objective(
     Without a `log_probs` column this step is the rollout's first and only one: the old policy is the policy now.
     """
     weights, mask = columns["policy_weights"], columns["loss_mask"]
-    old = _old_log_probs(columns, log_probs, options)
+    old = _where_trained(_old_log_probs(columns, log_probs, options), log_probs, weights)
     advantages = columns["advantages"]
     means = {}
     if options.opd_coefficient is not None:
@@ -84,7 +84,8 @@ def policy_objective(
     if options.entropy_coefficient:
         loss = loss - options.entropy_coefficient * (weights * entropies).sum()
     if options.kl_coefficient is not None:
-        kl = kl_estimate(log_probs, columns["ref_log_probs"], kind=options.kl_kind)
+        reference = _where_trained(columns["ref_log_probs"], log_probs, weights)
+        kl = kl_estimate(log_probs, reference, kind=options.kl_kind)
         totals["train/kl_loss"] = (weights * kl).sum()
         if options.kl_coefficient:
             loss = loss + options.kl_coefficient * totals["train/kl_loss"]
@@ -113,6 +114,14 @@ def _old_log_probs(columns: Mapping[str, Tensor], log_probs: Tensor, options: Po
     if options.use_rollout_log_probs:
         return columns["rollout_log_probs"]
     return columns.get("log_probs", log_probs.detach())
+
+
+def _where_trained(of_other: Tensor, log_probs: Tensor, weights: Tensor) -> Tensor:
+    """Another policy's log-probs where a token trains, else the policy's own.
+
+    What a masked token has there is nobody's business: a NaN (no engine generated it) or an overflow times 0 is NaN.
+    """
+    return torch.where(weights > 0, of_other, log_probs.detach())
 
 
 def _masked(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+# exp() of it is far past any clip, and its products are still finite: a ratio of inf would make NaN of an advantage of 0.
+_LARGEST_LOG_RATIO = 20.0
+
+
 @dataclass(frozen=True)
 class PolicyLoss:
     """loss [R], and clipped [R]: 1.0 where the clip took the gradient away."""
@@ -31,7 +35,7 @@ def clipped_policy_loss(
     A < 0 (Ye et al. 2020, arXiv:1912.09729, equation 5). All inputs [R]; only `log_probs` takes a gradient.
     """
     advantages = advantages.detach()
-    ratio = (log_probs - old_log_probs.detach()).exp()
+    ratio = (log_probs - old_log_probs.detach()).clamp(max=_LARGEST_LOG_RATIO).exp()
     unclipped = -ratio * advantages
     bounded = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss = torch.maximum(unclipped, bounded)

@@ -10,13 +10,19 @@ def token_weights(mask: Tensor, response_lengths: Tensor, *, per_token: bool) ->
     """Weights w such that a step's loss is Σ_t w_t x_t, over all its micro-batches and ranks.
 
     mask float [R]; response_lengths int64 [N]. With `per_token` the loss is the mean over unmasked tokens. Otherwise it is
-    the mean over samples of each sample's mean over its unmasked tokens; a sample with none is in no denominator.
-    Returns float [R]. Because the weights see the whole step, the sum does not change with how it is cut up.
+    the mean over samples of each sample's mean over its unmasked tokens; a sample with none is in no denominator (slime
+    divides by the global batch size, so there it makes the others count less). Returns float32 [R], which add up to 1, or
+    to 0 where all is masked. Because the weights see the whole step, the sum does not change with how it is cut up.
     """
     mask = mask.double()
     if per_token:
-        return (mask / mask.sum().clamp(min=1.0)).float()
-    sample = torch.repeat_interleave(torch.arange(len(response_lengths)), response_lengths)
-    counts = torch.zeros(len(response_lengths), dtype=mask.dtype).index_add_(0, sample, mask)
-    trained = (counts > 0).sum().clamp(min=1)
-    return (mask / counts.clamp(min=1.0)[sample] / trained).float()
+        return (mask / _or_one(mask.sum())).float()
+    samples = torch.arange(len(response_lengths), device=mask.device)
+    sample = torch.repeat_interleave(samples, response_lengths)
+    counts = mask.new_zeros(len(response_lengths)).index_add_(0, sample, mask)
+    return (mask / _or_one(counts)[sample] / _or_one((counts > 0).sum())).float()
+
+
+def _or_one(counts: Tensor) -> Tensor:
+    """Counts fit to divide by: nothing is divided where there is nothing to count."""
+    return counts.masked_fill(counts == 0, 1)

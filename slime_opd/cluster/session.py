@@ -42,6 +42,9 @@ def join(address: str) -> None:
         return
     # Inside `ray job submit` Ray knows its own address.
     inside_job = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if address == "local":
+        # A cluster that only this process uses; with its default Ray leaves a token in the home directory for it.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
         ray.init(
             address=None if inside_job else address,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch.distributed as dist
 from mbridge.core.bridge import Bridge
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor
 
 from slime_opd.errors import CheckpointError
 from slime_opd.megatron.model import HiddenStatesModel
@@ -102,17 +105,19 @@ def load_weights(model: HiddenStatesModel, bridge: Bridge, location: Location, f
 def load_training_state(state: TrainingState, location: Location) -> None:
     """Copy optimizer, schedule and random state at `location` into `state`."""
     model_state = _model_state(state.model)
+    _prepare_to_load(state.optimizer)
     wanted = {
         "optimizer": state.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_FULLY_RESHARDABLE),
         "scheduler": state.scheduler.state_dict(),
     }
     rng = _rng_state()
-    saved = dist_checkpointing.load_sharded_metadata(str(location.directory))
+    saved = load_sharded_metadata(str(location.directory))
     # Random states belong to ranks of one layout; at another layout each rank starts from the seed.
     if rng.unique_key in saved:
         wanted["rng"] = rng
     loaded = dist_checkpointing.load(wanted, str(location.directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
     state.optimizer.load_state_dict(loaded["optimizer"])
+    _separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
         torch.set_rng_state(loaded["rng"]["cpu"])
@@ -159,6 +164,42 @@ def save(
         _remove_old(Path(root), keep)
     dist.barrier()
     return final
+
+
+def _torch_adams(optimizer: MegatronOptimizer) -> list[Any]:
+    """Megatron's optimizers that run torch's own Adam, as they do where neither Transformer Engine nor Apex is."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [one for one in chained if isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)]
+
+
+def _prepare_to_load(optimizer: MegatronOptimizer) -> None:
+    """Make Megatron able to load into torch's Adam, whose state holds a `step` that Megatron's loader does not expect.
+
+    The state is made as Adam's first step would make it, because only state that is there can be described; and the
+    loader, which asks for every key of that state but is not given `step`, is handed the one that is there.
+    """
+    for one in _torch_adams(optimizer):
+        for group in one.optimizer.param_groups:
+            for parameter in group["params"]:
+                one.optimizer.state[parameter] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+        one._set_main_param_and_optimizer_states = partial(_set_states, one)
+
+
+def _set_states(one: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+    group, order = one.model_param_group_index_map[model_param]
+    state = one.optimizer.state[one.optimizer.param_groups[group]["params"][order]]
+    type(one)._set_main_param_and_optimizer_states(one, model_param, {"step": state["step"], **tensors})
+
+
+def _separate_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a `step` of its own: Megatron loads one tensor into all, which Adam would then count up once for each."""
+    for one in _torch_adams(optimizer):
+        for state in one.optimizer.state.values():
+            state["step"] = state["step"].clone()
 
 
 def _model_state(model: HiddenStatesModel) -> dict[str, Any]:

@@ -17,6 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+# Its probability is exactly 0, and it is far enough from the ends of float32 that a product with a gradient stays finite:
+# 0 times infinity would be NaN.
+_PADDING_LOGIT = -1e30
+
+
 @dataclass(frozen=True)
 class VocabularyShard:
     """This rank's rows of the output layer.
@@ -96,12 +101,11 @@ def _chunks(length: int, size: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard, temperature: float, dtype: torch.dtype) -> Tensor:
-    """This rank's logits of one chunk, [chunk, V/tp]; padding is at the lowest finite value."""
+    """This rank's logits of one chunk, [chunk, V/tp]; padding is at _PADDING_LOGIT."""
     logits = (hidden @ weight.T).to(dtype).div_(temperature)
     real = shard.size - shard.start
     if real < weight.shape[0]:
-        # Finite, so that probability times logit is 0 and not NaN.
-        logits[:, max(real, 0) :] = torch.finfo(dtype).min
+        logits[:, max(real, 0) :] = _PADDING_LOGIT
     return logits
 
 

@@ -11,8 +11,11 @@ from rich.text import Text
 
 from slime_opd.types import Sample
 
-# In a job log there is no terminal to ask for its width; lines are left whole.
-CONSOLE = Console(highlight=False, soft_wrap=True, width=None if os.isatty(1) else 240)
+# Lines are left whole. In a job log there is no terminal to ask for its width; only rules between samples have one.
+CONSOLE = Console(highlight=False, soft_wrap=True, width=None if os.isatty(1) else 100)
+
+# Reverse KL of a token from which a printed sample marks it, and marks it in red.
+_DISLIKED, _REJECTED = 0.5, 2.0
 
 # What the step line shows, in order, of what the step has: metric, label, format.
 _STEP_PARTS = (
@@ -44,7 +47,7 @@ def step_summary(step: int, total: int, record: dict[str, float]) -> str:
     """One readable line about a step: what it has of reward, KL, loss, speed and time, and evaluation."""
     parts = [f"step {step}/{total}"]
     parts += [
-        f"{name.split('/')[1]} accuracy {value:.1%}"
+        f"{name.removeprefix('eval/').removesuffix('/accuracy')} accuracy {value:.1%}"
         for name, value in record.items()
         if name.startswith("eval/") and name.endswith("/accuracy")
     ]
@@ -58,39 +61,75 @@ def step_summary(step: int, total: int, record: dict[str, float]) -> str:
 def print_samples(samples: Sequence[Sample], decode: Callable[[Sequence[int]], str]) -> None:
     """Print samples as a person would read them.
 
-    Where a teacher scored a sample, its tokens are shaded by their reverse KL (log p_student − log p_teacher, with the
-    engine's own log-probs), and the tokens the teacher likes least are listed.
+    Where a teacher scored a sample, the tokens it likes less than the student does are marked by their reverse KL
+    (log p_student − log p_teacher, with the engine's own log-probs): shaded in a terminal, else written «token 1.2».
     """
     for sample in samples:
+        kl = _reverse_kl(sample)
         CONSOLE.rule(f"sample of prompt {sample.prompt.index}", style="dim")
-        CONSOLE.print(Text("prompt    ", style="bold").append(sample.prompt.text, style="not bold"))
-        CONSOLE.print(Text("response  ", style="bold").append_text(_response(sample, decode)))
+        _print_part("prompt", Text(sample.prompt.text))
+        _print_part("response", Text(sample.response) if kl is None else _marked(sample.response_tokens, kl, decode))
         reward = "none" if sample.reward is None else f"{sample.reward:g}"
         label = "" if sample.prompt.label is None else f" (label {sample.prompt.label})"
-        CONSOLE.print(Text("reward    ", style="bold").append(reward + label + f", {sample.status.value}", style="not bold"))
-        if worst := _least_liked(sample, decode):
-            CONSOLE.print(Text("teacher   ", style="bold").append(f"likes least {worst}", style="not bold"))
+        _print_part("reward", Text(f"{reward}{label}, {sample.status.value}"))
+        if kl is not None:
+            _print_part("teacher", Text(_verdict(sample.response_tokens, kl, decode)))
     CONSOLE.rule(style="dim")
 
 
+def pieces(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text that each token adds to the ones before it; together they are the whole text.
+
+    Not the text of each token alone: a character may take several tokens (its text is then the last one's), and some
+    tokenizers drop the space that a lone token starts with.
+    """
+    found: list[str] = []
+    settled = 0  # tokens whose text is complete; a piece is decoded with those of the piece before it, for their spaces
+    before = 0
+    for end in range(1, len(tokens) + 1):
+        context, text = decode(tokens[before:settled]), decode(tokens[before:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end < len(tokens):
+            found.append("")
+            continue
+        found.append(text[len(context) :])
+        before, settled = settled, end
+    return found
+
+
 def _reverse_kl(sample: Sample) -> np.ndarray | None:
+    """Of each response token, NaN where it does not train or has no score; None where no token has one."""
     teacher, student = sample.values.get("teacher_log_probs"), sample.values.get("rollout_log_probs")
-    return None if teacher is None or student is None else student - teacher
+    if teacher is None or student is None:
+        return None
+    kl = np.where(sample.values.get("loss_mask", np.ones_like(student)) > 0, student - teacher, np.nan)
+    return None if np.isnan(kl).all() else kl
 
 
-def _response(sample: Sample, decode: Callable[[Sequence[int]], str]) -> Text:
-    kl = _reverse_kl(sample)
+def _marked(tokens: Sequence[int], kl: np.ndarray, decode: Callable[[Sequence[int]], str]) -> Text:
     text = Text()
-    for position, token in enumerate(sample.response_tokens):
-        doubt = 0.0 if kl is None or np.isnan(kl[position]) else float(kl[position])
-        style = "not bold" if doubt < 0.5 else "black on yellow" if doubt < 2 else "white on red"
-        text.append(decode([token]), style=style)
+    for piece, doubt in zip(pieces(tokens, decode), kl.tolist(), strict=True):
+        if not doubt >= _DISLIKED:  # NaN is not
+            text.append(piece)
+            continue
+        # A line's end has nothing to shade.
+        shown = piece.replace("\n", "↵")
+        if CONSOLE.color_system is None:
+            text.append(f"«{shown} {doubt:.1f}»")
+        else:
+            text.append(shown, style="black on yellow" if doubt < _REJECTED else "white on red")
+        text.append("\n" * piece.count("\n"))
     return text
 
 
-def _least_liked(sample: Sample, decode: Callable[[Sequence[int]], str], count: int = 3) -> str:
-    kl = _reverse_kl(sample)
-    if kl is None:
-        return ""
-    order = [int(i) for i in np.argsort(-np.nan_to_num(kl, nan=-np.inf)) if kl[i] > 0.5][:count]
-    return ", ".join(f"{decode([sample.response_tokens[i]])!r} at token {i} (reverse KL {kl[i]:.1f})" for i in order)
+def _verdict(tokens: Sequence[int], kl: np.ndarray, decode: Callable[[Sequence[int]], str], count: int = 3) -> str:
+    verdict = f"reverse KL {np.nanmean(kl):.3f} per token"
+    worst = [i for i in np.argsort(-np.nan_to_num(kl, nan=-np.inf), kind="stable").tolist() if kl[i] >= _DISLIKED][:count]
+    if worst:
+        verdict += ", likes least " + ", ".join(f"{decode([tokens[i]])!r} at token {i} ({kl[i]:.1f})" for i in worst)
+    return verdict
+
+
+def _print_part(name: str, text: Text) -> None:
+    """One part of a sample beside its name, with its further lines below its first."""
+    indented = Text("\n" + " " * 10).join(text.split("\n", allow_blank=True))
+    CONSOLE.print(Text.assemble((f"{name:<10}", "bold"), indented))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -56,12 +57,15 @@ class Maximum:
 
 @dataclass(frozen=True)
 class Last:
-    """A value that is the same on every rank, such as the learning rate."""
+    """A value that is the same on every rank, such as the learning rate; NaN where ranks disagree.
+
+    Ranks that disagree train different models; one rank's number would hide it.
+    """
 
     latest: float
 
     def merge(self, other: Last) -> Last:
-        return other
+        return self if self.latest == other.latest else Last(math.nan)
 
     @property
     def value(self) -> float | None:

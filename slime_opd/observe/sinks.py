@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
@@ -20,14 +22,17 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One line per record in metrics.jsonl; a resumed run appends."""
+    """One line per record in metrics.jsonl; a resumed run appends. What is not a finite number is null, as JSON has none."""
 
     def __init__(self, run_dir: Path) -> None:
-        self._file = (run_dir / "metrics.jsonl").open("a")
+        path = run_dir / "metrics.jsonl"
+        _drop_torn_line(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Write one line, at once."""
-        self._file.write(json.dumps({"step": step, "time": time.time(), **record}) + "\n")
+        finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps({"step": step, "time": time.time(), **finite}, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -73,7 +78,11 @@ class MetricSinks:
     def close(self) -> None:
         """Close every sink."""
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except OSError as error:
+                console.warn(f"{type(sink).__name__} may lack its last metrics: {error}")
+        self._sinks = []
 
     def __enter__(self) -> Self:
         return self
@@ -82,3 +91,10 @@ class MetricSinks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off a last line without an end, as a process leaves it that was killed while it wrote."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)

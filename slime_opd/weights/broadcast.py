@@ -76,9 +76,10 @@ class BroadcastTransport:
             one.result()
 
     def finish(self, version: str) -> None:
-        """Drop prefixes cached under the old weights."""
+        """Drop prefixes cached under the old weights, and name the new ones."""
         for control in self._controls:
             control.flush_cache()
+            control.set_weight_version(version)
 
     def close(self) -> None:
         """Leave the group."""

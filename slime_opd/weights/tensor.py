@@ -29,9 +29,10 @@ class TensorTransport:
         )
 
     def finish(self, version: str) -> None:
-        """Drop prefixes cached under the old weights."""
+        """Drop prefixes cached under the old weights, and name the new ones."""
         for control in self._controls:
             control.flush_cache()
+            control.set_weight_version(version)
 
     def close(self) -> None:
         """End the threads."""

@@ -146,7 +146,7 @@ def test_a_missing_checkpoint_is_one_sentence_and_nothing_starts(run, tmp_path):
 
 
 def common(program: str, base: Path) -> subprocess.CompletedProcess[str]:
-    return bash(f"source '{EXAMPLES}/common.sh'\n{program}", BASE=str(base))
+    return bash(f"source '{EXAMPLES}/../common.sh'\n{program}", BASE=str(base))
 
 
 def is_running(pid: int) -> bool:
@@ -171,7 +171,7 @@ def test_a_script_stops_what_it_started_with_its_children_and_nothing_else(tmp_p
 
 
 def test_a_signal_stops_a_script_while_its_command_runs(tmp_path):
-    program = f'source "{EXAMPLES}/common.sh"\nrun bash -c "echo \\$\\$; exec sleep 100"'
+    program = f'source "{EXAMPLES}/../common.sh"\nrun bash -c "echo \\$\\$; exec sleep 100"'
     script = subprocess.Popen(
         ["bash", "-c", program], env={**os.environ, "BASE": str(tmp_path)}, stdout=subprocess.PIPE, text=True
     )

@@ -1,15 +1,18 @@
-# What the two run scripts share: checking input, starting processes, waiting for them with a
+# What the run scripts share: checking input, starting processes, waiting for them with a
 # deadline, and stopping exactly those. Sourced, not run.
 
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-ROOT=$(cd "$HERE/../.." && pwd)
+ROOT=$(cd "$HERE/.." && pwd)
 BASE=$(realpath -m "${BASE:-$PWD}")  # checkpoints, data and results; each path of a script may be set on its own
 LOGS=$(realpath -m "${LOGS:-$BASE/logs}")
 PYTHON=${PYTHON:-python}
 STARTED=()  # process groups of this script
 JOB=        # the Ray job that is running
+JOBS=0
+# Left unset, Ray 2.60's server asks for a token as soon as one lies in the home directory, and its job client then sends none.
+export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled}
 
 fail() {
    echo "error: $*" >&2
@@ -25,7 +28,7 @@ require_file() { # VARIABLE, what it is
 }
 
 count_of() { # a comma-separated list
-   local items
+   local items=()
    IFS=, read -ra items <<<"$1"
    echo "${#items[@]}"
 }
@@ -103,7 +106,7 @@ convert_once() { # Hugging Face directory, Megatron directory
 # that Ray can neither join another cluster nor hand out a GPU that someone else uses.
 # `ray stop` would stop every Ray on this host; with --block, ending this one process ends its
 # cluster, at once where nothing is drained. Sets RAY_DASHBOARD.
-start_ray() { # comma-separated GPUs
+start_ray() { # comma-separated GPUs; none on a machine without
    local dashboard_port directory
    dashboard_port=$(free_port)
    directory=$(mktemp -d /tmp/slime_opd.XXXXXX)  # short: Ray puts sockets there
@@ -117,7 +120,7 @@ start_ray() { # comma-separated GPUs
 
 # The job's own process outlives its cluster, so it is stopped by name on an early end.
 train() { # flags of slime_opd.train
-   JOB=slime_opd_$$
+   JOB=slime_opd_$$_$((JOBS += 1))
    run ray job submit --address "$RAY_DASHBOARD" --submission-id "$JOB" \
       --runtime-env-json "{\"env_vars\": {\"PYTHONPATH\": \"$ROOT\", \"CUDA_DEVICE_MAX_CONNECTIONS\": \"1\"}}" \
       -- "$PYTHON" -m slime_opd.train "$@"

@@ -1,0 +1,217 @@
+"""One training step is the same step at every parallel layout: real processes on gloo, packed sequences of unequal lengths.
+
+Tolerances: float32. Log-probs are compared with Hugging Face's at 1e-4 absolute; loss and gradient norm across layouts at
+1e-4 relative. What is left is the order of float32 sums, which the layouts change.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import run_ranks
+
+pytestmark = pytest.mark.dist
+
+LAYOUTS = {"one process": (1, 1, 1), "DP=2": (2, 1, 1), "TP=2": (2, 2, 1), "PP=2": (2, 1, 2)}
+SAMPLES = 8
+
+
+def make_config(model_dir: str, world_size: int, tensor: int, pipeline: int, **options):
+    from slime_opd.config import stages
+    from slime_opd.config.config import Config
+
+    return Config(
+        cluster=stages.ClusterConfig(actor_num_gpus_per_node=world_size),
+        model=stages.ModelConfig(hf_checkpoint=model_dir, megatron_to_hf_mode="bridge"),
+        parallel=stages.ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
+        training=stages.TrainingConfig(
+            global_batch_size=SAMPLES, use_dynamic_batch_size=True, max_tokens_per_gpu=40, log_probs_chunk_size=7
+        ),
+        rollout=stages.RolloutConfig(rollout_batch_size=SAMPLES, num_rollout=10),
+        algorithm=stages.AlgorithmConfig(entropy_coef=0.1),
+        optimizer=stages.OptimizerConfig(lr=1e-3),
+        opd=stages.OPDConfig(use_opd=True, **options),
+    )
+
+
+def make_batch(teacher_log_probs: np.ndarray | None = None):
+    """Eight samples of unequal lengths, one of them with an empty response."""
+    import torch
+
+    from slime_opd.algorithm.reduction import token_weights
+    from slime_opd.types import RolloutBatch
+
+    random = np.random.default_rng(0)
+    prompts, responses = random.integers(3, 8, SAMPLES), random.integers(1, 14, SAMPLES)
+    responses[3] = 0
+    total = int(responses.sum())
+    mask = np.ones(total, dtype=np.float32)
+    mask[::7] = 0
+    teacher = random.normal(-4, 1, total).astype(np.float32) if teacher_log_probs is None else teacher_log_probs
+    weights = token_weights(torch.from_numpy(mask), torch.from_numpy(responses), per_token=False).numpy()
+    columns = {"loss_mask": mask, "teacher_log_probs": teacher, "policy_weights": weights}
+    columns["advantages"] = random.normal(size=total).astype(np.float32)
+    return RolloutBatch(random.integers(0, 60, int((prompts + responses).sum())), prompts, responses, columns)
+
+
+def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save_dir=None, load_dir=None):
+    """Two optimizer steps; returns what a rank can say of them."""
+    import dataclasses
+
+    from slime_opd.data.assemble import split
+    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.observe.metrics import values
+    from slime_opd.types import TrainBatch
+
+    config = make_config(model_dir, world_size, tensor, pipeline, opd_type="sglang")
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, save=save_dir, load=load_dir)
+    )
+    trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
+    batch = make_batch()
+    mine = split(batch, config)[trainer.layout.data_rank]
+    everything = TrainBatch(batch, ((SAMPLES,),))
+    scores = trainer.score(everything)
+    first = values(trainer.train(mine))
+    first_weights = {name: tensor.clone().numpy() for name, tensor in trainer.exported_weights()}
+    if save_dir is not None:
+        trainer.save(1, {"step": 1})
+    second = values(trainer.train(mine))
+    weights = {name: tensor.numpy() for name, tensor in trainer.exported_weights()}
+    return {
+        "scores": None if scores is None else scores.numpy(),
+        "steps": [first, second],
+        "first_weights": first_weights,
+        "weights": weights,
+        "run_state": trainer.start_report.run_state,
+    }
+
+
+@pytest.fixture(scope="module")
+def outcomes(tiny_model_dir, tmp_path_factory) -> dict[str, list[dict]]:
+    """Every layout's outcome, by rank; the run at TP=2 also saves a checkpoint after its first step."""
+    directory = tmp_path_factory.mktemp("layouts")
+    saved = {"TP=2": str(directory / "checkpoint")}
+    rendezvous = tmp_path_factory.mktemp("rendezvous")
+    return {
+        name: run_ranks(
+            train_steps, world, rendezvous, str(tiny_model_dir), tensor, pipeline, saved.get(name), None
+        )
+        for name, (world, tensor, pipeline) in LAYOUTS.items()
+    } | {"checkpoint": saved["TP=2"]}
+
+
+def reported(ranks: list[dict], step: int, metric: str) -> float:
+    """A metric of a step: losses add up over the data-parallel ranks that report, norms are the same on each."""
+    found = [rank["steps"][step][metric] for rank in ranks if metric in rank["steps"][step]]
+    return sum(found) if metric == "train/loss" else found[0]
+
+
+@pytest.mark.parametrize("layout", ["DP=2", "TP=2", "PP=2"])
+@pytest.mark.parametrize("metric", ["train/loss", "train/grad_norm"])
+def test_two_steps_have_the_loss_and_gradient_norm_of_one_process(outcomes, layout, metric):
+    for step in (0, 1):
+        expected = reported(outcomes["one process"], step, metric)
+        assert reported(outcomes[layout], step, metric) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["DP=2", "TP=2", "PP=2"])
+def test_two_steps_end_in_the_weights_of_one_process(outcomes, layout):
+    expected = outcomes["one process"][0]["weights"]
+    assert outcomes[layout][0]["weights"].keys() == expected.keys()
+    for name, values in outcomes[layout][0]["weights"].items():
+        # Adam divides by the gradient's size, so a gradient near zero turns rounding into up to one learning rate (1e-3).
+        np.testing.assert_allclose(values, expected[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_log_probs_are_hugging_faces(outcomes, layout, tiny_model_dir):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    batch = make_batch()
+    expected, start = [], 0
+    for prompt, response in zip(batch.prompt_lengths, batch.response_lengths, strict=True):
+        tokens = torch.from_numpy(batch.tokens[start : start + prompt + response])
+        start += prompt + response
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model(tokens[None]).logits[0], dim=-1)
+        expected.append(log_probs[:-1].gather(1, tokens[1:, None])[prompt - 1 :, 0])
+    scores = next(rank["scores"] for rank in outcomes[layout] if rank["scores"] is not None)
+    np.testing.assert_allclose(scores, torch.cat(expected).numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["one process", "TP=2", "PP=2"])
+def test_a_resumed_step_is_the_step_that_was_interrupted_at_any_layout(
+    outcomes, layout, tiny_model_dir, tmp_path_factory
+):
+    world, tensor, pipeline = LAYOUTS[layout]
+    ranks = run_ranks(
+        train_steps,
+        world,
+        tmp_path_factory.mktemp("resume"),
+        str(tiny_model_dir),
+        tensor,
+        pipeline,
+        None,
+        outcomes["checkpoint"],
+    )
+    assert ranks[0]["run_state"] == {"step": 1}
+    for metric in ("train/loss", "train/grad_norm"):
+        expected = reported(outcomes["one process"], 1, metric)
+        assert reported(ranks, 0, metric) == pytest.approx(expected, rel=1e-4)
+    # The resumed run takes one step more than was saved, as the first step of `train_steps`; its weights then are in "first".
+    for name, values in ranks[0]["first_weights"].items():
+        np.testing.assert_allclose(values, outcomes["one process"][0]["weights"][name], atol=1e-4, err_msg=name)
+
+
+def self_teacher_step(rank, world_size, init_method, model_dir):
+    """One step whose teacher is the student, loaded in the trainer."""
+    from slime_opd.data.assemble import split
+    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.observe.metrics import values
+
+    config = make_config(model_dir, world_size, 1, 1, opd_type="megatron", opd_teacher_load=model_dir)
+    config = type(config)(
+        **{
+            **{name: getattr(config, name) for name in config.__dataclass_fields__},
+            "algorithm": type(config.algorithm)(),
+        }
+    )
+    trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
+    batch = make_batch().with_column("advantages", np.zeros(int(make_batch().response_lengths.sum())))
+    return values(trainer.train(split(batch, config)[0])), trainer.start_report.warnings
+
+
+def test_a_teacher_that_is_the_student_has_no_reverse_kl_and_no_gradient(tiny_model_dir, tmp_path):
+    metrics, warnings = run_ranks(self_teacher_step, 1, tmp_path, str(tiny_model_dir))[0]
+    assert abs(metrics["opd/reverse_kl"]) < 1e-5
+    assert metrics["train/grad_norm"] < 1e-5
+    assert "identical" in warnings[0]
+
+
+def refused_teacher(rank, world_size, init_method, student_dir, teacher_dir):
+    """The sentence with which a teacher of another architecture is refused."""
+    from slime_opd.errors import CheckpointError
+    from slime_opd.megatron.trainer import Trainer
+
+    config = make_config(student_dir, world_size, 1, 1, opd_type="megatron", opd_teacher_load=teacher_dir)
+    with pytest.raises(CheckpointError) as refusal:
+        Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
+    return str(refusal.value)
+
+
+def test_a_teacher_of_another_architecture_is_refused_with_both_shapes(tiny_model_dir, tmp_path):
+    import json
+    import shutil
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_model_dir, teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    (rendezvous := Path(tmp_path / "rendezvous")).mkdir()
+    message = run_ranks(refused_teacher, 1, rendezvous, str(tiny_model_dir), str(teacher))[0]
+    assert "--opd-teacher-load" in message and "96" in message and "128" in message
