@@ -69,6 +69,7 @@ stop_started() {
       deadline=$((SECONDS + 30))
       while kill -0 -- "-$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.5; done
       kill -KILL -- "-$pid" 2>/dev/null || true
+      wait "$pid" 2>/dev/null || true # takes note of its end, so that bash does not print one
    done
    STARTED=()
 }

@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> None:
 
     from slime_opd.cluster.run import Run
     from slime_opd.data.source import PromptSource
+    from slime_opd.errors import ConfigError, SlimeOPDError
     from slime_opd.observe import console
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -60,10 +61,17 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for note in notes(config):
         console.say(note)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.hf_checkpoint)
-    source = PromptSource(config.data, tokenizer, is_sft=config.is_sft) if config.data.prompt_data else None
-    with Run(config, tokenizer, source) as run:
-        train(run)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model.hf_checkpoint)
+        source = PromptSource(config.data, tokenizer, is_sft=config.is_sft) if config.data.prompt_data else None
+        with Run(config, tokenizer, source) as run:
+            train(run)
+    except SlimeOPDError as error:
+        # Ray wraps what an actor raised, with its traceback for a message; the cause says it in a sentence.
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        sys.exit(f"slime_opd: error: {cause}")
 
 
 if __name__ == "__main__":

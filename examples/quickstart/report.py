@@ -17,7 +17,7 @@ RUNS = {
 def main(work: Path) -> None:
     """Print the table and write WORK/report.md and WORK/report.png."""
     runs = {name: work / directory for name, directory in RUNS.items()}
-    table = summary_table(runs)
+    table = summary_table({**runs, "the teacher": work / "teacher_evaluated"})
     (work / "report.md").write_text(table + "\n")
     plot_runs(runs, work / "report.png")
     print(table)

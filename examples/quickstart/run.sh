@@ -80,5 +80,12 @@ learn opd_megatron "${OPD[@]}" --opd-type megatron --opd-teacher-load "$WORK/tea
 say "7/7 GRPO with the task reward alone"
 learn grpo --advantage-estimator grpo --rollout-batch-size 16 --n-samples-per-prompt 8 --lr 2e-4
 
+say "and the teacher itself, for comparison: an evaluation without training"
+if [ ! -d "$WORK/teacher_evaluated" ]; then
+   train "${COMMON[@]}" "${EVALUATION[@]}" --hf-checkpoint "$WORK/teacher/hf" --num-rollout 0 \
+      --run-dir "$WORK/teacher_evaluated.partial"
+   mv "$WORK/teacher_evaluated.partial" "$WORK/teacher_evaluated"
+fi
+
 say "done"
 run "$PYTHON" "$HERE/quickstart/report.py" "$WORK"

@@ -1,0 +1,181 @@
+"""Whole runs of `python -m slime_opd.train`: real Megatron-core, SGLang and Ray, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slime_opd.engine.server import EngineProcess, free_port
+
+pytestmark = pytest.mark.e2e
+
+TIMEOUT_S = 240
+PROMPTS = 64
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    """Prompts with responses; no label, as in pure distillation."""
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    rows = [{"prompt": f"{i}+{i * 7 % 10}=", "response": str(i + i * 7 % 10)} for i in range(PROMPTS)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def command(model_dir: Path, prompts: Path, run_dir: Path, *flags: str) -> list[str]:
+    """The words of a small run."""
+    common = ["--hf-checkpoint", str(model_dir), "--megatron-to-hf-mode", "bridge", "--ray-address", "local"]
+    data = ["--prompt-data", str(prompts), "--input-key", "prompt", "--rollout-shuffle", "--run-dir", str(run_dir)]
+    batch = ["--rollout-batch-size", "8", "--use-dynamic-batch-size", "--max-tokens-per-gpu", "512"]
+    return [sys.executable, "-m", "slime_opd.train", *common, *data, *batch, *flags]
+
+
+def distillation(model_dir: Path, prompts: Path, run_dir: Path, *flags: str) -> list[str]:
+    """The words of a small run that generates: one response per prompt, no label, no reward."""
+    return command(model_dir, prompts, run_dir, "--rollout-max-response-len", "12", *flags)
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen:
+    # A file and not a pipe: processes of the engines may hold a pipe open after the run.
+    with log.open("ab") as output:
+        return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def run(words: list[str], log: Path) -> tuple[int, str]:
+    """Exit code and output of a run."""
+    process = start(words, log)
+    try:
+        return process.wait(timeout=TIMEOUT_S), log.read_text()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def records(run_dir: Path) -> list[dict]:
+    """The metrics of a run, a record per line."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    """Wait until a run has logged a step."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not any(record["step"] >= step for record in records(run_dir)):
+        assert process.poll() is None, f"the run ended with {process.returncode} before step {step}"
+        assert time.monotonic() < deadline, f"no step {step} within {TIMEOUT_S} s"
+        time.sleep(0.02)
+
+
+def test_a_teacher_server_that_is_the_student_has_no_reverse_kl(tiny_model_dir, engine_server, prompts, tmp_path):
+    flags = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"{engine_server.url}/generate", "--num-rollout", "2", "--lr", "0"]
+    code, output = run(
+        distillation(tiny_model_dir, prompts, tmp_path / "run", *flags, "--check-weight-update-equal"),
+        tmp_path / "log",
+    )
+    assert code == 0, output[-3000:]
+    steps = records(tmp_path / "run")
+    assert [record["step"] for record in steps] == [1, 2]
+    for record in steps:
+        assert abs(record["opd/reverse_kl"]) < 1e-5
+        # What is left is the rounding of two engines, 1e-6 per token, times the steep gradient of this sharp random model;
+        # test_layouts.py has the same teacher in the trainer itself, where the gradient is 0 to 1e-5.
+        assert record["train/grad_norm"] < 0.05
+        assert record["opd/teacher_fallback_fraction"] == 0
+        assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
+
+
+def test_at_another_temperature_the_penalty_is_still_taken_at_the_teachers(
+    tiny_model_dir, engine_server, prompts, tmp_path
+):
+    flags = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"{engine_server.url}/generate", "--num-rollout", "1", "--lr", "0"]
+    flags += ["--rollout-temperature", "0.7", "--num-steps-per-rollout", "2"]
+    code, output = run(distillation(tiny_model_dir, prompts, tmp_path / "run", *flags), tmp_path / "log")
+    assert code == 0, output[-3000:]
+    assert "temperature 1" in output
+    (record,) = records(tmp_path / "run")
+    assert abs(record["opd/reverse_kl"]) < 1e-5
+    assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
+
+
+@pytest.mark.parametrize("transport", ["broadcast", "disk"])
+def test_weights_arrive_by_every_transport(transport, tiny_model_dir, prompts, tmp_path):
+    flags = ["--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(tiny_model_dir), "--num-rollout", "2"]
+    flags += ["--lr", "1e-2", "--entropy-coef", "0.1", "--update-weight-transport", transport]
+    code, output = run(
+        distillation(tiny_model_dir, prompts, tmp_path / "run", *flags, "--check-weight-update-equal"),
+        tmp_path / "log",
+    )
+    assert code == 0, output[-3000:]
+    assert "identical" in output
+    assert len(records(tmp_path / "run")) == 2
+
+
+def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, prompts, tmp_path):
+    def words(name: str) -> list[str]:
+        save = str(tmp_path / name)
+        flags = ["--loss-type", "sft_loss", "--label-key", "response", "--num-rollout", "12", "--lr", "1e-3"]
+        flags += ["--save", save, "--load", save, "--save-interval", "2"]
+        return command(tiny_model_dir, prompts, tmp_path / f"{name}_run", *flags)
+
+    code, output = run(words("whole"), tmp_path / "whole_log")
+    assert code == 0, output[-3000:]
+    process = start(words("killed"), tmp_path / "killed_log")
+    try:
+        wait_for_step(process, tmp_path / "killed_run", 5)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    code, output = run(words("killed"), tmp_path / "resumed_log")
+    assert code == 0, output[-3000:]
+    assert "resumed --load" in output
+    expected = {record["step"]: record["train/loss"] for record in records(tmp_path / "whole_run")}
+    # The last word on a step is the resumed run's, where it did the step again.
+    got = {record["step"]: record["train/loss"] for record in records(tmp_path / "killed_run")}
+    assert got.keys() == expected.keys() == set(range(1, 13))
+    assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("limit", ["1.0", "0.1"])
+def test_a_teacher_killed_in_the_middle_ends_the_run_only_above_the_limit(limit, tiny_model_dir, prompts, tmp_path):
+    port = free_port()
+    with EngineProcess(tiny_model_dir, port=port, log_path=tmp_path / "teacher_log") as teacher:
+        teacher.wait_ready(TIMEOUT_S)
+        flags = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"http://127.0.0.1:{port}/generate"]
+        flags += ["--num-rollout", "60", "--opd-teacher-retries", "0", "--opd-max-fallback-fraction", limit]
+        process = start(distillation(tiny_model_dir, prompts, tmp_path / "run", *flags), tmp_path / "log")
+        try:
+            wait_for_step(process, tmp_path / "run", 2)
+            teacher.stop(grace_s=0)
+            code = process.wait(timeout=TIMEOUT_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    output = (tmp_path / "log").read_text()
+    steps = records(tmp_path / "run")
+    if limit == "1.0":
+        assert code == 0, output[-3000:]
+        assert len(steps) == 60
+        assert steps[-1]["opd/teacher_fallback_fraction"] == 1
+        assert "opd/reverse_kl" not in steps[-1], "a mean over nothing is left out, not zero"
+        assert steps[-1]["train/grad_norm"] == 0
+    else:
+        assert code == 1
+        assert "--opd-max-fallback-fraction" in output
+        assert "Traceback" not in output
+
+
+def test_wrong_flags_are_one_sentence_and_exit_code_2_at_once(tiny_model_dir, prompts, tmp_path):
+    words = distillation(tiny_model_dir, prompts, tmp_path / "run", "--use-opd", "--num-rollout", "1")
+    started = time.monotonic()
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - started < 5
+    assert finished.returncode == 2
+    assert finished.stderr.count("\n") == 1 and "--opd-type" in finished.stderr
+    assert finished.stdout == ""
