@@ -206,7 +206,9 @@ class StartReport:
 def _column(row: fields.Field, samples: Sequence[Sample]) -> np.ndarray:
     lacking = [sample.prompt.index for sample in samples if row.name not in sample.values]
     if lacking and row.missing is None:
-        raise DataError(f"field {row.name!r} is missing in {len(lacking)} of {len(samples)} samples (prompts {lacking[:5]})")
+        raise DataError(
+            f"field {row.name!r} is missing in {len(lacking)} of {len(samples)} samples (prompts {lacking[:5]})"
+        )
     length = (lambda sample: sample.response_length) if row.level == fields.RESPONSE else (lambda _: 1)
     return np.concatenate(
         [

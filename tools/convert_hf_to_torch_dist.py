@@ -35,7 +35,8 @@ def main(arguments: list[str]) -> None:
         location = checkpoint.require(config.model.hf_checkpoint, "--hf-checkpoint")
         checkpoint.load_weights(model, bridge, location, "--hf-checkpoint")
         path = checkpoint.save(config.checkpoint.save, None, model, None, {})
-    print(f"wrote {path}")
+        if torch.distributed.get_rank() == 0:
+            print(f"wrote {path}")
 
 
 def completed(config: Config, dtype: object) -> Config:

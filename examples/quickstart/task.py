@@ -125,9 +125,7 @@ def careless_solution(
     return _work(problem, forget_carry=forget_carry, miscount=miscount, generator=generator)
 
 
-def _work(
-    problem: Problem, *, forget_carry: float, miscount: float, generator: random.Random
-) -> str:
+def _work(problem: Problem, *, forget_carry: float, miscount: float, generator: random.Random) -> str:
     """Write the columns from the right; the answer is what the columns say, right or wrong."""
     columns = []
     digits = []
@@ -149,9 +147,7 @@ def _work(
     return COLUMN_MARK.join(columns) + ANSWER_MARK + "".join(reversed(digits))
 
 
-def write_problems(
-    path: Path | str, count: int, *, seed: int, heldout: bool, careless: bool = False
-) -> None:
+def write_problems(path: Path | str, count: int, *, seed: int, heldout: bool, careless: bool = False) -> None:
     """Write problems as JSON lines with the fields ``prompt``, ``response`` and ``label``.
 
     ``careless`` changes the responses alone: the problems and the labels stay
@@ -163,9 +159,7 @@ def write_problems(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as lines:
         for problem in generate_problems(count, seed=seed, heldout=heldout):
-            response = (
-                careless_solution(problem, generator) if careless else worked_solution(problem)
-            )
+            response = careless_solution(problem, generator) if careless else worked_solution(problem)
             row = {"prompt": problem.prompt, "response": response, "label": problem.answer}
             lines.write(json.dumps(row) + "\n")
 
@@ -246,9 +240,7 @@ def save_random_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(str(directory))
     tokenizer.save_pretrained(str(directory))
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # exp() of it is far past any clip, and its products are still finite: a ratio of inf would make NaN of an advantage of 0.
 _LARGEST_LOG_RATIO = 20.0
 

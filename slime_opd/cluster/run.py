@@ -109,10 +109,13 @@ class Run:
             console.say(f"training starts from {report.loaded_from}")
             return
         if self._source is None:
-            raise CheckpointError(f"{report.loaded_from}: the checkpoint has a data cursor, but no --prompt-data is given")
-        self._source.load_state(report.run_state["prompts"])
+            raise CheckpointError(
+                f"{report.loaded_from}: the checkpoint has a data cursor, but no --prompt-data is given"
+            )
+        prompts = report.run_state["prompts"]
+        self._source.load_state(prompts)
         console.say(
-            f"resumed {report.loaded_from}: continuing at rollout {self.first_step}, prompt {report.run_state['prompts']['next_index']}"
+            f"resumed {report.loaded_from}: continuing at rollout {self.first_step + 1}, epoch {prompts['epoch']}, prompt {prompts['offset']}"
         )
 
     @property

@@ -28,7 +28,7 @@ class TrainerActor:
         for chatty in ("megatron", "httpx"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         self._config, self._rank, self._world_size = config, rank, world_size
-        self._transport: Any = None
+        self._sender: Any = None
 
     def address(self) -> str:
         """A rendezvous address on this actor's node."""
@@ -68,9 +68,9 @@ class TrainerActor:
         """Send the weights to the engines at `urls`; all ranks gather, the first one sends."""
         from slime_opd.weights.update import WeightSender
 
-        if self._transport is None:
-            self._transport = WeightSender(self._config, urls if self._rank == 0 else [])
-        self._transport.send(self._trainer.exported_weights, version, check=check)
+        if self._sender is None:
+            self._sender = WeightSender(self._config, urls if self._rank == 0 else [])
+        self._sender.send(self._trainer.exported_weights, version, check=check)
 
 
 class TrainerGroup:

@@ -53,9 +53,7 @@ class PackedCoreAttention(torch.nn.Module):
     def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused) -> None:
         super().__init__()
         if config.context_parallel_size > 1:
-            raise SlimeOPDError(
-                "--context-parallel-size needs Transformer Engine, which is not installed; set it to 1"
-            )
+            raise SlimeOPDError("--context-parallel-size needs Transformer Engine, which is not installed; set it to 1")
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
 
@@ -95,7 +93,9 @@ def _segment_attention(
     return torch.cat(outputs)
 
 
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None) -> Tensor:
+def _varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None
+) -> Tensor:
     """flash-attn where it is installed, else torch's own variable-length kernel."""
     try:
         from flash_attn import flash_attn_varlen_func

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 # Its probability is exactly 0, and it is far enough from the ends of float32 that a product with a gradient stays finite:
 # 0 times infinity would be NaN.
 _PADDING_LOGIT = -1e30

@@ -219,6 +219,8 @@ def _run_settings(config: Config) -> dict:
     settings = {
         "sequence_parallel": layout.sequence_parallel,
         "variable_seq_lengths": True,
+        # The one dispatcher that takes sequences of varying lengths; asked for even where there are no experts.
+        "moe_token_dispatcher_type": "alltoall",
         # Losses arrive divided by the whole step's denominators, so gradients are summed and never averaged.
         "calculate_per_token_loss": True,
         "use_cpu_initialization": not device.has_cuda(),

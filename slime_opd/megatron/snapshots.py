@@ -28,7 +28,9 @@ class WeightSnapshots:
     def keep(self, name: str) -> None:
         """Copy the model's present weights to the host under `name`; a second call reuses the memory."""
         if name not in self._copies:
-            self._copies[name] = [torch.empty_like(t, device="cpu", pin_memory=device.has_cuda()) for t in self._tensors]
+            self._copies[name] = [
+                torch.empty_like(t, device="cpu", pin_memory=device.has_cuda()) for t in self._tensors
+            ]
         for copy, tensor in zip(self._copies[name], self._tensors, strict=True):
             copy.copy_(tensor.detach(), non_blocking=True)
         device.synchronize()

@@ -215,9 +215,7 @@ class Trainer:
 
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module):
             micro_batch = next(batches)
-            hidden = model(
-                micro_batch.tokens, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed
-            )
+            hidden = model(micro_batch.tokens, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed)
             return hidden, partial(finish, micro_batch)
 
         def finish(micro_batch: MicroBatch, hidden: Tensor, non_loss_data: bool = False):

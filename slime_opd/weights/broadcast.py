@@ -80,9 +80,3 @@ class BroadcastTransport:
         for control in self._controls:
             control.flush_cache()
             control.set_weight_version(version)
-
-    def close(self) -> None:
-        """Leave the group."""
-        for control in self._controls:
-            control.destroy_weights_update_group(GROUP)
-        self._threads.shutdown()

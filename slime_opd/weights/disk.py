@@ -40,9 +40,6 @@ class DiskTransport:
         for control in self._controls:
             control.update_weights_from_disk(str(self._directory.resolve()), weight_version=version)
 
-    def close(self) -> None:
-        """Nothing is held."""
-
 
 def disk_directory(config: Config) -> Path:
     """`--update-weight-disk-dir`, or a directory beside the run's other files."""

@@ -33,7 +33,3 @@ class TensorTransport:
         for control in self._controls:
             control.flush_cache()
             control.set_weight_version(version)
-
-    def close(self) -> None:
-        """End the threads."""
-        self._threads.shutdown()

@@ -27,9 +27,6 @@ class WeightTransport(Protocol):
     def finish(self, version: str) -> None:
         """Make the engines serve what was sent, as weights `version`."""
 
-    def close(self) -> None:
-        """Give up what the transport holds."""
-
 
 TRANSPORTS: dict[str, Callable[[Config, list[EngineControl]], WeightTransport]] = {
     "tensor": TensorTransport,
@@ -74,11 +71,3 @@ class WeightSender:
                 raise WeightSyncError(
                     f"the engine at {url} did not serve the trainer's weights: {len(names)} parameters differ, first {', '.join(names[:3])}"
                 )
-
-    def close(self) -> None:
-        """Close connections and process groups."""
-        if self._transport is not None:
-            self._transport.close()
-        for control in self._controls:
-            control.close()
-

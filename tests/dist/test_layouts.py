@@ -96,9 +96,7 @@ def outcomes(tiny_model_dir, tmp_path_factory) -> dict[str, list[dict]]:
     saved = {"TP=2": str(directory / "checkpoint")}
     rendezvous = tmp_path_factory.mktemp("rendezvous")
     return {
-        name: run_ranks(
-            train_steps, world, rendezvous, str(tiny_model_dir), tensor, pipeline, saved.get(name), None
-        )
+        name: run_ranks(train_steps, world, rendezvous, str(tiny_model_dir), tensor, pipeline, saved.get(name), None)
         for name, (world, tensor, pipeline) in LAYOUTS.items()
     } | {"checkpoint": saved["TP=2"]}
 
@@ -215,3 +213,69 @@ def test_a_teacher_of_another_architecture_is_refused_with_both_shapes(tiny_mode
     (rendezvous := Path(tmp_path / "rendezvous")).mkdir()
     message = run_ranks(refused_teacher, 1, rendezvous, str(tiny_model_dir), str(teacher))[0]
     assert "--opd-teacher-load" in message and "96" in message and "128" in message
+
+
+def raw_scores(rank, world_size, init_method, model_dir):
+    """The scores of a model built from Megatron's flags, from weights that the conversion tool wrote."""
+    import dataclasses
+
+    from slime_opd.config import stages
+    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.types import TrainBatch
+
+    directory, torch_dist = model_dir
+    config = dataclasses.replace(
+        make_config(directory, world_size, 1, 1, opd_type="sglang"),
+        checkpoint=stages.CheckpointConfig(ref_load=torch_dist),
+        model=stages.ModelConfig(
+            hf_checkpoint=directory,
+            megatron_to_hf_mode="raw",
+            num_layers=2,
+            hidden_size=64,
+            ffn_hidden_size=128,
+            num_attention_heads=4,
+            group_query_attention=True,
+            num_query_groups=2,
+            kv_channels=32,
+            swiglu=True,
+            normalization="RMSNorm",
+            norm_epsilon=1e-6,
+            qk_layernorm=True,
+            disable_bias_linear=True,
+            untie_embeddings_and_output_weights=True,
+            use_rotary_position_embeddings=True,
+            rotary_base=10000,
+            vocab_size=64,
+        ),
+    )
+    trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
+    return trainer.score(TrainBatch(make_batch(), ((SAMPLES,),))).numpy()
+
+
+def test_tools_round_trip_bit_for_bit_and_flags_build_the_model_of_the_config(outcomes, tiny_model_dir, tmp_path):
+    import subprocess
+    import sys
+
+    from safetensors.torch import load_file
+
+    tools = Path(__file__).parents[2] / "tools"
+    torch_dist, back, rendezvous = tmp_path / "torch_dist", tmp_path / "back", tmp_path / "rendezvous"
+    rendezvous.mkdir()
+    for words in (
+        ["convert_hf_to_torch_dist.py", "--hf-checkpoint", tiny_model_dir, "--save", torch_dist],
+        [
+            "convert_torch_dist_to_hf.py",
+            "--input-dir",
+            torch_dist,
+            "--output-dir",
+            back,
+            "--origin-hf-dir",
+            tiny_model_dir,
+        ],
+    ):
+        subprocess.run([sys.executable, str(tools / words[0]), *map(str, words[1:])], check=True, timeout=120)
+    before, after = load_file(tiny_model_dir / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[name].equal(after[name]) for name in before)
+    (scores,) = run_ranks(raw_scores, 1, rendezvous, (str(tiny_model_dir), str(torch_dist)))
+    np.testing.assert_array_equal(scores, outcomes["one process"][0]["scores"])

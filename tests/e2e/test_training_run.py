@@ -74,7 +74,17 @@ def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
 
 
 def test_a_teacher_server_that_is_the_student_has_no_reverse_kl(tiny_model_dir, engine_server, prompts, tmp_path):
-    flags = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"{engine_server.url}/generate", "--num-rollout", "2", "--lr", "0"]
+    flags = [
+        "--use-opd",
+        "--opd-type",
+        "sglang",
+        "--rm-url",
+        f"{engine_server.url}/generate",
+        "--num-rollout",
+        "2",
+        "--lr",
+        "0",
+    ]
     code, output = run(
         distillation(tiny_model_dir, prompts, tmp_path / "run", *flags, "--check-weight-update-equal"),
         tmp_path / "log",
@@ -94,7 +104,17 @@ def test_a_teacher_server_that_is_the_student_has_no_reverse_kl(tiny_model_dir, 
 def test_at_another_temperature_the_penalty_is_still_taken_at_the_teachers(
     tiny_model_dir, engine_server, prompts, tmp_path
 ):
-    flags = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"{engine_server.url}/generate", "--num-rollout", "1", "--lr", "0"]
+    flags = [
+        "--use-opd",
+        "--opd-type",
+        "sglang",
+        "--rm-url",
+        f"{engine_server.url}/generate",
+        "--num-rollout",
+        "1",
+        "--lr",
+        "0",
+    ]
     flags += ["--rollout-temperature", "0.7", "--num-steps-per-rollout", "2"]
     code, output = run(distillation(tiny_model_dir, prompts, tmp_path / "run", *flags), tmp_path / "log")
     assert code == 0, output[-3000:]
@@ -104,17 +124,33 @@ def test_at_another_temperature_the_penalty_is_still_taken_at_the_teachers(
     assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
 
 
-@pytest.mark.parametrize("transport", ["broadcast", "disk"])
-def test_weights_arrive_by_every_transport(transport, tiny_model_dir, prompts, tmp_path):
+@pytest.mark.parametrize(
+    ("transport", "more"), [("broadcast", ["--rollout-num-gpus", "2"]), ("disk", ["--num-steps-per-rollout", "2"])]
+)
+def test_weights_arrive_by_every_transport(transport, more, tiny_model_dir, prompts, tmp_path):
+    # Two engines stand behind the router; reference and teacher take turns in the trainer.
     flags = ["--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(tiny_model_dir), "--num-rollout", "2"]
-    flags += ["--lr", "1e-2", "--entropy-coef", "0.1", "--update-weight-transport", transport]
+    flags += [
+        "--use-kl-loss",
+        "--kl-loss-coef",
+        "0.1",
+        "--kl-loss-type",
+        "low_var_kl",
+        "--ref-load",
+        str(tiny_model_dir),
+    ]
+    flags += ["--lr", "1e-3", "--entropy-coef", "0.1", "--update-weight-transport", transport, *more]
     code, output = run(
         distillation(tiny_model_dir, prompts, tmp_path / "run", *flags, "--check-weight-update-equal"),
         tmp_path / "log",
     )
     assert code == 0, output[-3000:]
     assert "identical" in output
-    assert len(records(tmp_path / "run")) == 2
+    last = records(tmp_path / "run")[-1]
+    assert last["step"] == 2
+    # The entropy bonus has moved the student off both by now.
+    assert last["train/kl_loss"] > 0 and last["opd/reverse_kl"] != 0
+    assert last["train/train_rollout_logprob_abs_diff"] < 1e-4
 
 
 def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, prompts, tmp_path):
