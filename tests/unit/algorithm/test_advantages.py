@@ -1,0 +1,70 @@
+"""Base advantages: GRPO's groups, whitening, and samples without rewards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from slime_opd.algorithm.advantages import base_advantages, group_advantages, whiten
+from slime_opd.errors import DataError
+
+PLAIN = {
+    "estimator": "grpo",
+    "normalize_rewards": True,
+    "divide_by_std": True,
+    "whiten_advantages": False,
+    "only_penalty": False,
+}
+
+
+def test_a_hand_computed_group():
+    # Mean 0.5; deviations ±0.5; unbiased std sqrt(4 · 0.25 / 3) = 0.57735.
+    got = group_advantages(torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(got, torch.tensor([1.0, -1.0, 1.0, -1.0]) * 0.5 / 0.57735, rtol=1e-4, atol=0)
+
+
+def test_groups_in_any_order_equal_brute_force():
+    random = np.random.default_rng(0)
+    rewards, groups = random.normal(size=24), random.permutation(np.arange(24) % 5) * 11
+    got = group_advantages(torch.from_numpy(rewards), torch.from_numpy(groups))
+    for group in np.unique(groups):
+        mine = rewards[groups == group]
+        expected = (mine - mine.mean()) / (mine.std(ddof=1) + 1e-6)
+        np.testing.assert_allclose(got.numpy()[groups == group], expected, atol=1e-9)
+
+
+def test_a_group_of_one_has_advantage_exactly_zero():
+    assert group_advantages(torch.tensor([0.1, 0.7]), torch.tensor([0, 1])).tolist() == [0.0, 0.0]
+
+
+def test_a_group_of_equal_rewards_has_no_advantage():
+    assert group_advantages(torch.ones(4), torch.zeros(4, dtype=torch.int64)).tolist() == [0.0] * 4
+
+
+def test_without_normalisation_rewards_are_the_advantages():
+    got = group_advantages(torch.tensor([2.0, 5.0]), torch.tensor([0, 0]), subtract_mean=False, divide_by_std=False)
+    assert got.tolist() == [2.0, 5.0]
+
+
+def test_each_token_has_its_samples_advantage():
+    got = base_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor([1, 3]), torch.ones(4), **PLAIN)
+    torch.testing.assert_close(got, torch.tensor([1.0, -1.0, -1.0, -1.0]) * 0.7071, rtol=1e-3, atol=0)
+
+
+def test_no_reward_at_all_is_no_advantage_and_some_missing_is_an_error():
+    nan = float("nan")
+    arguments = (torch.tensor([0, 0]), torch.tensor([1, 1]), torch.ones(2))
+    assert base_advantages(torch.tensor([nan, nan]), *arguments, **PLAIN).tolist() == [0.0, 0.0]
+    with pytest.raises(DataError, match="1 of 2 samples have no reward"):
+        base_advantages(torch.tensor([1.0, nan]), *arguments, **PLAIN)
+
+
+def test_whitening_is_over_unmasked_tokens_alone():
+    values, mask = torch.tensor([1.0, 2.0, 3.0, 99.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    torch.testing.assert_close(whiten(values, mask), torch.tensor([-1.0, 0.0, 1.0, 0.0]))
+
+
+def test_whitening_a_constant_or_nothing_gives_zeros():
+    assert whiten(torch.full((3,), 4.0), torch.ones(3)).tolist() == [0.0] * 3
+    assert whiten(torch.ones(3), torch.zeros(3)).tolist() == [0.0] * 3
