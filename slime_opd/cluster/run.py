@@ -136,7 +136,7 @@ class Run:
         interval = self.config.observe.print_samples_interval
         if interval and not self.config.is_sft and step % interval == 0:
             console.print_samples(samples[:2], self._tokenizer.decode)
-        with self._timed("train"):
+        with self._timed("train"), console.working(f"training {step + 1}/{self.config.rollout.num_rollout}"):
             batch = assemble(samples, self.config)
             trained = self._trainers.train(split(batch, self.config))
         self._weights_are_new = True

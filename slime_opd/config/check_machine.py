@@ -75,13 +75,22 @@ def check_layout_of_checkpoint(config: Config) -> list[str]:
     )
 
 
+def check_context_parallel(config: Config) -> list[str]:
+    """What the packing of samples cannot lay out yet, with or without Transformer Engine."""
+    size = config.parallel.context_parallel_size
+    if size == 1:
+        return []
+    return [
+        f"--context-parallel-size {size}: packed rows are not split over ranks yet, so the result would be wrong; set it to 1 and lower --max-tokens-per-gpu, or raise --tensor-model-parallel-size"
+    ]
+
+
 def check_transformer_engine(config: Config) -> list[str]:
     """Layouts that only Transformer Engine's layers can run."""
     layout = config.parallel
     if importlib.util.find_spec("transformer_engine") is not None:
         return []
     reasons = (
-        ("--context-parallel-size", layout.context_parallel_size > 1, "its attention exchanges parts of a sequence"),
         ("--sequence-parallel", layout.sequence_parallel, "its norms work on a part of a sequence"),
         ("--expert-model-parallel-size", layout.expert_model_parallel_size > 1, "its grouped layers hold the experts"),
         (

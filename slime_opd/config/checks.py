@@ -47,6 +47,7 @@ CHECKS: tuple[Check, ...] = (
     check_machine.check_checkpoints_exist,
     check_machine.check_data_exists,
     check_machine.check_layout_of_checkpoint,
+    check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
     check_machine.check_custom_reward,
 )

@@ -314,9 +314,9 @@ class WeightsConfig:
     """Weights: from the trainer to the engines"""
 
     update_weight_transport: str = option(
-        "tensor",
-        choices=("tensor", "broadcast", "disk"),
-        help="tensor: shared memory on one node (CUDA IPC needs --colocate); broadcast: a process group with the engines; disk: a Hugging Face directory",
+        "auto",
+        choices=("auto", "tensor", "broadcast", "disk"),
+        help="tensor: shared memory on one node (CUDA IPC needs --colocate); broadcast: a process group with the engines; disk: a Hugging Face directory; auto: tensor where it works, else broadcast",
     )
     update_weight_buffer_size: int = option(512 * 1024 * 1024, help="bytes sent at a time")
     update_weight_disk_dir: str | None = option(

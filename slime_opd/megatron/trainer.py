@@ -87,15 +87,19 @@ class Trainer:
         return checkpoint.require(self.config.model.hf_checkpoint, "--hf-checkpoint"), "--hf-checkpoint"
 
     def _keep(self, name: str, location: checkpoint.Location, flag: str) -> tuple[float, float]:
-        before = fingerprint(self.model)
+        """Load weights into the model and keep them on the host under `name`; returns their fingerprint."""
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.zero_()
         checkpoint.load_weights(self.model, self.bridge, location, flag)
-        after = fingerprint(self.model)
-        if after == before:
+        # Norms and biases may be zero; a matrix that still is was not loaded.
+        untouched = [key for key, weight in self.model.named_parameters() if weight.dim() > 1 and not weight.any()]
+        if untouched:
             raise CheckpointError(
-                f"{flag} {location.directory}: loading it changed no weight of the model, so the {name} was not really loaded"
+                f"{flag} {location.directory}: the {name} was not really loaded: {len(untouched)} matrices are still empty, first {untouched[0]}"
             )
         self.snapshots.keep(name)
-        return after
+        return fingerprint(self.model)
 
     def _training_state(self) -> checkpoint.TrainingState:
         return checkpoint.TrainingState(self.model, self.optimizer, self.scheduler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 from rich.console import Console
@@ -41,6 +42,11 @@ def say(message: str) -> None:
 def warn(message: str) -> None:
     """Print one line that stands out."""
     CONSOLE.print(f"warning: {message}", markup=False, style="yellow")
+
+
+def working(message: str) -> AbstractContextManager[object]:
+    """A spinner with a message for as long as something takes; nothing where the output is not a terminal."""
+    return CONSOLE.status(message) if CONSOLE.is_terminal else nullcontext()
 
 
 def step_summary(step: int, total: int, record: dict[str, float]) -> str:

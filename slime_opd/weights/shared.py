@@ -30,9 +30,10 @@ class SharedBuffer:
             # With torch's default strategy only descendants of this process could open the memory.
             torch.multiprocessing.set_sharing_strategy("file_system")
 
-    def serialize(self, bucket: list[NamedTensor]) -> str:
-        """Copy the bucket into the buffer; returns it as base64 of a pickled list of (name, handle).
+    def serialize(self, bucket: list[NamedTensor], readers: int) -> list[str]:
+        """Copy the bucket into the buffer; returns it once for each reader, as base64 of a pickled list of (name, handle).
 
+        torch counts references: a handle is for one reader, and the memory is unlinked when a second one has opened it too.
         The next call overwrites what this one laid down.
         """
         starts, end = [], 0
@@ -49,6 +50,10 @@ class SharedBuffer:
             views.append((name, view))
         if device.type == "cuda":
             torch.cuda.synchronize()
-        pickled = io.BytesIO()
-        ForkingPickler(pickled).dump(views)
-        return base64.b64encode(pickled.getvalue()).decode()
+        return [_pickled(views) for _ in range(readers)]
+
+
+def _pickled(views: list[NamedTensor]) -> str:
+    pickled = io.BytesIO()
+    ForkingPickler(pickled).dump(views)
+    return base64.b64encode(pickled.getvalue()).decode()

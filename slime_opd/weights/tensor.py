@@ -15,18 +15,23 @@ class TensorTransport:
 
     def __init__(self, config: Config, controls: list[EngineControl]) -> None:
         self._controls = controls
-        self._copies = config.cluster.rollout_num_gpus_per_engine
+        self._ranks = config.cluster.rollout_num_gpus_per_engine
         self._buffer = SharedBuffer()
         self._threads = ThreadPoolExecutor(len(controls))
 
     def send(self, bucket: list[NamedTensor]) -> None:
-        """Send one bucket; each of an engine's ranks opens the same memory."""
-        serialized = [self._buffer.serialize(bucket)] * self._copies
-        list(
-            self._threads.map(
-                lambda control: control.update_weights_from_tensor(serialized, flush_cache=False), self._controls
+        """Send one bucket to all engines; each of their ranks opens the same memory."""
+        handles = self._buffer.serialize(bucket, self._ranks * len(self._controls))
+        sending = [
+            self._threads.submit(
+                control.update_weights_from_tensor,
+                handles[index * self._ranks : (index + 1) * self._ranks],
+                flush_cache=False,
             )
-        )
+            for index, control in enumerate(self._controls)
+        ]
+        for one in sending:
+            one.result()
 
     def finish(self, version: str) -> None:
         """Drop prefixes cached under the old weights, and name the new ones."""

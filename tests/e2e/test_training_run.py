@@ -125,7 +125,12 @@ def test_at_another_temperature_the_penalty_is_still_taken_at_the_teachers(
 
 
 @pytest.mark.parametrize(
-    ("transport", "more"), [("broadcast", ["--rollout-num-gpus", "2"]), ("disk", ["--num-steps-per-rollout", "2"])]
+    ("transport", "more"),
+    [
+        ("tensor", ["--rollout-num-gpus", "2"]),
+        ("broadcast", ["--rollout-num-gpus", "2"]),
+        ("disk", ["--num-steps-per-rollout", "2"]),
+    ],
 )
 def test_weights_arrive_by_every_transport(transport, more, tiny_model_dir, prompts, tmp_path):
     # Two engines stand behind the router; reference and teacher take turns in the trainer.

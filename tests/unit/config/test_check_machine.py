@@ -73,7 +73,6 @@ def test_the_layout_must_divide_the_checkpoints_architecture(student):
 @pytest.mark.parametrize(
     "flag",
     [
-        "--context-parallel-size=2",
         "--sequence-parallel",
         "--expert-model-parallel-size=2",
         "--expert-tensor-parallel-size=2",
@@ -85,6 +84,12 @@ def test_layouts_of_transformer_engine_are_refused_without_it(flag, monkeypatch)
     assert problem.startswith(f"{flag.split('=')[0]} needs Transformer Engine (")
     monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: object())
     assert check_machine.check_transformer_engine(parse([flag])) == []
+
+
+def test_context_parallelism_is_refused_with_or_without_transformer_engine():
+    (problem,) = check_machine.check_context_parallel(parse(["--context-parallel-size", "2"]))
+    assert problem.startswith("--context-parallel-size 2: ")
+    assert check_machine.check_context_parallel(parse([])) == []
 
 
 def test_a_custom_reward_is_found_without_importing_it(tmp_path, monkeypatch):

@@ -219,7 +219,7 @@ RULES = {
     "saving to nowhere": (f"{GOOD} --save-interval 1", "--save-interval has no effect without --save"),
     "a step of nothing": (f"{GOOD} --ckpt-step 1", "--ckpt-step has no effect without --load"),
     "shared memory of two nodes": (
-        f"{GOOD} --actor-num-nodes 2",
+        f"{GOOD} --actor-num-nodes 2 --update-weight-transport tensor",
         "--update-weight-transport tensor is shared memory on one node",
     ),
     "directory of no one": (f"{GOOD} --update-weight-disk-dir d", "no effect without --update-weight-transport disk"),
