@@ -100,4 +100,4 @@ def to_yaml(config: Config) -> str:
 
 def _dump(values: dict[str, Any]) -> str:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=10**6, default_flow_style=False)
+    return yaml.safe_dump(plain, sort_keys=False, width=10**6, default_flow_style=False)

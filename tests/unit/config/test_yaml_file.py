@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from slime_opd.config import Config, parse, to_yaml
@@ -47,6 +47,7 @@ def problems_of(file, text: str) -> list[str]:
 
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=CONFIGS)
+@example(config=build({}, {"a": ("\x85",)}))  # a line break to YAML, unless it is escaped
 def test_a_written_config_is_read_back_equal(file, config):
     # `server-concurrency` is an option of ours, not of the engines.
     config.sglang.pop("server-concurrency", None)
