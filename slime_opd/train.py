@@ -24,13 +24,13 @@ def train(run: Run) -> None:
     if is_evaluated(config) and not (config.evaluation.skip_eval_before_train or run.first_step):
         run.log(0, run.evaluate(0))
     for step in run.steps:
-        metrics = run.train(step, run.generate(step))
         done = step + 1
+        # Before the checkpoint: a run killed between the two does the step again, and no step is ever without metrics.
+        run.log(done, run.train(step, run.generate(step)))
         if is_due(done, config.checkpoint.save_interval, config, config.checkpoint.save is not None):
             run.save(done)
         if is_due(done, config.evaluation.eval_interval, config, is_evaluated(config)):
-            metrics |= run.evaluate(done)
-        run.log(done, metrics)
+            run.log(done, run.evaluate(done))
 
 
 def is_evaluated(config: Config) -> bool:

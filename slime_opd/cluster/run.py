@@ -140,8 +140,15 @@ class Run:
             batch = assemble(samples, self.config)
             trained = self._trainers.train(split(batch, self.config))
         self._weights_are_new = True
-        tokens = float(np.sum(batch.total_lengths))
-        return {**metrics.batch_metrics(batch), **trained, "perf/tokens": metrics.Total(tokens)}
+        return {**metrics.batch_metrics(batch), **trained, **self._speed(int(np.sum(batch.total_lengths)))}
+
+    def _speed(self, tokens: int) -> dict[str, metrics.Metric]:
+        """Seconds of each part of the step that has just ended, and its tokens per second."""
+        times, self._timings = self._timings, {}
+        seconds = sum(times.values())
+        values = {f"perf/{name}_time": value for name, value in times.items()}
+        values |= {"perf/step_time": seconds, "perf/tokens_per_second": tokens / seconds}
+        return {name: metrics.Last(value) for name, value in values.items()}
 
     def update_weights(self) -> None:
         """Bring the engines to the trainer's weights."""
@@ -158,29 +165,27 @@ class Run:
         """Evaluate the student as it is after `step` rollouts."""
         if self._weights_are_new:
             self.update_weights()
-        with self._timed("evaluate"):
-            return dict(self._rollouts.evaluate(f"evaluation after {step} rollouts"))
+        started = time.perf_counter()
+        accuracies = self._rollouts.evaluate(f"evaluation after {step} rollouts")
+        return {**accuracies, "perf/evaluate_time": metrics.Last(time.perf_counter() - started)}
 
     def save(self, step: int) -> None:
         """Write a checkpoint that continues after `step` rollouts."""
-        with self._timed("save"):
-            path = self._trainers.save(step, {"step": step, "prompts": self._source.state()})
-        console.say(f"saved {path}")
+        started = time.perf_counter()
+        path = self._trainers.save(step, {"step": step, "prompts": self._source.state()})
+        seconds = time.perf_counter() - started
+        self._sinks.log(step, {"perf/save_time": seconds})
+        console.say(f"saved {path} in {seconds:.1f} s")
 
     def log(self, step: int, values: dict[str, metrics.Metric]) -> None:
-        """Show one line for a step, and keep every metric of it."""
-        times = self._timings
-        self._timings = {}
-        record = metrics.values(values) | {f"perf/{name}_time": seconds for name, seconds in times.items()}
-        busy = [times[name] for name in ("rollout", "train", "update_weights") if name in times]
-        if "train" in times:
-            record["perf/step_time"] = sum(busy)
-            record["perf/tokens_per_second"] = record.pop("perf/tokens") / sum(busy)
+        """Show one line for a step or an evaluation, and keep every metric of it."""
+        record = metrics.values(values)
         self._sinks.log(step, record)
         console.say(console.step_summary(step, self.config.rollout.num_rollout or 0, record))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
+        """Count what happens inside as time of the present step."""
         started = time.perf_counter()
         yield
         self._timings[name] = self._timings.get(name, 0.0) + time.perf_counter() - started

@@ -31,7 +31,7 @@ _STEP_PARTS = (
     ("rollout/response_length", "length", "{:.1f}"),
     ("perf/tokens_per_second", "tokens/s", "{:.0f}"),
 )
-_TIMES = ("rollout", "train", "update_weights", "save", "evaluate")
+_TIMES = ("rollout", "train", "update_weights", "evaluate")
 
 
 def say(message: str) -> None:
@@ -50,7 +50,7 @@ def working(message: str) -> AbstractContextManager[object]:
 
 
 def step_summary(step: int, total: int, record: dict[str, float]) -> str:
-    """One readable line about a step: what it has of reward, KL, loss, speed and time, and evaluation."""
+    """One readable line about a step or its evaluation: what it has of accuracy, reward, KL, loss, speed and time."""
     parts = [f"step {step}/{total}"]
     parts += [
         f"{name.removeprefix('eval/').removesuffix('/accuracy')} accuracy {value:.1%}"

@@ -22,7 +22,7 @@ Curve = tuple[list[float], list[float]]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The records of a run's metrics.jsonl by step; a step that was done again after a resume counts as it was last.
+    """What a run's metrics.jsonl has of each step, in order; of what was done again after a resume, the last counts.
 
     A last line that a running process has not finished yet is left out, and so is a value that was not a finite number.
     Raises DataError where the run has no metrics.
@@ -34,7 +34,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         if line.endswith("\n"):
             record = json.loads(line)
-            records[record["step"]] = {name: value for name, value in record.items() if value is not None}
+            of_step = records.setdefault(record["step"], {})
+            of_step |= {name: value for name, value in record.items() if value is not None}
     return [records[step] for step in sorted(records)]
 
 

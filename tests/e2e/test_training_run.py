@@ -59,9 +59,10 @@ def run(words: list[str], log: Path) -> tuple[int, str]:
 
 
 def records(run_dir: Path) -> list[dict]:
-    """The metrics of a run, a record per line."""
+    """The metrics of a run's training steps, a record per line."""
     path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [record for record in lines if "train/loss" in record]
 
 
 def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
