@@ -31,6 +31,7 @@ class Field:
     None means that every sample must carry it as soon as one does.
     `logged_as`: metric name of the mean (over tokens that train, or over samples;
     values that are NaN are in no denominator), or None.
+    `wide`: each entry is a row of K values, the same K for all samples of a batch.
     """
 
     name: str
@@ -38,10 +39,14 @@ class Field:
     dtype: type[np.generic]
     missing: float | None
     logged_as: str | None = None
+    wide: bool = False
 
     def array(self, values: object) -> np.ndarray:
-        """`values` as a 1-D array of this field's dtype."""
-        return np.atleast_1d(np.asarray(values, dtype=self.dtype))
+        """`values` as a 1-D array, or 2-D where the field is wide, of this field's dtype; a float16 stays one."""
+        array = np.asarray(values)
+        if not (array.dtype == np.float16 and self.dtype is np.float32):
+            array = array.astype(self.dtype, copy=False)
+        return np.atleast_1d(array)
 
 
 _NAN = float("nan")
@@ -55,9 +60,24 @@ TABLE: tuple[Field, ...] = (
     Field("ref_log_probs", RESPONSE, np.float32, None, "rollout/ref_log_probs"),
     Field("advantages", RESPONSE, np.float32, None, "rollout/advantages"),
     Field("policy_weights", RESPONSE, np.float32, None),
+    Field("penalty_weights", RESPONSE, np.float32, None),
+    Field("divergence_base", RESPONSE, np.float32, None),
+    Field("divergence_weights", RESPONSE, np.float32, None),
+    Field("position_third", RESPONSE, np.float32, None),
+    Field("correct", RESPONSE, np.float32, None),
+    Field("student_entropy", RESPONSE, np.float32, None),
+    Field("token_divergence", RESPONSE, np.float32, None),
+    Field("student_top_ids", RESPONSE, np.int32, 0, wide=True),
+    Field("teacher_top_ids", RESPONSE, np.int32, 0, wide=True),
+    Field("teacher_top_log_probs", RESPONSE, np.float32, _NAN, wide=True),
+    Field("teacher_on_student_log_probs", RESPONSE, np.float32, _NAN, wide=True),
+    Field("candidate_ids", RESPONSE, np.int32, None, wide=True),
+    Field("candidate_log_probs", RESPONSE, np.float32, None, wide=True),
+    Field("candidate_teacher_log_probs", RESPONSE, np.float32, None, wide=True),
     Field("group", SAMPLE, np.int64, None),
     Field("reward", SAMPLE, np.float32, _NAN, "rollout/raw_reward"),
     Field("truncated", SAMPLE, np.float32, 0.0, "rollout/truncated_ratio"),
+    Field("off_policy", SAMPLE, np.float32, 0.0),
     Field("teacher_failed", SAMPLE, np.float32, 0.0),
 )
 

@@ -63,7 +63,10 @@ def main(arguments: list[str]) -> None:
         console.say(note)
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_checkpoint)
-        source = PromptSource(config.data, tokenizer, is_sft=config.is_sft) if config.data.prompt_data else None
+        source = None
+        if config.data.prompt_data:
+            responses = config.divergence.opd_off_policy_key
+            source = PromptSource(config.data, tokenizer, is_sft=config.is_sft, response_key=responses)
         with Run(config, tokenizer, source) as run:
             train(run)
     except SlimeOPDError as error:

@@ -69,9 +69,9 @@ class Sample:
         row = fields.field(name)
         array = row.array(values)
         expected = self.response_length if row.level == fields.RESPONSE else 1
-        if array.shape != (expected,):
+        if not _fits(row, array, expected):
             raise DataError(
-                f"sample of prompt {self.prompt.index}: field {name!r} has shape {array.shape}, expected ({expected},) (one value per {row.level}{' token' if row.level == fields.RESPONSE else ''})"
+                f"sample of prompt {self.prompt.index}: field {name!r} has shape {array.shape}, expected {_expected(row, expected)} (one {'row' if row.wide else 'value'} per {row.level}{' token' if row.level == fields.RESPONSE else ''})"
             )
         self.values[name] = array
 
@@ -94,15 +94,20 @@ class SampleGroup:
 class TeacherScores:
     """A teacher's log-probs of one response's tokens, float32 [response_length].
 
-    A score that could not be had is NaN, and `failure` says why; it is None on success.
+    Where they were asked for: `top_ids` int32 and `top_log_probs` of the teacher's top-k tokens, and `student_log_probs` of
+    the student's, all [response_length, K]; log-probs are float32 or float16. A score that could not be had is NaN, and
+    `failure` says why; it is None on success.
     """
 
     log_probs: np.ndarray
     failure: str | None = None
+    top_ids: np.ndarray | None = None
+    top_log_probs: np.ndarray | None = None
+    student_log_probs: np.ndarray | None = None
 
     @staticmethod
     def missing(response_length: int, failure: str) -> TeacherScores:
-        """Scores of a response whose teacher failed: all NaN."""
+        """Scores of a response whose teacher failed: NaN, and nothing of any top-k."""
         return TeacherScores(np.full(response_length, np.nan, dtype=np.float32), failure)
 
 
@@ -113,7 +118,7 @@ class RolloutBatch:
     tokens: int64 [sum of total lengths], prompt then response of each sample.
     prompt_lengths, response_lengths: int64 [N].
     columns: the arrays of the field table; a response-level one is [sum of response
-    lengths], a sample-level one is [N].
+    lengths], or [that, K] where it is wide; a sample-level one is [N].
     """
 
     tokens: np.ndarray
@@ -125,8 +130,9 @@ class RolloutBatch:
         if len(self.tokens) != int(self.total_lengths.sum()):
             raise DataError(f"batch has {len(self.tokens)} tokens, its lengths sum to {int(self.total_lengths.sum())}")
         for name, values in self.columns.items():
-            if values.shape != (self._length_of(name),):
-                raise DataError(f"column {name!r} has shape {values.shape}, expected ({self._length_of(name)},)")
+            row, length = fields.field(name), self._length_of(name)
+            if not _fits(row, values, length):
+                raise DataError(f"column {name!r} has shape {values.shape}, expected {_expected(row, length)}")
 
     def _length_of(self, name: str) -> int:
         if fields.field(name).level == fields.SAMPLE:
@@ -210,14 +216,29 @@ def _column(row: fields.Field, samples: Sequence[Sample]) -> np.ndarray:
             f"field {row.name!r} is missing in {len(lacking)} of {len(samples)} samples (prompts {lacking[:5]})"
         )
     length = (lambda sample: sample.response_length) if row.level == fields.RESPONSE else (lambda _: 1)
+    carried = [sample.values[row.name] for sample in samples if row.name in sample.values]
+    widths = {array.shape[1:] for array in carried}
+    if len(widths) > 1:
+        raise DataError(
+            f"field {row.name!r} has {sorted(width[0] for width in widths)} values per token in samples of one batch, expected one number"
+        )
+    shape, dtype = widths.pop(), carried[0].dtype
     return np.concatenate(
         [
             sample.values[row.name]
             if row.name in sample.values
-            else np.full(length(sample), row.missing, dtype=row.dtype)
+            else np.full((length(sample), *shape), row.missing, dtype=dtype)
             for sample in samples
         ]
     )
+
+
+def _fits(row: fields.Field, array: np.ndarray, length: int) -> bool:
+    return array.ndim == 1 + row.wide and len(array) == length
+
+
+def _expected(row: fields.Field, length: int) -> str:
+    return f"({length}, K)" if row.wide else f"({length},)"
 
 
 def _ragged_rows(lengths: np.ndarray, chosen: np.ndarray) -> np.ndarray:

@@ -42,6 +42,7 @@ class Run:
         self._run_dir = run_dir(config)
         self._stack = ExitStack()
         self._timings: dict[str, float] = {}
+        self._traffic: dict[str, metrics.Metric] = {}
         self._weights_version = 0
         self._weights_are_new = True
 
@@ -62,11 +63,11 @@ class Run:
         keep.callback(self._sinks.close)
         eval_sets = self._read_eval_sets()
         loop = keep.enter_context(BackgroundLoop())
-        teacher = None
-        if config.has_sglang_teacher:
-            teacher = make_teacher(config)
-            keep.callback(lambda: loop.run(teacher.client.aclose()))
-            console.say(loop.run(probe(teacher.client, self._tokenizer, config.model.hf_checkpoint)))
+        self._teacher = make_teacher(config) if config.has_sglang_teacher else None
+        if self._teacher is not None:
+            client = self._teacher.client
+            keep.callback(lambda: loop.run(client.aclose()))
+            console.say(loop.run(probe(client, self._tokenizer, config.model.hf_checkpoint)))
         session.join(config.cluster.ray_address)
         placement = session.reserve(config)
         keep.callback(placement.release)
@@ -88,7 +89,7 @@ class Run:
             loop,
             engine_url=self._engines.url if self._engines else None,
             num_engines=config.num_engines,
-            teacher=teacher,
+            teacher=self._teacher,
             eval_sets=eval_sets,
         )
         keep.callback(self._rollouts.close)
@@ -128,7 +129,13 @@ class Run:
         if self._weights_are_new and not self.config.is_sft:
             self.update_weights()
         with self._timed("rollout"):
-            return self._rollouts.generate(self._source, f"rollout {step + 1}/{self.config.rollout.num_rollout}")
+            before = 0 if self._teacher is None else self._teacher.client.bytes_moved
+            groups = self._rollouts.generate(self._source, f"rollout {step + 1}/{self.config.rollout.num_rollout}")
+        if self._teacher is not None:
+            tokens = sum(sample.response_length for group in groups for sample in group.samples)
+            moved = self._teacher.client.bytes_moved - before
+            self._traffic = {"perf/teacher_bytes_per_token": metrics.Mean(moved, tokens)}
+        return groups
 
     def train(self, step: int, groups: list[SampleGroup]) -> dict[str, metrics.Metric]:
         """Train on a rollout; returns the metrics of both."""
@@ -138,9 +145,10 @@ class Run:
             console.print_samples(samples[:2], self._tokenizer.decode)
         with self._timed("train"), console.working(f"training {step + 1}/{self.config.rollout.num_rollout}"):
             batch = assemble(samples, self.config)
-            trained = self._trainers.train(split(batch, self.config))
+            trained = self._trainers.train(split(batch, self.config), step / self.config.rollout.num_rollout)
         self._weights_are_new = True
-        return {**metrics.batch_metrics(batch), **trained, **self._speed(int(np.sum(batch.total_lengths)))}
+        speed = self._speed(int(np.sum(batch.total_lengths)))
+        return {**metrics.batch_metrics(batch), **trained, **self._traffic, **speed}
 
     def _speed(self, tokens: int) -> dict[str, metrics.Metric]:
         """Seconds of each part of the step that has just ended, and its tokens per second."""

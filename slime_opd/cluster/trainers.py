@@ -56,9 +56,9 @@ class TrainerActor:
         """Which TrainBatch is this rank's."""
         return self._trainer.layout.data_rank
 
-    def train(self, batch: TrainBatch) -> dict[str, metrics.Metric]:
+    def train(self, batch: TrainBatch, progress: float) -> dict[str, metrics.Metric]:
         """Train on this rank's share of a rollout."""
-        return self._trainer.train(batch)
+        return self._trainer.train(batch, progress)
 
     def save(self, iteration: int, run_state: dict[str, Any]) -> str:
         """Write a checkpoint."""
@@ -97,11 +97,14 @@ class TrainerGroup:
         self._data_ranks = self._all("data_rank")
         return report
 
-    def train(self, batches: list[TrainBatch]) -> dict[str, metrics.Metric]:
-        """Train on a rollout, one TrainBatch per data-parallel rank; returns the merged metrics."""
+    def train(self, batches: list[TrainBatch], progress: float) -> dict[str, metrics.Metric]:
+        """Train on a rollout, one TrainBatch per data-parallel rank, `progress` (0 to 1) into the run; returns the metrics."""
         shared = [ray.put(batch) for batch in batches]
         of_ranks = ray.get(
-            [actor.train.remote(shared[rank]) for actor, rank in zip(self._actors, self._data_ranks, strict=True)]
+            [
+                actor.train.remote(shared[rank], progress)
+                for actor, rank in zip(self._actors, self._data_ranks, strict=True)
+            ]
         )
         return metrics.merge([one for one in of_ranks if one])
 

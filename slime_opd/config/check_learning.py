@@ -1,4 +1,4 @@
-"""Rules about what a run learns from: data, rollout, reward, evaluation, algorithm, teacher.
+"""Rules about what a run learns from: data, rollout, reward, evaluation, algorithm.
 
 Each rule is a pure function from a Config to the sentences that say what is wrong.
 """
@@ -6,10 +6,8 @@ Each rule is a pure function from a Config to the sentences that say what is wro
 from __future__ import annotations
 
 import json
-from urllib.parse import urlsplit
 
 from slime_opd.config.config import Config
-from slime_opd.config.options import flag, options_of
 
 SLIME_POST_PROCESS_HOOK = "slime.rollout.on_policy_distillation.post_process_rewards"
 
@@ -123,73 +121,6 @@ def check_evaluation(config: Config) -> list[str]:
     return problems
 
 
-def check_opd_type(config: Config) -> list[str]:
-    """A distillation that does not say who its teacher is, or that has no rollouts."""
-    opd = config.opd
-    if opd.use_opd and config.is_sft:
-        return ["--use-opd scores the student's rollouts, and --loss-type sft_loss has none: drop one of the two"]
-    if opd.use_opd and opd.opd_type is None:
-        return [
-            "--opd-type must be given with --use-opd: found none, expected sglang (a teacher server at --rm-url) or megatron (a teacher checkpoint at --opd-teacher-load)"
-        ]
-    return []
-
-
-def check_opd_is_on(config: Config) -> list[str]:
-    """Options of a distillation that is not on."""
-    if config.opd.use_opd:
-        return []
-    return [
-        f"{option.flag} is set but --use-opd is not: add --use-opd, or drop it"
-        for option in options_of(Config).values()
-        if option.stage == "opd" and option.read(config) != option.default
-    ]
-
-
-def check_megatron_teacher(config: Config) -> list[str]:
-    """A teacher checkpoint that is missing, or that no one would load."""
-    opd = config.opd
-    if not opd.use_opd:
-        return []
-    if opd.opd_type == "megatron" and opd.opd_teacher_load is None:
-        return ["--opd-teacher-load is required with --opd-type megatron: the teacher's checkpoint directory"]
-    if opd.opd_type == "sglang" and opd.opd_teacher_load is not None:
-        return [
-            f"--opd-teacher-load {opd.opd_teacher_load} must not be given with --opd-type sglang, whose teacher is the server at --rm-url: drop it, or use --opd-type megatron"
-        ]
-    if opd.opd_teacher_ckpt_step is not None and opd.opd_teacher_load is None:
-        return ["--opd-teacher-ckpt-step has no effect without --opd-teacher-load"]
-    return []
-
-
-def check_sglang_teacher(config: Config) -> list[str]:
-    """A teacher's address that is missing, malformed, or that no one would ask."""
-    url = config.reward.rm_url
-    if config.has_sglang_teacher and url is None:
-        return ["--rm-url is required with --opd-type sglang: the teacher's endpoint, http://HOST:PORT/generate"]
-    if url is None:
-        return []
-    if not config.opd.use_opd or config.has_megatron_teacher:
-        return ["--rm-url is the endpoint of an SGLang teacher: it has no effect without --use-opd --opd-type sglang"]
-    if not _is_generate_endpoint(url):
-        return [f"--rm-url: found {url!r}, expected http://HOST:PORT/generate"]
-    return []
-
-
-def check_sampling_of_opd(config: Config) -> list[str]:
-    """Sampling that changes one side of the KL and not the other."""
-    if not config.opd.use_opd:
-        return []
-    return [
-        f"{flag(name)} {found} with --use-opd: sampled from a part of the vocabulary, the student's log-probs are of that part and the teacher's of all of it, so their difference is no KL; expected {whole}"
-        for name, found, whole in (
-            ("rollout_top_p", config.rollout.rollout_top_p, 1.0),
-            ("rollout_top_k", config.rollout.rollout_top_k, -1),
-        )
-        if found != whole
-    ]
-
-
 def only_evaluates(config: Config) -> bool:
     """Whether the run trains nothing."""
     return config.rollout.num_rollout == 0
@@ -198,13 +129,3 @@ def only_evaluates(config: Config) -> bool:
 def has_reward(config: Config) -> bool:
     """Whether something rewards the samples."""
     return config.reward.rm_type is not None or config.reward.custom_rm_path is not None
-
-
-def _is_generate_endpoint(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return False
-    has_address = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
-    return has_address and parts.path.rstrip("/").endswith("/generate") and not any(map(str.isspace, url))

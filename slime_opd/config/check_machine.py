@@ -60,19 +60,44 @@ def check_layout_of_checkpoint(config: Config) -> list[str]:
     """Parallel sizes that do not divide the architecture in --hf-checkpoint (bridge mode)."""
     if config.model.megatron_to_hf_mode != "bridge" or config.model.hf_checkpoint is None:
         return []
-    file = Path(config.model.hf_checkpoint) / "config.json"
     try:
-        architecture = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        return []  # check_checkpoints_exist says so
-    except ValueError:
-        return [f"--hf-checkpoint: {file} is not JSON"]
+        architecture = _architecture(config)
+    except ValueError as error:
+        return [str(error)]
+    if not architecture:
+        return []
     return model_layout_problems(
         config,
         layers=architecture.get("num_hidden_layers"),
         heads=architecture.get("num_attention_heads"),
         groups=architecture.get("num_key_value_heads"),
     )
+
+
+def check_top_k_of_vocabulary(config: Config) -> list[str]:
+    """More tokens of a top-k than there are."""
+    try:
+        vocabulary = _architecture(config).get("vocab_size")
+    except ValueError:
+        return []  # check_layout_of_checkpoint says so
+    top_k = config.divergence.opd_log_prob_top_k
+    if vocabulary is None or top_k <= vocabulary:
+        return []
+    return [
+        f"--opd-log-prob-top-k: found {top_k}, expected at most the vocabulary's {vocabulary} tokens ({config.model.hf_checkpoint}/config.json)"
+    ]
+
+
+def _architecture(config: Config) -> dict:
+    """What --hf-checkpoint's config.json says; {} where there is none. Raises ValueError where it is not JSON."""
+    file = Path(config.model.hf_checkpoint or "") / "config.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        return {}  # check_checkpoints_exist says so
+    except ValueError:
+        raise ValueError(f"--hf-checkpoint: {file} is not JSON") from None
+    return found.get("text_config", found)
 
 
 def check_context_parallel(config: Config) -> list[str]:

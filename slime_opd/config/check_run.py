@@ -58,6 +58,10 @@ POSITIVE = [
     "eps_clip",
     "opd_teacher_timeout_s",
     "opd_teacher_concurrency",
+    "opd_kl_clamp",
+    "opd_temperature",
+    "opd_reward_beta",
+    "opd_token_keep_fraction",
     "update_weight_buffer_size",
 ]
 
@@ -77,6 +81,9 @@ NOT_NEGATIVE = [
     "eps_clip_high",
     "kl_loss_coef",
     "opd_kl_coef",
+    "opd_divergence_coef",
+    "opd_log_prob_top_k",
+    "opd_metrics_top_k",
     "opd_teacher_ckpt_step",
     "opd_teacher_retries",
     "print_samples_interval",
@@ -90,6 +97,9 @@ AT_MOST_ONE = [
     "rollout_top_p",
     "eval_top_p",
     "opd_max_fallback_fraction",
+    "opd_kl_discount",
+    "opd_off_policy_fraction",
+    "opd_token_keep_fraction",
 ]
 FRACTIONS = [
     "attention_dropout",
@@ -98,6 +108,8 @@ FRACTIONS = [
     "adam_beta1",
     "adam_beta2",
     "opd_max_fallback_fraction",
+    "opd_kl_discount",
+    "opd_off_policy_fraction",
 ]
 BELOW_ONE = ["adam_beta1", "adam_beta2"]
 TOP_K = ["rollout_top_k", "eval_top_k"]

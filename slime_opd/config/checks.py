@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from slime_opd.config import check_learning, check_machine, check_run
+from slime_opd.config import check_distillation, check_learning, check_machine, check_run
 from slime_opd.config.config import Config
 from slime_opd.errors import ConfigError
 
@@ -35,11 +35,17 @@ COMBINATIONS: tuple[Check, ...] = (
     check_learning.check_signal,
     check_learning.check_kl_loss,
     check_learning.check_evaluation,
-    check_learning.check_opd_type,
-    check_learning.check_opd_is_on,
-    check_learning.check_megatron_teacher,
-    check_learning.check_sglang_teacher,
-    check_learning.check_sampling_of_opd,
+    check_distillation.check_opd_type,
+    check_distillation.check_opd_is_on,
+    check_distillation.check_megatron_teacher,
+    check_distillation.check_sglang_teacher,
+    check_distillation.check_sampling_of_opd,
+    check_distillation.check_options_have_an_effect,
+    check_distillation.check_divergence,
+    check_distillation.check_opd_temperature,
+    check_distillation.check_opd_coef_ramp,
+    check_distillation.check_off_policy,
+    check_distillation.check_distillation_weights,
 )
 
 CHECKS: tuple[Check, ...] = (
@@ -47,6 +53,7 @@ CHECKS: tuple[Check, ...] = (
     check_machine.check_checkpoints_exist,
     check_machine.check_data_exists,
     check_machine.check_layout_of_checkpoint,
+    check_machine.check_top_k_of_vocabulary,
     check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
     check_machine.check_custom_reward,
@@ -76,7 +83,7 @@ def notes(config: Config) -> list[str]:
     is_normalised = is_group_of_one and not config.algorithm.disable_rewards_normalization
     if config.opd.use_opd and check_learning.has_reward(config) and is_normalised:
         said.append(
-            "--n-samples-per-prompt 1: group normalisation of a group of one gives 0, so only the OPD penalty teaches"
+            "--n-samples-per-prompt 1: group normalisation of a group of one gives 0, so only the teacher teaches"
         )
     if checkpoint.load is not None and not _holds_checkpoint(checkpoint.load):
         start = "--ref-load" if checkpoint.ref_load is not None else "--hf-checkpoint"

@@ -24,6 +24,7 @@ class Config:
     evaluation: stages.EvaluationConfig = field(default_factory=stages.EvaluationConfig)
     algorithm: stages.AlgorithmConfig = field(default_factory=stages.AlgorithmConfig)
     opd: stages.OPDConfig = field(default_factory=stages.OPDConfig)
+    divergence: stages.DivergenceConfig = field(default_factory=stages.DivergenceConfig)
     weights: stages.WeightsConfig = field(default_factory=stages.WeightsConfig)
     observe: stages.ObserveConfig = field(default_factory=stages.ObserveConfig)
     # Options of the SGLang engines (`--sglang-X` is their `--X`), as words.
@@ -82,3 +83,41 @@ class Config:
     def has_megatron_teacher(self) -> bool:
         """Whether the trainer forwards a teacher of its own."""
         return self.opd.use_opd and self.opd.opd_type == "megatron"
+
+    @property
+    def has_divergence(self) -> bool:
+        """Whether the loss has a divergence between the models' distributions."""
+        return self.opd.use_opd and (
+            self.divergence.opd_divergence is not None or self.divergence.opd_schedule is not None
+        )
+
+    @property
+    def penalty_coefficient(self) -> float:
+        """Weight of the penalty on the sampled tokens."""
+        if not self.opd.use_opd:
+            return 0.0
+        if self.opd.opd_kl_coef is not None:
+            return self.opd.opd_kl_coef
+        return 0.0 if self.has_divergence else 1.0
+
+    @property
+    def teacher_temperature(self) -> float:
+        """The temperature at which the teacher is compared with the student. A server scores at 1, whatever it is asked."""
+        if self.has_sglang_teacher:
+            return 1.0
+        asked = self.divergence.opd_temperature
+        return self.rollout.rollout_temperature if asked is None else asked
+
+    @property
+    def teacher_top_k(self) -> int:
+        """Tokens of its own top-k that an SGLang teacher is asked for, at each position."""
+        wanted = self.has_sglang_teacher and self.has_divergence and self.divergence.opd_top_k_strategy != "only_stu"
+        return self.divergence.opd_log_prob_top_k if wanted else 0
+
+    @property
+    def student_top_k(self) -> int:
+        """Tokens of the student's top-k that an SGLang teacher is asked to score, at each position."""
+        by_student = self.divergence.opd_top_k_strategy not in ("only_tch", "intersection")
+        return (
+            self.divergence.opd_log_prob_top_k if self.has_sglang_teacher and self.has_divergence and by_student else 0
+        )

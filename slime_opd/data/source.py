@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -46,12 +46,19 @@ class PromptSource:
     taken. With `--rollout-shuffle`, epoch e has the order of seed `--rollout-seed` + e.
     """
 
-    def __init__(self, data: DataConfig, tokenizer: Any, *, is_sft: bool = False) -> None:
-        """Read `--prompt-data`. Raises ConfigError without it, DataError for a file or row that cannot be used."""
+    def __init__(
+        self, data: DataConfig, tokenizer: Any, *, is_sft: bool = False, response_key: str | None = None
+    ) -> None:
+        """Read `--prompt-data`, and the responses of another model in column `response_key`, if given.
+
+        Raises ConfigError without prompts, DataError for a file or row that cannot be used.
+        """
         if data.prompt_data is None:
             raise ConfigError("--prompt-data is missing: give a JSONL or Parquet file of prompts")
         self._data = data
-        self._entries = _within_length(_load(data.prompt_data, data, tokenizer, is_sft), data)
+        self._entries = _within_length(
+            _load(data.prompt_data, data, tokenizer, is_sft, response_key=response_key), data
+        )
         self._fingerprint = _fingerprint(self._entries)
         self._epoch = 0
         self._offset = 0
@@ -139,16 +146,17 @@ def _load(
     is_sft: bool,
     input_key: str | None = None,
     label_key: str | None = None,
+    response_key: str | None = None,
 ) -> list[_Entry]:
     """Every row of `path`, rendered and tokenised; keys not given are those of `data`."""
     arguments = chat.template_arguments(data.apply_chat_template_kwargs) if data.apply_chat_template else None
     renderer = chat.Renderer(tokenizer, arguments)
-    columns = _Columns(input_key or data.input_key, label_key or data.label_key, data.metadata_key)
+    columns = _Columns(input_key or data.input_key, label_key or data.label_key, data.metadata_key, response_key)
     rows = read_rows(path)
     eos = getattr(tokenizer, "eos_token_id", None)
 
     def entries(batch: Sequence[Row]) -> list[_Entry]:
-        return _sft_entries(batch, columns, renderer, eos) if is_sft else _entries(batch, columns, renderer)
+        return (_sft_entries if is_sft else _entries)(batch, columns, renderer, eos)
 
     return list(_in_batches(rows, entries, path))
 
@@ -171,6 +179,7 @@ class _Columns:
     input_key: str
     label_key: str | None
     metadata_key: str
+    response_key: str | None
 
     def label(self, row: Row) -> str | None:
         value = None if self.label_key is None else row.get(self.label_key)
@@ -186,13 +195,34 @@ class _Columns:
             )
         return value
 
+    def response(self, row: Row) -> str:
+        """Another model's response, for --opd-off-policy-source dataset."""
+        value = row.get(self.response_key)
+        if not isinstance(value, str) or not value:
+            raise DataError(
+                f"{row.where}: --opd-off-policy-key {self.response_key} is {str(value)[:40]!r}; expected the text of a response"
+            )
+        return value
 
-def _entries(rows: Sequence[Row], columns: _Columns, renderer: chat.Renderer) -> list[_Entry]:
+
+def _entries(rows: Sequence[Row], columns: _Columns, renderer: chat.Renderer, eos: int | None) -> list[_Entry]:
     texts = [renderer.prompt(row.get(columns.input_key), row.where) for row in rows]
-    return [
+    entries = [
         _Entry(text, _ids(tokens, row), columns.label(row), columns.metadata(row))
         for row, text, tokens in zip(rows, texts, renderer.tokenize(texts), strict=True)
     ]
+    if columns.response_key is None:
+        return entries
+    responses = renderer.tokenize([columns.response(row) for row in rows])
+    return [
+        replace(entry, response_tokens=_ended(response, eos))
+        for entry, response in zip(entries, responses, strict=True)
+    ]
+
+
+def _ended(response: Sequence[int], eos: int | None) -> np.ndarray:
+    """A response's tokens with the end of sequence that a model would end it with."""
+    return np.asarray([*response, *([] if eos is None else [eos])], np.int32)
 
 
 def _sft_entries(rows: Sequence[Row], columns: _Columns, renderer: chat.Renderer, eos: int | None) -> list[_Entry]:
@@ -212,10 +242,10 @@ def _sft_entries(rows: Sequence[Row], columns: _Columns, renderer: chat.Renderer
         rows, prompts, renderer.tokenize(prompts), renderer.tokenize(wholes), strict=True
     ):
         if chat.ends_with_assistant(row.get(columns.input_key)):
-            response = chat.response_of_conversation(tokens, whole, eos, row.where)
+            response = np.asarray(chat.response_of_conversation(tokens, whole, eos, row.where), np.int32)
         else:
-            response = [*whole, *([] if eos is None else [eos])]
-        entries.append(_Entry(text, _ids(tokens, row), None, columns.metadata(row), np.asarray(response, np.int32)))
+            response = _ended(whole, eos)
+        entries.append(_Entry(text, _ids(tokens, row), None, columns.metadata(row), response))
     return entries
 
 

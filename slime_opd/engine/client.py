@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import httpx
 import numpy as np
 
-from slime_opd.engine import protocol
+from slime_opd.engine import protocol, top_k
 from slime_opd.engine.protocol import Generation, ModelInfo, SamplingParams
+from slime_opd.engine.top_k import TopK
 from slime_opd.errors import EngineError, EngineTimeout
 
 _INFO_TIMEOUT_S = 30.0
@@ -36,7 +37,8 @@ class EngineClient:
 
     `concurrency`: requests in flight; more wait their turn, and the wait is in no time
     limit. `timeout_s`: seconds that one attempt may take, from connecting to the last
-    byte. `retries`: attempts after the first. `transport` and `backoff_s` are there for tests.
+    byte. `retries`: attempts after the first. `transport` and `backoff_s` are there for tests. `bytes_moved` counts
+    the bodies of requests and answers.
 
     The client belongs to the event loop that first uses it.
     """
@@ -59,10 +61,11 @@ class EngineClient:
         self._slots = asyncio.Semaphore(concurrency)
         self._ssl_context = httpx.create_ssl_context(trust_env=False)
         self._idle: list[httpx.AsyncClient] = []
+        self.bytes_moved = 0
 
-    async def generate(self, input_ids: Sequence[int], sampling: SamplingParams) -> Generation:
-        """One response. A response that the engine aborted is asked for again."""
-        payload = protocol.generate_payload(input_ids, sampling)
+    async def generate(self, input_ids: Sequence[int], sampling: SamplingParams, most_likely: int = 0) -> Generation:
+        """One response, with rows of the `most_likely` tokens. One that the engine aborted is asked for again."""
+        payload = protocol.generate_payload(input_ids, sampling, most_likely)
 
         async def once() -> Generation:
             generation = protocol.parse_generation(await self._request("POST", "/generate", self._timeout_s, payload))
@@ -79,6 +82,36 @@ class EngineClient:
         async def once() -> np.ndarray:
             answer = await self._request("POST", "/generate", self._timeout_s, payload)
             return protocol.parse_scores(answer, tokens, prompt_length)
+
+        return await self._with_retries(once)
+
+    async def score_top_k(self, tokens: Sequence[int], prompt_length: int, k: int) -> tuple[np.ndarray, TopK]:
+        """`score`, and the k most likely tokens at each position of the response, at temperature 1."""
+        payload = protocol.score_payload(tokens, prompt_length, k)
+
+        async def once() -> tuple[np.ndarray, TopK]:
+            answer = await self._request("POST", "/generate", self._timeout_s, payload)
+            log_probs = protocol.parse_scores(answer, tokens, prompt_length)
+            return log_probs, top_k.parse_top_k(answer, len(log_probs), k)
+
+        return await self._with_retries(once)
+
+    async def score_candidates(
+        self, tokens: Sequence[int], prompt_length: int, candidates: np.ndarray, top: TopK
+    ) -> np.ndarray:
+        """Log-probs of candidates int32 [R, K] at each position of the response, float32 [R, K], at temperature 1.
+
+        What `top`, from `score_top_k`, has of them is not asked for again.
+        """
+        known = top_k.find(candidates, top)
+        segments = top_k.segments_of(candidates, np.isnan(known))
+        if not segments:
+            return known
+        payload = top_k.segments_payload(tokens, prompt_length, segments)
+
+        async def once() -> np.ndarray:
+            answers = await self._request("POST", "/generate", self._timeout_s, payload)
+            return top_k.fill(known, candidates, segments, answers, tokens, prompt_length)
 
         return await self._with_retries(once)
 
@@ -126,6 +159,7 @@ class EngineClient:
             raise _Transient(EngineError(f"{address}: {type(error).__name__}: {error}".rstrip(": "))) from error
         finally:
             self._idle.append(http)
+        self.bytes_moved += len(response.request.content) + len(response.content)
         if response.is_success:
             return _json(response, address)
         error = EngineError(f"{address}: HTTP {response.status_code}: {response.text[:500]}")

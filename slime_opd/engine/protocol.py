@@ -55,13 +55,15 @@ class Generation:
 
     `log_probs`: float32 [number of tokens], at the sampling temperature (at 1 for greedy).
     `finish_reason`: "stop" (end of sequence, stop string or stop token), "length" or "abort".
-    `weight_version`: the engine's label of the weights that ended the response.
+    `weight_version`: the engine's label of the weights that ended the response. `top_rows`: the rows of the most likely
+    tokens at each position, as they came, where they were asked for.
     """
 
     token_ids: tuple[int, ...]
     log_probs: np.ndarray
     finish_reason: str
     weight_version: str | None
+    top_rows: Sequence[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,10 @@ class ModelInfo:
     version: str | None
 
 
-def generate_payload(input_ids: Sequence[int], sampling: SamplingParams) -> dict[str, Any]:
-    """The body of a request for one response to `input_ids`."""
-    return {"input_ids": list(input_ids), "sampling_params": sampling.payload(), "return_logprob": True}
+def generate_payload(input_ids: Sequence[int], sampling: SamplingParams, top_k: int = 0) -> dict[str, Any]:
+    """The body of a request for one response to `input_ids`, with the `top_k` most likely tokens at each position."""
+    payload = {"input_ids": list(input_ids), "sampling_params": sampling.payload(), "return_logprob": True}
+    return payload | ({"top_logprobs_num": top_k} if top_k else {})
 
 
 def parse_generation(answer: Mapping[str, Any]) -> Generation:
@@ -88,7 +91,7 @@ def parse_generation(answer: Mapping[str, Any]) -> Generation:
     Raises EngineError where a part is missing, or a log-prob is not a finite number (an
     aborted response is returned as it is, without that check).
     """
-    meta = _meta_info(answer)
+    meta = meta_info(answer)
     reason = (meta.get("finish_reason") or {}).get("type")
     if reason not in ("stop", "length", "abort"):
         raise EngineError(
@@ -99,11 +102,11 @@ def parse_generation(answer: Mapping[str, Any]) -> Generation:
     token_ids, log_probs = _columns(meta.get("output_token_logprobs") or ())
     if reason != "abort":
         _check_finite(log_probs, "response")
-    return Generation(token_ids, log_probs, reason, meta.get("weight_version"))
+    return Generation(token_ids, log_probs, reason, meta.get("weight_version"), meta.get("output_top_logprobs"))
 
 
-def score_payload(tokens: Sequence[int], prompt_length: int) -> dict[str, Any]:
-    """The body of a request for the log-probs of `tokens[prompt_length:]`.
+def score_payload(tokens: Sequence[int], prompt_length: int, top_k: int = 0) -> dict[str, Any]:
+    """The body of a request for the log-probs of `tokens[prompt_length:]`, and of the `top_k` most likely tokens there.
 
     The rows asked for start one before the response: SGLang gives its first row no log-prob. A
     start of 0 would serve as well, but it makes the engine recompute the prompt for
@@ -114,7 +117,7 @@ def score_payload(tokens: Sequence[int], prompt_length: int) -> dict[str, Any]:
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0, "skip_special_tokens": False},
         "return_logprob": True,
         "logprob_start_len": max(prompt_length - 1, 0),
-    }
+    } | ({"top_logprobs_num": top_k} if top_k else {})
 
 
 def parse_scores(answer: Mapping[str, Any], tokens: Sequence[int], prompt_length: int) -> np.ndarray:
@@ -125,7 +128,7 @@ def parse_scores(answer: Mapping[str, Any], tokens: Sequence[int], prompt_length
     """
     if prompt_length < 1:
         raise EngineError("a response without a prompt cannot be scored: nothing comes before its first token")
-    rows = _meta_info(answer).get("input_token_logprobs")
+    rows = meta_info(answer).get("input_token_logprobs")
     sent = tuple(tokens[prompt_length - 1 :])
     if rows is None or len(rows) != len(sent):
         received = "none" if rows is None else str(len(rows))
@@ -163,7 +166,8 @@ def parse_model_info(model: Mapping[str, Any], server: Mapping[str, Any]) -> Mod
     )
 
 
-def _meta_info(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+def meta_info(answer: Any) -> Mapping[str, Any]:
+    """What an answer says beside its text. Raises EngineError where it has nothing."""
     meta = answer.get("meta_info") if isinstance(answer, Mapping) else None
     if not isinstance(meta, Mapping):
         raise EngineError(f"the engine's answer has no meta_info: {str(answer)[:200]}")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from slime_opd import fields
 from slime_opd.megatron.attention import PackedSequences, packed_sequences
 from slime_opd.types import RolloutBatch, TrainBatch
 
@@ -18,8 +19,9 @@ class MicroBatch:
     """Samples packed into one row; no token is padding.
 
     tokens, position_ids: int64 [1, T]. `predicting`: int64 [R], the place in the row whose hidden state predicts each
-    response token (the token before it). `targets`: int64 [R], those response tokens. `columns`: the fields of the
-    samples, [R] or [N] by level. `rows`: where the R response tokens lie in the TrainBatch's columns.
+    response token (the token before it). `targets`: int64 [R], those response tokens. `columns`: the response-level fields
+    of the samples, [R] or [R, K]. `response_lengths`: int64 [N]. `rows`: where the R response tokens lie in the
+    TrainBatch's columns.
     """
 
     tokens: Tensor
@@ -28,6 +30,7 @@ class MicroBatch:
     predicting: Tensor
     targets: Tensor
     columns: dict[str, Tensor]
+    response_lengths: Tensor
     rows: slice
 
 
@@ -60,6 +63,9 @@ def pack(samples: RolloutBatch, rows: slice, device: torch.device) -> MicroBatch
         packed=packed_sequences(lengths.tolist(), device),
         predicting=put(response - 1),
         targets=put(samples.tokens[response]),
-        columns={name: put(values) for name, values in samples.columns.items()},
+        columns={
+            name: put(values) for name, values in samples.columns.items() if fields.field(name).level == fields.RESPONSE
+        },
+        response_lengths=put(samples.response_lengths),
         rows=rows,
     )

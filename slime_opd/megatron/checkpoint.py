@@ -85,13 +85,16 @@ def require(path: str, flag: str, step: int | None = None) -> Location:
     return location
 
 
-def load_weights(model: HiddenStatesModel, bridge: Bridge, location: Location, flag: str) -> None:
+def load_weights(
+    model: HiddenStatesModel, bridge: Bridge, location: Location, flag: str, *, any_vocabulary: bool = False
+) -> None:
     """Copy the weights at `location` into the model, whatever layout they were saved at.
 
-    Raises CheckpointError, with both shapes, where they are of another architecture.
+    Raises CheckpointError, with both shapes, where they are of another architecture. With `any_vocabulary` the number of
+    vocabulary rows may differ: those that the model has no place for are left out, those that are not there stay as they are.
     """
     if location.is_hugging_face:
-        _check_hugging_face(bridge, location, flag)
+        _check_hugging_face(bridge, location, flag, any_vocabulary)
         bridge.load_weights([model], str(location.directory))
         return
     state = _model_state(model)
@@ -100,6 +103,14 @@ def load_weights(model: HiddenStatesModel, bridge: Bridge, location: Location, f
         {"model": state}, str(location.directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED
     )
     model.load_state_dict(loaded["model"], strict=False)
+
+
+def vocabulary_rows(location: Location) -> int:
+    """Rows of the vocabulary at `location`; with padding, in a Megatron checkpoint."""
+    if location.is_hugging_face:
+        return int(json.loads((location.directory / "config.json").read_text())["vocab_size"])
+    saved = dist_checkpointing.load_tensors_metadata(str(location.directory))
+    return int(saved["embedding.word_embeddings.weight"].global_shape[0])
 
 
 def load_training_state(state: TrainingState, location: Location) -> None:
@@ -271,13 +282,14 @@ _ARCHITECTURE_KEYS = (
 )
 
 
-def _check_hugging_face(bridge: Bridge, location: Location, flag: str) -> None:
+def _check_hugging_face(bridge: Bridge, location: Location, flag: str, any_vocabulary: bool) -> None:
     found = json.loads((location.directory / "config.json").read_text())
     expected = bridge.hf_config.to_dict()
     problems = [
         f"{key} is {found[key]} there and {expected[key]} in the student"
         for key in _ARCHITECTURE_KEYS
         if key in found and key in expected and found[key] != expected[key]
+        if not (any_vocabulary and key == "vocab_size")
     ]
     if problems:
         raise CheckpointError(f"{flag} {location.directory} is of another architecture: {'; '.join(problems)}")

@@ -25,7 +25,9 @@ from slime_opd.config import Config
 from slime_opd.errors import ConfigError
 from slime_opd.megatron import device
 from slime_opd.megatron.attention import PackedCoreAttention
-from slime_opd.megatron.linear_log_probs import VocabularyShard
+from slime_opd.megatron.vocabulary import VocabularyShard
+
+_VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 # Hugging Face's names of the norms that the local layer spec keeps apart from the linear layers.
 _LOCAL_NORMS = {
@@ -37,7 +39,7 @@ _LOCAL_NORMS = {
 class HiddenStatesModel(GPTModel):
     """A GPTModel whose forward ends with the last hidden states [T, 1, H].
 
-    The output layer's weights are there and trained, but logits are made chunk by chunk by `linear_log_probs`.
+    The output layer's weights are there and trained, but logits are made chunk by chunk, in `output_layer`.
     """
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
@@ -85,7 +87,17 @@ def make_bridge(config: Config) -> Bridge:
     bridge.vocab_size = bridge.hf_config.vocab_size
     bridge.padded_vocab_size = padded_vocabulary(bridge.vocab_size, config)
     bridge.set_extra_args(**_run_settings(config))
+    # A teacher's vocabulary may have more rows than the student's, or fewer; mbridge takes the student's number alone.
+    to_megatron = bridge._weight_to_mcore_format
+    bridge._weight_to_mcore_format = lambda name, weights: to_megatron(
+        name, [align_rows(weights[0], bridge.vocab_size)] if name in _VOCABULARY_WEIGHTS else weights
+    )
     return bridge
+
+
+def align_rows(weight: Tensor, rows: int) -> Tensor:
+    """A weight [V, H] cut or padded with zeros to `rows`."""
+    return weight[:rows] if len(weight) >= rows else F.pad(weight, (0, 0, 0, rows - len(weight)))
 
 
 def padding_multiple(config: Config) -> int:
@@ -154,6 +166,12 @@ def vocabulary_shard(model: HiddenStatesModel, bridge: Bridge) -> VocabularyShar
         size=bridge.vocab_size,
         group=group if group.size() > 1 else None,
     )
+
+
+def is_padding(name: str, weight: Tensor, bridge: Bridge) -> bool:
+    """Whether all of this rank's rows of a weight are past the vocabulary."""
+    first = len(weight) * parallel_state.get_tensor_model_parallel_rank()
+    return name in _VOCABULARY_WEIGHTS and first >= bridge.vocab_size
 
 
 def exported_weights(model: HiddenStatesModel, bridge: Bridge) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,7 @@
-"""Host copies of weights that take turns in the one model on the device.
+"""Copies of weights that take turns in the one model on the device.
 
-Student, reference and teacher have one architecture, so one model of device memory serves all three: their weights
-wait in (pinned) host memory and are copied in for their forward pass.
+Student, reference and teacher have one architecture, so one model serves all three. Their weights wait in (pinned) host
+memory and are copied in for their forward pass; or they stay on the device, and change places with the student's.
 """
 
 from __future__ import annotations
@@ -14,47 +14,72 @@ import torch.distributed as dist
 
 from slime_opd.megatron import device
 
+_STUDENT = "student"
+
 
 class WeightSnapshots:
-    """Named host copies of one model's parameters and buffers."""
+    """Named copies of one model's parameters and buffers.
+
+    A model that moves to other memory afterwards, as into an optimizer's buffers, may still change places with them.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._tensors = [*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())]
         self._copies: dict[str, list[torch.Tensor]] = {}
+        self._resident: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
         return name in self._copies
 
-    def keep(self, name: str) -> None:
-        """Copy the model's present weights to the host under `name`; a second call reuses the memory."""
+    def keep(self, name: str, *, resident: bool = False) -> None:
+        """Copy the model's present weights to the host under `name`, or (resident) to other memory of the device.
+
+        A second call reuses the memory. Where the device is the CPU both are one, and nothing needs to be copied back.
+        """
         if name not in self._copies:
-            self._copies[name] = [
-                torch.empty_like(t, device="cpu", pin_memory=device.has_cuda()) for t in self._tensors
-            ]
+            if resident or not device.has_cuda():
+                self._resident.add(name)
+                self._copies[name] = [torch.empty_like(t) for t in self._tensors]
+            else:
+                self._copies[name] = [torch.empty_like(t, device="cpu", pin_memory=True) for t in self._tensors]
         for copy, tensor in zip(self._copies[name], self._tensors, strict=True):
             copy.copy_(tensor.detach(), non_blocking=True)
-        device.synchronize()
-
-    @torch.no_grad()
-    def restore(self, name: str) -> None:
-        """Copy the weights kept under `name` into the model."""
-        for copy, tensor in zip(self._copies[name], self._tensors, strict=True):
-            tensor.data.copy_(copy, non_blocking=True)
         device.synchronize()
 
     @contextmanager
     def swapped_in(self, *names: str) -> Iterator[Iterator[str]]:
         """Yield an iterator that puts each of `names` into the model in turn; afterwards the student is back."""
-        self.keep("student")
+        from_host = [name for name in names if name not in self._resident]
+        if from_host:
+            self.keep(_STUDENT)
         try:
             yield self._in_turn(names)
         finally:
-            self.restore("student")
+            if from_host:
+                self._restore(_STUDENT)
 
     def _in_turn(self, names: tuple[str, ...]) -> Iterator[str]:
         for name in names:
-            self.restore(name)
-            yield name
+            if name in self._resident:
+                self._exchange(name)
+                try:
+                    yield name
+                finally:
+                    self._exchange(name)
+            else:
+                self._restore(name)
+                yield name
+
+    @torch.no_grad()
+    def _restore(self, name: str) -> None:
+        for copy, tensor in zip(self._copies[name], self._tensors, strict=True):
+            tensor.data.copy_(copy, non_blocking=True)
+        device.synchronize()
+
+    def _exchange(self, name: str) -> None:
+        """The model takes the memory kept under `name`, which takes the model's."""
+        for copy, tensor in zip(self._copies[name], self._tensors, strict=True):
+            copy.data, tensor.data = tensor.data, copy.data
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ TrainBatches and returns metrics; it knows nothing of Ray, HTTP or rollouts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,27 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from slime_opd.algorithm.objective import Objective, PolicyOptions, policy_objective, sft_objective
+from slime_opd.algorithm.objective import Objective
 from slime_opd.config import Config
+from slime_opd.distill.penalty import clamp_signal, discounted_sums, sampled_reverse_kl
 from slime_opd.errors import CheckpointError
 from slime_opd.megatron import checkpoint, device, parallel
 from slime_opd.megatron.batch import MicroBatch, micro_batches
-from slime_opd.megatron.linear_log_probs import linear_log_probs
-from slime_opd.megatron.model import HiddenStatesModel, build_model, exported_weights, make_bridge, vocabulary_shard
+from slime_opd.megatron.head import HeadSettings, ObjectiveHead, TeacherStates
+from slime_opd.megatron.model import (
+    HiddenStatesModel,
+    build_model,
+    exported_weights,
+    is_padding,
+    make_bridge,
+    vocabulary_shard,
+)
 from slime_opd.megatron.optimizer import make_optimizer, make_scheduler, wrap
+from slime_opd.megatron.output_layer import chunked_objective, score
+from slime_opd.megatron.scoring import ScoredBatch, head_settings, score_batch
 from slime_opd.megatron.snapshots import WeightSnapshots, fingerprint
-from slime_opd.observe.metrics import Last, Mean, Metric, Total
+from slime_opd.megatron.vocabulary import VocabularyShard
+from slime_opd.observe.metrics import Concentration, Last, Mean, Metric, Total
 from slime_opd.types import StartReport, TrainBatch
 
 
@@ -45,7 +57,10 @@ class Trainer:
         self.bridge = make_bridge(config)
         self.model: HiddenStatesModel = build_model(config, self.bridge)
         self.snapshots = WeightSnapshots(self.model)
-        self._shard = vocabulary_shard(self.model, self.bridge) if self.layout.is_last_stage else None
+        self.shard = vocabulary_shard(self.model, self.bridge) if self.layout.is_last_stage else None
+        self.teacher_weight: Tensor | None = None
+        # The ids that both models have: on them they are compared.
+        self.teacher_shard = self.shard
         self.start_report = self._load()
 
     def _load(self) -> StartReport:
@@ -58,7 +73,14 @@ class Trainer:
         if self.config.has_megatron_teacher:
             opd = self.config.opd
             location = checkpoint.require(opd.opd_teacher_load, "--opd-teacher-load", opd.opd_teacher_ckpt_step)
-            prints["teacher"] = self._keep("teacher", location, "--opd-teacher-load")
+            prints["teacher"] = self._keep("teacher", location, "--opd-teacher-load", resident=opd.opd_teacher_resident)
+            if self.shard is not None:
+                self.teacher_shard = replace(
+                    self.shard, size=min(self.shard.size, checkpoint.vocabulary_rows(location))
+                )
+            if self.config.has_divergence and self.layout.is_last_stage:
+                # Student and teacher meet at their logits, long after the teacher's other weights have left.
+                self.teacher_weight = self.model.output_weight().detach().clone()
         location, flag = self._student_location()
         checkpoint.load_weights(self.model, self.bridge, location, flag)
         prints["student"] = fingerprint(self.model)
@@ -86,133 +108,122 @@ class Trainer:
             return checkpoint.require(options.ref_load, "--ref-load", options.ref_ckpt_step), "--ref-load"
         return checkpoint.require(self.config.model.hf_checkpoint, "--hf-checkpoint"), "--hf-checkpoint"
 
-    def _keep(self, name: str, location: checkpoint.Location, flag: str) -> tuple[float, float]:
-        """Load weights into the model and keep them on the host under `name`; returns their fingerprint."""
+    def _keep(
+        self, name: str, location: checkpoint.Location, flag: str, *, resident: bool = False
+    ) -> tuple[float, float]:
+        """Load weights into the model and keep a copy of them under `name`; returns their fingerprint."""
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.zero_()
-        checkpoint.load_weights(self.model, self.bridge, location, flag)
-        # Norms and biases may be zero; a matrix that still is was not loaded.
-        untouched = [key for key, weight in self.model.named_parameters() if weight.dim() > 1 and not weight.any()]
+        checkpoint.load_weights(self.model, self.bridge, location, flag, any_vocabulary=name == "teacher")
+        # Norms and biases may be zero, and a rank's share of a small vocabulary; another matrix that still is was not loaded.
+        untouched = [
+            key
+            for key, weight in self.model.named_parameters()
+            if weight.dim() > 1 and not weight.any() and not is_padding(key, weight, self.bridge)
+        ]
         if untouched:
             raise CheckpointError(
                 f"{flag} {location.directory}: the {name} was not really loaded: {len(untouched)} matrices are still empty, first {untouched[0]}"
             )
-        self.snapshots.keep(name)
+        self.snapshots.keep(name, resident=resident)
         return fingerprint(self.model)
 
     def _training_state(self) -> checkpoint.TrainingState:
         return checkpoint.TrainingState(self.model, self.optimizer, self.scheduler)
 
-    def train(self, batch: TrainBatch) -> dict[str, Metric]:
+    def train(self, batch: TrainBatch, progress: float = 0.0) -> dict[str, Metric]:
         """Score the batch with the models that the objective needs, then take its optimizer steps.
 
-        Returns the metrics of this rank; {} on ranks that do not report.
+        `progress`: the share of the run's rollouts that came before. Returns this rank's metrics; {} on ranks that do not
+        report.
         """
-        batch = self._score_all(batch)
+        settings = head_settings(self.config, progress)
+        scored = score_batch(self, batch, settings)
         self.wrapped.train()
         metrics: dict[str, Metric] = {}
-        for step in range(len(batch.steps)):
+        for step in range(len(scored.batch.steps)):
             # A rollout of several steps reports its last one, the same way whether it has one or many.
-            metrics = self._step(batch, step)
+            metrics = self._step(scored, step, settings)
         return metrics if self.layout.reports else {}
 
-    def _step(self, batch: TrainBatch, step: int) -> dict[str, Metric]:
+    def _step(self, scored: ScoredBatch, step: int, settings: HeadSettings) -> dict[str, Metric]:
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
-        objectives = self._run(batch, slice(step, step + 1), self._objective, forward_only=False)
+
+        def objective(hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Objective]:
+            head = self.head(micro_batch, settings, scored.teacher, hidden)
+            total = chunked_objective(hidden, self.model.output_weight(), self.shard, head, self.chunk_size)
+            return total.loss, total
+
+        objectives = self.run(scored.batch, slice(step, step + 1), objective, forward_only=False)
         succeeded, grad_norm, _ = self.optimizer.step()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
         skipped = 0.0 if succeeded else 1.0
         return {
             **_collect(objectives),
+            **scored.weight_metrics(step),
             "train/grad_norm": Last(float(grad_norm)),
             "train/lr": Last(float(learning_rate)),
             "train/skipped_steps": Last(skipped),
         }
 
-    def _objective(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Objective]:
-        config = self.config
-        log_probs, entropies = self._log_probs(hidden, batch, config.rollout.rollout_temperature)
-        if config.is_sft:
-            objective = sft_objective(batch.columns, log_probs, entropies)
-        else:
-            penalty = None
-            if self._teacher_temperature is not None and "penalty_log_probs" not in batch.columns:
-                with torch.no_grad():
-                    penalty, _ = self._log_probs(hidden, batch, self._teacher_temperature)
-            objective = policy_objective(batch.columns, log_probs, entropies, penalty, self._policy_options)
-        return objective.loss, objective
+    def head(
+        self, batch: MicroBatch, settings: HeadSettings, teacher: TeacherStates | None, hidden: Tensor
+    ) -> ObjectiveHead:
+        """The objective of a micro-batch whose predicting hidden states are `hidden` [R, H]."""
+        columns, opd = batch.columns, self.config.opd
+        if settings.policy is not None and settings.policy.penalty is not None and opd.opd_kl_discount:
+            # A discounted sum needs whole responses, which chunks cut.
+            student = columns.get("penalty_log_probs", columns.get("log_probs"))
+            if student is None or opd.opd_refresh_student:
+                student = self.scores(hidden.detach(), batch, settings.teacher_temperature, self.teacher_shard)[0]
+            signal = sampled_reverse_kl(student, columns["teacher_log_probs"])
+            signal = clamp_signal(signal, opd.opd_kl_clamp)[0] * (columns["policy_weights"] > 0)
+            columns = {**columns, "penalty": discounted_sums(signal, batch.response_lengths, opd.opd_kl_discount)}
+        if teacher is not None:
+            teacher = replace(teacher, hidden=teacher.hidden[batch.rows])
+        return ObjectiveHead(settings, self.shard, batch.targets, columns, teacher, self.teacher_shard)
 
-    @property
-    def _policy_options(self) -> PolicyOptions:
-        algorithm, opd = self.config.algorithm, self.config.opd
-        return PolicyOptions(
-            clip_low=algorithm.eps_clip,
-            clip_high=algorithm.eps_clip if algorithm.eps_clip_high is None else algorithm.eps_clip_high,
-            dual_clip=algorithm.eps_clip_c,
-            entropy_coefficient=algorithm.entropy_coef,
-            kl_coefficient=algorithm.kl_loss_coef if algorithm.use_kl_loss else None,
-            kl_kind=algorithm.kl_loss_type,
-            opd_coefficient=opd.opd_kl_coef if opd.use_opd else None,
-            use_rollout_log_probs=algorithm.use_rollout_logprobs,
+    def scores(
+        self, hidden: Tensor, batch: MicroBatch, temperature: float, shard: VocabularyShard | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies of a micro-batch's response tokens under the model's present weights, both [R].
+
+        A token that is not in the vocabulary of `shard` (by default the student's) has NaN.
+        """
+        return score(
+            hidden,
+            self.model.output_weight(),
+            batch.targets,
+            self.shard if shard is None else shard,
+            temperature=temperature,
+            chunk_size=self.chunk_size,
         )
 
     @property
-    def _teacher_temperature(self) -> float | None:
-        """The teacher's temperature where it differs from the rollout's: a server scores at 1, whatever it is asked."""
-        differs = self.config.has_sglang_teacher and self.config.rollout.rollout_temperature != 1.0
-        return 1.0 if differs else None
-
-    def _score_all(self, batch: TrainBatch) -> TrainBatch:
-        """Add the log-probs that the objective needs beside the policy's own: reference, teacher, and old policy."""
-        temperature = self.config.rollout.rollout_temperature
-        names = {"reference": "ref_log_probs", "teacher": "teacher_log_probs"}
-        kept = [name for name in names if name in self.snapshots]
-        if kept:
-            with self.snapshots.swapped_in(*kept) as in_turn:
-                for name in in_turn:
-                    batch = self._score(batch, names[name], temperature)
-        # With one step per rollout the old policy is the policy itself, and the step's own forward gives its log-probs.
-        if len(batch.steps) > 1 and not self.config.is_sft:
-            batch = self._score(batch, "log_probs", temperature)
-            if self._teacher_temperature is not None:
-                batch = self._score(batch, "penalty_log_probs", self._teacher_temperature)
-        return batch
-
-    def _score(self, batch: TrainBatch, column: str, temperature: float) -> TrainBatch:
-        """The batch with the log-probs of the model's present weights as `column`; unchanged before the last stage."""
-        self.wrapped.eval()
-
-        def log_probs(hidden: Tensor, micro_batch: MicroBatch) -> Tensor:
-            return self._log_probs(hidden, micro_batch, temperature)[0]
-
-        with torch.no_grad():
-            scores = self._run(batch, slice(None), log_probs, forward_only=True)
-        if not self.layout.is_last_stage:
-            return batch
-        return TrainBatch(batch.samples.with_column(column, torch.cat(scores).float().cpu().numpy()), batch.steps)
+    def chunk_size(self) -> int:
+        """Tokens whose logits exist at one time."""
+        return self.config.training.log_probs_chunk_size
 
     def score(self, batch: TrainBatch, temperature: float = 1.0) -> Tensor | None:
         """The student's log-probs of all response tokens of the batch, float32 [R]; None before the last stage."""
-        scored = self._score(batch, "log_probs", temperature)
-        if not self.layout.is_last_stage:
-            return None
-        return torch.from_numpy(scored.samples.columns["log_probs"])
+        found = self.score_pass(batch, lambda hidden, one: {"log_probs": self.scores(hidden, one, temperature)[0]})
+        return found["log_probs"].float().cpu() if found else None
 
-    def _log_probs(self, hidden: Tensor, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-        return linear_log_probs(
-            hidden[batch.predicting],
-            self.model.output_weight(),
-            batch.targets,
-            self._shard,
-            temperature=temperature,
-            chunk_size=self.config.training.log_probs_chunk_size,
-        )
+    def score_pass(self, batch: TrainBatch, head: Any) -> dict[str, Tensor]:
+        """Run the model's present weights over the batch; `head(hidden [R, H], micro_batch)` gives tensors by name.
 
-    def _run(self, batch: TrainBatch, steps: slice, head: Any, *, forward_only: bool) -> list:
-        """Run Megatron's schedule over micro-batches; `head(hidden [T, H], micro_batch)` runs on the last stage.
+        Returns them joined, in the batch's order, on the head's device; {} before the last stage.
+        """
+        self.wrapped.eval()
+        with torch.no_grad():
+            parts = self.run(batch, slice(None), head, forward_only=True)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+
+    def run(self, batch: TrainBatch, steps: slice, head: Any, *, forward_only: bool) -> list:
+        """Run Megatron's schedule over micro-batches; `head(hidden [R, H], micro_batch)` runs on the last stage.
 
         Training: head returns (loss, result). Forward only: head returns the result. Gives the results in order.
         """
@@ -223,7 +234,7 @@ class Trainer:
             return hidden, partial(finish, micro_batch)
 
         def finish(micro_batch: MicroBatch, hidden: Tensor, non_loss_data: bool = False):
-            hidden = self._gathered(hidden)
+            hidden = self._gathered(hidden)[micro_batch.predicting]
             if non_loss_data:
                 return head(hidden, micro_batch)
             loss, result = head(hidden, micro_batch)
@@ -263,15 +274,14 @@ class Trainer:
 
 
 def _collect(objectives: list[Objective]) -> dict[str, Metric]:
-    """The metrics of a step's micro-batches on this rank, with one copy from the device."""
+    """The metrics of a step's micro-batches on this rank, with few copies from the device."""
     if not objectives:
         return {}
-    totals, means = list(objectives[0].totals), list(objectives[0].means)
-    rows = [
-        torch.stack([*o.totals.values(), *(part for pair in o.means.values() for part in pair)]) for o in objectives
-    ]
-    values = torch.stack(rows).sum(dim=0).tolist()
-    pairs = values[len(totals) :]
-    return {name: Total(value) for name, value in zip(totals, values, strict=False)} | {
-        name: Mean(pairs[2 * i], pairs[2 * i + 1]) for i, name in enumerate(means)
+    total = Objective.sum(objectives)
+    values = torch.stack([*total.totals.values(), *(part for pair in total.means.values() for part in pair)]).tolist()
+    pairs = values[len(total.totals) :]
+    return {
+        **{name: Total(value) for name, value in zip(total.totals, values, strict=False)},
+        **{name: Mean(pairs[2 * i], pairs[2 * i + 1]) for i, name in enumerate(total.means)},
+        **{name: Concentration(*map(tuple, bins.tolist())) for name, bins in total.histograms.items()},
     }

@@ -60,7 +60,11 @@ def step_summary(step: int, total: int, record: dict[str, float]) -> str:
     # Where nothing goes unscored there is nothing to say of it.
     shown = {name: value for name, value in record.items() if value or name != "opd/teacher_fallback_fraction"}
     parts += [f"{label} {form.format(shown[name])}" for name, label, form in _STEP_PARTS if name in shown]
-    times = [f"{name.replace('_', ' ')} {record[f'perf/{name}_time']:.1f}s" for name in _TIMES if f"perf/{name}_time" in record]
+    times = [
+        f"{name.replace('_', ' ')} {record[f'perf/{name}_time']:.1f}s"
+        for name in _TIMES
+        if f"perf/{name}_time" in record
+    ]
     return " │ ".join([*parts, *([" ".join(times)] if times else [])])
 
 
@@ -129,7 +133,9 @@ def _marked(tokens: Sequence[int], kl: np.ndarray, decode: Callable[[Sequence[in
 
 def _verdict(tokens: Sequence[int], kl: np.ndarray, decode: Callable[[Sequence[int]], str], count: int = 3) -> str:
     verdict = f"reverse KL {np.nanmean(kl):.3f} per token"
-    worst = [i for i in np.argsort(-np.nan_to_num(kl, nan=-np.inf), kind="stable").tolist() if kl[i] >= _DISLIKED][:count]
+    worst = [i for i in np.argsort(-np.nan_to_num(kl, nan=-np.inf), kind="stable").tolist() if kl[i] >= _DISLIKED][
+        :count
+    ]
     if worst:
         verdict += ", likes least " + ", ".join(f"{decode([tokens[i]])!r} at token {i} ({kl[i]:.1f})" for i in worst)
     return verdict

@@ -72,7 +72,32 @@ class Last:
         return self.latest
 
 
-Metric = Mean | Total | Maximum | Last
+@dataclass(frozen=True)
+class Concentration:
+    """The smallest share of tokens that carries 80% of a sum, from counts and sums of the tokens by size, smallest first."""
+
+    counts: tuple[float, ...]
+    sums: tuple[float, ...]
+
+    def merge(self, other: Concentration) -> Concentration:
+        add = lambda one, two: tuple(a + b for a, b in zip(one, two, strict=True))  # noqa: E731
+        return Concentration(add(self.counts, other.counts), add(self.sums, other.sums))
+
+    @property
+    def value(self) -> float | None:
+        tokens, left = sum(self.counts), 0.8 * sum(self.sums)
+        if not tokens or left <= 0:
+            return None
+        taken = 0.0
+        for count, amount in zip(reversed(self.counts), reversed(self.sums), strict=True):
+            # Within a bin tokens are taken as equal.
+            if amount >= left:
+                return (taken + count * left / amount) / tokens
+            left, taken = left - amount, taken + count
+        return 1.0
+
+
+Metric = Mean | Total | Maximum | Last | Concentration
 
 
 def merge(parts: Iterable[dict[str, Metric]]) -> dict[str, Metric]:

@@ -15,6 +15,7 @@ import numpy as np
 from slime_opd.config import Config
 from slime_opd.engine.client import EngineClient
 from slime_opd.engine.protocol import SamplingParams
+from slime_opd.engine.top_k import parse_rows
 from slime_opd.errors import ConfigError, DataError, EngineError
 from slime_opd.types import Prompt, Sample, Status
 
@@ -28,7 +29,7 @@ class Sampler:
 
     `params.max_new_tokens` is the longest response; a prompt that leaves less room in
     `max_context` (tokens of prompt and response; None: no limit) gets less. `purpose` keeps the
-    seeds of training and evaluation apart.
+    seeds of training and evaluation apart. `most_likely`: the model's most likely tokens that each sample keeps.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Sampler:
         eos: frozenset[int],
         seed: int,
         purpose: str,
+        most_likely: int = 0,
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
@@ -49,35 +51,43 @@ class Sampler:
         self._eos = eos
         self._seed = seed
         self._purpose = purpose
+        self._most_likely = most_likely
 
     async def sample(self, prompt: Prompt, number: int) -> Sample:
-        """Response `number` to `prompt`, with loss_mask, rollout_log_probs, truncated and group set.
+        """Response `number` to `prompt`, with loss_mask, rollout_log_probs, truncated, group, and student_top_ids if kept.
 
         The response text leaves special tokens out. Raises DataError for a prompt that leaves
         no room, EngineError for a response that ended in any other way than stop or length.
         """
         params = dataclasses.replace(
             self._params,
-            max_new_tokens=self._room(prompt),
+            max_new_tokens=self.room(prompt),
             # SGLang heeds it with --sglang-enable-deterministic-inference only, and would else
             # draw all samples of a prompt from one default seed.
             seed=sampling_seed(self._seed, self._purpose, prompt.index, number),
         )
-        generation = await self._client.generate(input_ids=prompt.tokens, sampling=params)
+        generation = await self._client.generate(prompt.tokens, params, self._most_likely)
         if generation.finish_reason not in _STATUS:
             raise EngineError(
                 f"the engine ended a response to prompt {prompt.index} with {generation.finish_reason!r}; expected stop or length"
             )
-        status = _STATUS[generation.finish_reason]
         tokens = tuple(int(token) for token in generation.token_ids)
+        sample = self.finished(prompt, tokens, _STATUS[generation.finish_reason])
+        sample.set("rollout_log_probs", generation.log_probs)
+        if self._most_likely:
+            sample.set("student_top_ids", parse_rows(generation.top_rows, len(tokens), self._most_likely).ids)
+        return sample
+
+    def finished(self, prompt: Prompt, tokens: tuple[int, ...], status: Status) -> Sample:
+        """A response of these tokens, with loss_mask, truncated and group set."""
         sample = Sample(prompt, tokens, response_text(self._tokenizer, tokens, self._eos), status)
         sample.set("loss_mask", np.ones(len(tokens)))
-        sample.set("rollout_log_probs", generation.log_probs)
         sample.set("truncated", float(status is Status.TRUNCATED))
         sample.set("group", prompt.index)
         return sample
 
-    def _room(self, prompt: Prompt) -> int:
+    def room(self, prompt: Prompt) -> int:
+        """Tokens that a response to `prompt` may have. Raises DataError where that is none."""
         limit = self._params.max_new_tokens
         if self._max_context is None:
             return limit
@@ -89,14 +99,17 @@ class Sampler:
         return min(limit, room)
 
 
-def training_sampler(client: EngineClient, tokenizer: Any, config: Config) -> Sampler:
+def training_sampler(
+    client: EngineClient, tokenizer: Any, config: Config, *, purpose: str = "rollout", most_likely: int = 0
+) -> Sampler:
     """The sampler of `--rollout-temperature` and its kin."""
     rollout = config.rollout
     return _sampler(
         client,
         tokenizer,
         config,
-        purpose="rollout",
+        purpose=purpose,
+        most_likely=most_likely,
         max_new_tokens=_longest_response(config, rollout.rollout_max_response_len),
         temperature=rollout.rollout_temperature,
         top_p=rollout.rollout_top_p,
@@ -120,7 +133,9 @@ def evaluation_sampler(client: EngineClient, tokenizer: Any, config: Config, set
     )
 
 
-def _sampler(client: EngineClient, tokenizer: Any, config: Config, *, purpose: str, **params: Any) -> Sampler:
+def _sampler(
+    client: EngineClient, tokenizer: Any, config: Config, *, purpose: str, most_likely: int = 0, **params: Any
+) -> Sampler:
     eos = eos_token_ids(tokenizer, config.model.hf_checkpoint)
     return Sampler(
         client,
@@ -134,6 +149,7 @@ def _sampler(client: EngineClient, tokenizer: Any, config: Config, *, purpose: s
         eos=eos,
         seed=config.data.rollout_seed,
         purpose=purpose,
+        most_likely=most_likely,
     )
 
 

@@ -35,7 +35,7 @@ class StudentRollouts:
         teacher: Teacher | None,
         eval_sets: list[EvalSet],
     ) -> None:
-        self._config, self._tokenizer, self._loop = config, tokenizer, loop
+        self._config, self._tokenizer, self._loop, self._teacher = config, tokenizer, loop, teacher
         self._eval_sets = eval_sets
         self._reward, self._eval_reward = make_reward(config), make_eval_reward(config)
         self._client: EngineClient | None = None
@@ -47,7 +47,7 @@ class StudentRollouts:
                 timeout_s=rollout.rollout_request_timeout_s,
                 retries=rollout.rollout_request_retries,
             )
-            self._generator = Generator(self._client, tokenizer, config, reward=make_reward(config), teacher=teacher)
+            self._generator = Generator(self._client, tokenizer, config, reward=self._reward, teacher=teacher)
 
     def generate(self, source: PromptSource, label: str) -> list[SampleGroup]:
         """One rollout: the next prompts, their responses, rewards and teacher scores.
@@ -60,7 +60,12 @@ class StudentRollouts:
         with Progress(label, self._config.samples_per_rollout, unit="samples") as progress:
             groups = self._loop.run(self._generator.generate(prompts, progress_of(progress)))
         failed = [s for group in groups for s in group.samples if s.values.get("teacher_failed", [0.0])[0]]
-        check_fallback(len(failed), self._config.samples_per_rollout, self._config.opd.opd_max_fallback_fraction)
+        check_fallback(
+            len(failed),
+            self._config.samples_per_rollout,
+            self._config.opd.opd_max_fallback_fraction,
+            None if self._teacher is None else self._teacher.latest_failure,
+        )
         return groups
 
     def evaluate(self, label: str) -> dict[str, Mean]:
@@ -82,6 +87,7 @@ class StudentRollouts:
     def close(self) -> None:
         """Close connections and the workers of the rewards."""
         if self._client is not None:
+            self._loop.run(self._generator.aclose())
             self._loop.run(self._client.aclose())
         for reward in (self._reward, self._eval_reward):
             if reward is not None:

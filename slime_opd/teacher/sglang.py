@@ -5,23 +5,47 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from typing import Protocol
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from slime_opd.config import Config
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import ConfigError, EngineError, EngineTimeout
+from slime_opd.teacher.probe import student_facts
 from slime_opd.types import Sample, TeacherScores
 
 logger = logging.getLogger(__name__)
 
 
-class Teacher(Protocol):
-    """Scores responses with a teacher model."""
+@dataclass(frozen=True)
+class Wanted:
+    """What a teacher is asked for beside the sampled tokens: its own top-k, and its scores of the student's.
 
-    async def score(self, sample: Sample) -> TeacherScores:
-        """The teacher's log-probs of the response's tokens. A failure is in the scores, not raised."""
+    vocabulary: its number of ids; a server that is asked for more of them ends. dtype: of the log-probs that are kept.
+    """
+
+    top_k: int = 0
+    student_top_k: int = 0
+    vocabulary: int = 1 << 30
+    dtype: type[np.floating] = np.float32
+
+    @property
+    def asked(self) -> int:
+        """Tokens of its own top-k that hold what is wanted; of the student's top-k nearly all are in twice as many."""
+        return min(max(self.top_k, 2 * self.student_top_k), self.vocabulary)
+
+    def missing(self, length: int, failure: str | None) -> TeacherScores:
+        """Scores of `length` tokens that are not there, of the same shapes as those that are."""
+        of_width = lambda k: np.full((length, k), np.nan, self.dtype) if k else None  # noqa: E731
+        return TeacherScores(
+            np.full(length, np.nan, np.float32),
+            failure,
+            np.zeros((length, self.top_k), np.int32) if self.top_k else None,
+            of_width(self.top_k),
+            of_width(self.student_top_k),
+        )
 
 
 class SGLangTeacher:
@@ -31,21 +55,44 @@ class SGLangTeacher:
     a failure: NaN with its reason. Each kind of failure is logged once and counted in `failures`.
     """
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, wanted: Wanted | None = None) -> None:
         self.client = client
         self.failures: Counter[str] = Counter()
+        self.latest_failure: str | None = None
+        self._wanted = wanted or Wanted()
 
     async def score(self, sample: Sample) -> TeacherScores:
-        """The teacher's log-probs of the response's tokens; an empty response needs no request."""
+        """The teacher's log-probs of the response's tokens, and of top-k ones; an empty response needs no request."""
         if not sample.response_length:
-            return TeacherScores(np.empty(0, dtype=np.float32))
+            return self._wanted.missing(0, None)
         try:
-            return TeacherScores(await self.client.score(sample.tokens, len(sample.prompt.tokens)))
+            return await self._scored(sample)
         except EngineError as error:
-            self._note(error)
-            return TeacherScores.missing(sample.response_length, str(error))
+            return self.failed(sample, error)
+
+    def failed(self, sample: Sample, error: EngineError) -> TeacherScores:
+        """The scores of a response that there are none of."""
+        self._note(error)
+        return self._wanted.missing(sample.response_length, str(error))
+
+    async def _scored(self, sample: Sample) -> TeacherScores:
+        wanted, tokens, start = self._wanted, sample.tokens, len(sample.prompt.tokens)
+        if not wanted.asked:
+            return TeacherScores(await self.client.score(tokens, start))
+        log_probs, top = await self.client.score_top_k(tokens, start, wanted.asked)
+        scores = TeacherScores(log_probs)
+        if wanted.top_k:
+            # A copy: a slice would keep all that was asked for.
+            ids, of_ids = top.ids[:, : wanted.top_k].copy(), top.log_probs[:, : wanted.top_k].astype(wanted.dtype)
+            scores = replace(scores, top_ids=ids, top_log_probs=of_ids)
+        if wanted.student_top_k:
+            candidates = sample.values["student_top_ids"]
+            of_student = await self.client.score_candidates(tokens, start, candidates, top)
+            scores = replace(scores, student_log_probs=of_student.astype(wanted.dtype))
+        return scores
 
     def _note(self, error: EngineError) -> None:
+        self.latest_failure = str(error)
         kind = _kind(error)
         self.failures[kind] += 1
         if self.failures[kind] == 1:
@@ -56,14 +103,19 @@ class SGLangTeacher:
             )
 
 
-def teacher_client(config: Config) -> EngineClient:
-    """The client of the server at --rm-url. Raises ConfigError where that is not set."""
+def teacher_url(config: Config) -> str:
+    """The address of the teacher's server. Raises ConfigError where --rm-url is not set."""
     if not config.reward.rm_url:
         raise ConfigError(
             "--opd-type sglang needs --rm-url, the address of the teacher's SGLang server, such as http://HOST:PORT/generate"
         )
+    return config.reward.rm_url.rstrip("/").removesuffix("/generate")
+
+
+def teacher_client(config: Config) -> EngineClient:
+    """The client of the server at --rm-url."""
     return EngineClient(
-        config.reward.rm_url.rstrip("/").removesuffix("/generate"),
+        teacher_url(config),
         concurrency=config.opd.opd_teacher_concurrency,
         timeout_s=config.opd.opd_teacher_timeout_s,
         retries=config.opd.opd_teacher_retries,
@@ -72,7 +124,12 @@ def teacher_client(config: Config) -> EngineClient:
 
 def make_teacher(config: Config) -> SGLangTeacher:
     """The teacher of a run with `--opd-type sglang`."""
-    return SGLangTeacher(teacher_client(config))
+    client = teacher_client(config)
+    if not (config.teacher_top_k or config.student_top_k):
+        return SGLangTeacher(client)
+    vocabulary, _ = student_facts(Path(config.model.hf_checkpoint))
+    dtype = np.dtype(config.divergence.opd_wire_dtype).type
+    return SGLangTeacher(client, Wanted(config.teacher_top_k, config.student_top_k, vocabulary, dtype))
 
 
 def _kind(error: EngineError) -> str:

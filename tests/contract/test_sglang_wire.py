@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slime_opd.engine import protocol
+from slime_opd.engine import protocol, top_k
 from slime_opd.engine.protocol import SamplingParams
+from slime_opd.engine.top_k import Segment
 from slime_opd.errors import EngineError
 
 SEQUENCE = (3, 40, 5, 38, 12)
@@ -143,3 +144,31 @@ def test_a_scoring_request_generates_nothing_and_starts_one_before_the_response(
 def test_a_response_without_a_prompt_cannot_be_scored():
     with pytest.raises(EngineError, match="without a prompt"):
         protocol.parse_scores(recorded("scores"), SEQUENCE, 0)
+
+
+def test_the_servers_most_likely_tokens_begin_with_the_first_response_token():
+    answer = recorded("top_k")
+    assert answer["meta_info"]["input_top_logprobs"][0] is None
+    found = top_k.parse_top_k(answer, 3, 3)
+    assert found.ids.shape == found.log_probs.shape == (3, 3)
+    assert (np.diff(found.log_probs, axis=1) <= 0).all()
+    rows = answer["meta_info"]["input_top_logprobs"][1:]
+    assert found.ids.tolist() == [[row[1] for row in of_token] for of_token in rows]
+    assert found.log_probs.tolist() == [[np.float32(row[0]) for row in of_token] for of_token in rows]
+
+
+def test_candidates_come_in_a_batch_of_segments_and_the_last_id_is_not_echoed_as_zero():
+    answers = recorded("candidates")
+    segments = [Segment(0, 2, np.int32([7, 63])), Segment(2, 3, np.int32([0]))]
+    candidates = np.int32([[63, 7], [7, 63], [0, 0]])
+    filled = top_k.fill(np.full((3, 2), np.nan, np.float32), candidates, segments, answers, SEQUENCE, 2)
+    told = [row for answer in answers for row in answer["meta_info"]["input_token_ids_logprobs"][1:]]
+    expected = [[told[0][1][0], told[0][0][0]], [told[1][0][0], told[1][1][0]], [told[2][0][0]] * 2]
+    np.testing.assert_array_equal(filled, np.float32(expected))
+
+
+def test_a_generations_most_likely_tokens_are_at_its_own_positions():
+    generation = protocol.parse_generation(recorded("generation_top_k"))
+    found = top_k.parse_rows(generation.top_rows, len(generation.token_ids), 2)
+    assert (np.diff(found.log_probs, axis=1) <= 0).all()
+    assert (generation.log_probs <= found.log_probs[:, 0]).all()

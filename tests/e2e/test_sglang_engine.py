@@ -24,6 +24,7 @@ from slime_opd.engine.control import EngineControl, serialize_by_value
 from slime_opd.engine.protocol import SamplingParams
 from slime_opd.engine.router import RouterProcess
 from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.engine.top_k import parse_rows
 from slime_opd.errors import EngineError, EngineTimeout, TeacherMismatch
 from slime_opd.teacher.probe import probe, probe_teacher
 
@@ -100,6 +101,34 @@ def test_scores_are_the_models_log_probs_at_temperature_one(engine_server, tiny_
     scores = score(engine_server)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores, hugging_face_log_probs(tiny_model_dir, TOKENS)[len(PROMPT) - 1 :], atol=1e-4)
+
+
+def test_top_k_and_candidates_are_the_models_log_probs(engine_server, tiny_model_dir):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([TOKENS])).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1).numpy()
+    # Of every position: its likeliest ids, its least likely ones, and the first and last id of the vocabulary.
+    order = np.argsort(-expected, axis=1)
+    candidates = np.concatenate([order[:, :2], order[:, -2:], np.tile([0, 63], (len(order), 1))], axis=1)
+
+    async def both(client):
+        _, top = await client.score_top_k(TOKENS, len(PROMPT), 4)
+        return top, await client.score_candidates(TOKENS, len(PROMPT), candidates.astype(np.int32), top)
+
+    [(top, of_candidates)] = ask(engine_server, both)
+    np.testing.assert_array_equal(top.ids, order[:, :4])
+    np.testing.assert_allclose(top.log_probs, np.take_along_axis(expected, order[:, :4], 1), atol=1e-4)
+    np.testing.assert_allclose(of_candidates, np.take_along_axis(expected, candidates, 1), atol=1e-4)
+
+
+def test_a_generation_tells_its_most_likely_tokens(engine_server, tiny_model_dir):
+    sampling = SamplingParams(0.6, 1.0, -1, 6)
+    [generation] = ask(engine_server, lambda client: client.generate(PROMPT, sampling, 3))
+    found = parse_rows(generation.top_rows, len(generation.token_ids), 3)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([PROMPT + generation.token_ids])).logits[0, len(PROMPT) - 1 : -1]
+    np.testing.assert_array_equal(found.ids, logits.topk(3).indices)
 
 
 def test_a_request_that_can_never_work_is_refused_at_once_with_the_servers_reason(engine_server):

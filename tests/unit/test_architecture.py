@@ -12,7 +12,7 @@ PACKAGE = ROOT / "slime_opd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each room with the rooms below it. A room is a folder or a file of slime_opd.
-GROUND = {"types", "fields", "errors", "config"}
+GROUND = {"types", "fields", "errors", "schedule", "config"}
 TOOLS_OF_THE_TRADE = {"engine", "data", "distill", "algorithm", "observe"}
 STAGES = {"rollout", "reward", "teacher", "megatron", "weights"}
 LEVELS: tuple[set[str], ...] = (GROUND, TOOLS_OF_THE_TRADE, STAGES, {"cluster"}, {"train"})
@@ -29,7 +29,7 @@ ONLY_IN = {
 }
 HEAVY = ("ray", "megatron", "sglang", "transformers")
 PURE = ("distill", "algorithm", "data.plan")  # and no HEAVY
-LIGHT = ("types", "fields", "errors", "config")  # and no torch either
+LIGHT = ("types", "fields", "errors", "schedule", "config")  # and no torch either
 
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 80

@@ -60,3 +60,21 @@ def test_a_new_per_token_field_takes_one_line(monkeypatch):
     assert batch.select([1, 0]).columns["surprise"][3:].tolist() == [1.0, 2.0]
     # The second sample's are missing, and in no denominator.
     assert values(batch_metrics(batch))["rollout/surprise"] == 1.5
+
+
+def test_a_wide_field_holds_a_row_per_token_and_keeps_float16():
+    one = sample(0, 1, 2, teacher_top_ids=[[1, 2], [3, 4]], teacher_top_log_probs=np.full((2, 2), -1, np.float16))
+    batch = RolloutBatch.from_samples([one, sample(1, 1, 1)])
+    assert batch.columns["teacher_top_ids"].dtype == np.int32
+    assert batch.columns["teacher_top_log_probs"].dtype == np.float16
+    assert batch.select([1, 0]).columns["teacher_top_ids"].tolist() == [[0, 0], [1, 2], [3, 4]]
+    assert np.isnan(batch.select([1]).columns["teacher_top_log_probs"]).all()
+
+
+def test_a_wide_field_of_another_shape_is_refused():
+    with pytest.raises(
+        DataError, match=r"'teacher_top_ids' has shape \(2,\), expected \(2, K\) \(one row per response"
+    ):
+        sample(0, 1, 2, teacher_top_ids=[1, 2])
+    with pytest.raises(DataError, match=r"'teacher_top_ids' has \[1, 2\] values per token"):
+        RolloutBatch.from_samples([sample(0, 1, 1, teacher_top_ids=[[1]]), sample(0, 1, 1, teacher_top_ids=[[1, 2]])])

@@ -10,7 +10,7 @@ from slime_opd.config import check_machine, parse
 def student(tmp_path):
     directory = tmp_path / "student"
     directory.mkdir()
-    architecture = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    architecture = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}
     (directory / "config.json").write_text(json.dumps(architecture))
     return directory
 
@@ -114,3 +114,11 @@ def test_a_custom_reward_that_is_no_dotted_name_is_refused(path):
     assert check_machine.check_custom_reward(parse(["--custom-rm-path", path])) == [
         f"--custom-rm-path: found {path!r}, expected MODULE.FUNCTION"
     ]
+
+
+def test_a_top_k_larger_than_the_vocabulary_is_refused(student):
+    words = ["--hf-checkpoint", str(student), "--opd-log-prob-top-k"]
+    assert check_machine.check_top_k_of_vocabulary(parse([*words, "64"])) == []
+    (problem,) = check_machine.check_top_k_of_vocabulary(parse([*words, "65"]))
+    assert problem.startswith("--opd-log-prob-top-k: found 65, expected at most the vocabulary's 64 tokens")
+    assert check_machine.check_top_k_of_vocabulary(parse(["--opd-log-prob-top-k", "65"])) == []

@@ -18,6 +18,9 @@ NO_SIGNAL = f"{MODEL} {DATA} {ROLLOUT}"
 TEACHER = "--use-opd --opd-type sglang --rm-url http://localhost:1/generate"
 GOOD = f"{NO_SIGNAL} {TEACHER}"
 REWARDED = f"{NO_SIGNAL} --rm-type math"
+MEGATRON = f"{NO_SIGNAL} --use-opd --opd-type megatron --opd-teacher-load t"
+DIVERGING = f"{MEGATRON} --opd-divergence reverse_kl"
+TOP_K = f"{GOOD} --opd-divergence reverse_kl --opd-log-prob-top-k 16"
 EVALUATED = f"{GOOD} --eval-interval 1 --eval-prompt-data a a.jsonl"
 EVALUATE_ONLY = f"{MODEL} --hf-checkpoint student --num-rollout 0 --label-key label --rollout-max-response-len 8"
 SFT = f"{MODEL} --hf-checkpoint student --prompt-data a.jsonl --loss-type sft_loss --num-epoch 3 --rollout-batch-size 4"
@@ -77,6 +80,18 @@ def problems_of(words: str) -> list[str]:
         f"{GOOD} --custom-reward-post-process-path slime.rollout.on_policy_distillation.post_process_rewards",
         f"{DATA} {ROLLOUT} {TEACHER} --megatron-to-hf-mode bridge",
         f"{GOOD} --rm-url https://[::1]:8000/v2/generate",
+        f"{GOOD} --opd-kl-clamp 5 --opd-kl-discount 0.9 --opd-refresh-student",
+        f"{MEGATRON} --opd-temperature 0.7 --opd-token-weighting soft",
+        f"{DIVERGING} --opd-teacher-resident --opd-teacher-hidden-on-host --opd-metrics-top-k 0",
+        f"{DIVERGING} --opd-kl-coef 0.5 --opd-kl-clamp 5",
+        f"{DIVERGING} --opd-token-weighting top --opd-token-keep-fraction 0.2",
+        f"{MEGATRON} --opd-divergence jsd --opd-jsd-beta 0.1 --opd-log-prob-top-k 8 --opd-top-k-strategy union",
+        f"{MEGATRON} --opd-schedule forward_kl:0.4,reverse_kl:0.6 --opd-coef-ramp 0:0,0.3:1",
+        f"{TOP_K} --opd-top-k-remainder renormalized --opd-wire-dtype float16",
+        f"{GOOD} --opd-divergence token_reward_direct --opd-log-prob-top-k 16 --opd-reward-weight-mode none",
+        f"{TOP_K} --opd-off-policy-fraction 0.25 --opd-off-policy-unit rollouts",
+        f"{TOP_K} --opd-off-policy-fraction 1 --opd-off-policy-source dataset --opd-off-policy-key answer",
+        f"{REWARDED} {TEACHER} --opd-reward-beta 0.5 --opd-pass-rate-weights 1 1",
     ],
 )
 def test_a_run_that_makes_sense_has_no_problem(words):
@@ -113,7 +128,80 @@ RULES = {
     "teacher of sft": (f"{SFT} {TEACHER}", "--loss-type sft_loss has none"),
     "nucleus with opd": (f"{GOOD} --rollout-top-p 0.9", "--rollout-top-p 0.9 with --use-opd"),
     "top-k with opd": (f"{GOOD} --rollout-top-k 20", "--rollout-top-k 20 with --use-opd"),
+    # Divergences.
+    "divergence without opd": (f"{REWARDED} --opd-divergence jsd", "--opd-divergence is set but --use-opd is not"),
+    "two divergences": (
+        f"{DIVERGING} --opd-schedule jsd:1",
+        "--opd-divergence and --opd-schedule: found both, expected one",
+    ),
+    "a schedule that cannot be read": (
+        f"{MEGATRON} --opd-schedule forward_kl",
+        "--opd-schedule: found 'forward_kl', expected pairs such as forward_kl:0.4,reverse_kl:0.6",
+    ),
+    "a ramp that cannot be read": (f"{GOOD} --opd-coef-ramp 0:0,2:1", "--opd-coef-ramp: found '0:0,2:1', expected"),
+    "a server's whole vocabulary": (
+        f"{GOOD} --opd-divergence reverse_kl",
+        "--opd-divergence with --opd-type sglang needs --opd-log-prob-top-k",
+    ),
+    "rewards on no tokens": (
+        f"{MEGATRON} --opd-divergence token_reward_direct",
+        "token_reward_direct needs --opd-log-prob-top-k",
+    ),
+    "remainder of rewards": (
+        f"{TOP_K} --opd-divergence token_reward_direct --opd-top-k-remainder truncated",
+        "--opd-top-k-remainder truncated has no effect with --opd-divergence token_reward_direct",
+    ),
+    "a mixture of one": (
+        f"{MEGATRON} --opd-divergence jsd --opd-jsd-beta 1",
+        "--opd-jsd-beta: found 1.0, expected a number between 0 and 1",
+    ),
+    "a server's temperature": (f"{GOOD} --opd-temperature 0.7", "a server scores at temperature 1"),
+    "weight of no divergence": (f"{GOOD} --opd-divergence-coef 2", "no effect without --opd-divergence or"),
+    "strategy of no top-k": (f"{DIVERGING} --opd-top-k-strategy union", "no effect without --opd-log-prob-top-k"),
+    "precision of no wire": (f"{DIVERGING} --opd-wire-dtype float16", "no effect without --opd-log-prob-top-k"),
+    "memory of no teacher": (f"{GOOD} --opd-teacher-resident", "no effect without --opd-type megatron"),
+    "clamp of no penalty": (
+        f"{DIVERGING} --opd-kl-clamp 5",
+        "has no effect on a penalty of weight 0: give --opd-kl-coef",
+    ),
+    "weights of no rewards": (
+        f"{DIVERGING} --opd-reward-weight-mode none",
+        "without --opd-divergence token_reward_direct",
+    ),
+    "mixture of another": (f"{DIVERGING} --opd-jsd-beta 0.1", "--opd-jsd-beta 0.1 has no effect without"),
+    "share of no weighting": (
+        f"{GOOD} --opd-token-keep-fraction 0.1",
+        "--opd-token-keep-fraction 0.1 has no effect without --opd-token-weighting top",
+    ),
+    "column of no mix": (f"{TOP_K} --opd-off-policy-key a", "no effect without --opd-off-policy-fraction"),
+    "mix without a column": (
+        f"{TOP_K} --opd-off-policy-fraction 0.1 --opd-off-policy-source dataset",
+        "--opd-off-policy-source dataset needs --opd-off-policy-key",
+    ),
+    "column of the teacher": (
+        f"{TOP_K} --opd-off-policy-fraction 0.1 --opd-off-policy-key a",
+        "--opd-off-policy-key has no effect with --opd-off-policy-source teacher",
+    ),
+    "a teacher that does not write": (
+        f"{DIVERGING} --opd-off-policy-fraction 0.1",
+        "--opd-off-policy-source teacher needs --opd-type sglang",
+    ),
+    "mix of a penalty": (f"{GOOD} --opd-off-policy-fraction 0.1", "no effect without --opd-divergence or"),
+    "weights without a reward": (f"{GOOD} --opd-reward-beta 1", "--opd-reward-beta needs a reward"),
+    "pass rates without a reward": (f"{GOOD} --opd-pass-rate-weights 1 1", "--opd-pass-rate-weights needs a reward"),
+    "pass rates of one answer": (
+        f"{REWARDED} {TEACHER} --n-samples-per-prompt 1 --opd-pass-rate-weights 1 1",
+        "one response has no pass rate",
+    ),
+    "one exponent": (f"{REWARDED} {TEACHER} --opd-pass-rate-weights 1", "found 1, expected two numbers of 0 or more"),
     # Ranges.
+    "a clamp of nothing": (f"{GOOD} --opd-kl-clamp 0", "--opd-kl-clamp: found 0.0, expected a number above 0"),
+    "a discount that grows": (f"{GOOD} --opd-kl-discount 1.5", "--opd-kl-discount: found 1.5, expected at most 1"),
+    "keeping no token": (
+        f"{GOOD} --opd-token-weighting top --opd-token-keep-fraction 0",
+        "--opd-token-keep-fraction: found 0.0, expected a number above 0",
+    ),
+    "a negative top-k": (f"{MEGATRON} --opd-metrics-top-k -1", "--opd-metrics-top-k: found -1, expected 0 or more"),
     "negative coefficient": (f"{GOOD} --opd-kl-coef -1", "--opd-kl-coef: found -1.0, expected 0 or more"),
     "share above one": (
         f"{GOOD} --opd-max-fallback-fraction 1.5",
@@ -336,7 +424,7 @@ def test_a_sensible_run_has_nothing_to_say():
     ("words", "sentence"),
     [
         (f"{GOOD} --rollout-temperature 0.8", "an SGLang teacher scores at temperature 1"),
-        (f"{GOOD} --rm-type math --n-samples-per-prompt 1", "only the OPD penalty teaches"),
+        (f"{GOOD} --rm-type math --n-samples-per-prompt 1", "only the teacher teaches"),
         (f"{GOOD} --load nowhere", "--load nowhere holds no checkpoint yet: training starts from --hf-checkpoint"),
         (f"{GOOD} --load nowhere --ref-load r", "training starts from --ref-load"),
         (

@@ -28,14 +28,15 @@ def test_help_shows_placeholders_choices_and_defaults():
     assert "--opd-type {sglang,megatron}" in lines["--opd-type"]
     assert "--eval-prompt-data NAME FILE ..." in lines["--eval-prompt-data"]
     assert "--hf-checkpoint DIR" in lines["--hf-checkpoint"]
-    assert lines["--opd-kl-coef"].endswith("(default 1.0)")
+    assert lines["--opd-divergence-coef"].endswith("(default 1.0)")
     assert "default" not in lines["--use-opd"]
 
 
 def test_help_of_a_group_shows_that_group_alone():
     text = help_text(Config, ["opd"])
     assert "--opd-kl-coef" in text
-    assert "--lr " not in text
+    assert "--lr " not in text and "--opd-divergence " not in text
+    assert "--opd-divergence " in help_text(Config, ["divergence"])
     with pytest.raises(ConfigError, match=r"--help: found 'odp', expected groups of cluster, .*opd"):
         help_text(Config, ["odp"])
 

@@ -50,7 +50,7 @@ class FakeClient:
     requests: list = field(default_factory=list)
     cancelled: int = 0
 
-    async def generate(self, input_ids, sampling):
+    async def generate(self, input_ids, sampling, most_likely=0):
         number = len(self.requests)
         self.requests.append((tuple(input_ids), sampling))
         try:
@@ -68,6 +68,8 @@ class FakeClient:
 class FakeTeacher:
     """Scores every token -0.5; `fail` names the prompts it fails on. Sets `asked` at the first question."""
 
+    latest_failure = None
+
     def __init__(self, fail=()):
         self.fail = fail
         self.asked = asyncio.Event()
@@ -77,8 +79,11 @@ class FakeTeacher:
         self.questions.append(sample)
         self.asked.set()
         if sample.prompt.index in self.fail:
-            return TeacherScores.missing(sample.response_length, "no answer")
+            return self.failed(sample, "no answer")
         return TeacherScores(np.full(sample.response_length, -0.5, dtype=np.float32))
+
+    def failed(self, sample, error):
+        return TeacherScores.missing(sample.response_length, str(error))
 
 
 class FirstLetterReward:

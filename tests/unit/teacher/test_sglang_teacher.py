@@ -16,7 +16,7 @@ from slime_opd.config.stages import OPDConfig, RewardConfig
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import ConfigError, TooManyFallbacks
 from slime_opd.teacher.fallback import check_fallback
-from slime_opd.teacher.sglang import SGLangTeacher, make_teacher
+from slime_opd.teacher.sglang import SGLangTeacher, Wanted, make_teacher
 from slime_opd.types import Prompt, Sample, Status, TeacherScores
 
 
@@ -108,6 +108,91 @@ def test_each_kind_of_failure_is_logged_once_and_all_are_counted(caplog):
     assert all(one.failure for one in scores)
     assert len(caplog.records) == 2
     assert sorted(teacher.failures.values()) == [1, 3]
+
+
+VOCABULARY, TOP = 12, 3
+CANDIDATES = np.int32([[0, 7], [11, 2], [3, 9]])
+
+
+def log_probs_at(position: int) -> np.ndarray:
+    """What the server below says of every id at a position of the sequence."""
+    logits = np.random.default_rng(position).normal(size=VOCABULARY)
+    return logits - np.log(np.exp(logits).sum())
+
+
+def with_top_k(request: httpx.Request) -> httpx.Response:
+    """Answers one sequence or a batch, with the server's own top-k and with the ids that are asked for."""
+    body = json.loads(request.content)
+    if not isinstance(body["input_ids"][0], list):
+        return httpx.Response(200, json=answer_of(body, body["input_ids"], body["logprob_start_len"], None))
+    batch = zip(body["input_ids"], body["logprob_start_len"], body["token_ids_logprob"], strict=True)
+    return httpx.Response(200, json=[answer_of(body, *one) for one in batch])
+
+
+def answer_of(body: dict, tokens: list[int], start: int, asked: list[int] | None) -> dict:
+    assert body.get("top_logprobs_num", 0) <= VOCABULARY, "sglang would end here"
+    positions = range(start + 1, len(tokens))
+    row = lambda ids, position: [[float(log_probs_at(position)[i]), int(i), None] for i in ids]  # noqa: E731
+    meta = {"input_token_logprobs": [[None, tokens[start], None], *(row([tokens[at]], at)[0] for at in positions)]}
+    if k := body.get("top_logprobs_num"):
+        meta["input_top_logprobs"] = [None, *(row(np.argsort(-log_probs_at(at))[:k], at) for at in positions)]
+    if asked is not None:
+        meta["input_token_ids_logprobs"] = [None, *(row(asked, at) for at in positions)]
+    return {"meta_info": meta}
+
+
+def with_candidates(response: tuple[int, ...]) -> Sample:
+    made = sample(response)
+    made.set("student_top_ids", CANDIDATES[: len(response)])
+    return made
+
+
+def wanted_scores(wanted: Wanted, one: Sample, answer=with_top_k) -> TeacherScores:
+    async def main():
+        client = EngineClient(
+            "http://teacher:1", concurrency=2, timeout_s=5.0, retries=0, transport=httpx.MockTransport(answer)
+        )
+        found = await SGLangTeacher(client, wanted).score(one)
+        await client.aclose()
+        return found
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize(("top_k", "student_top_k"), [(TOP, 0), (0, 2), (TOP, 2), (VOCABULARY, 2)])
+def test_top_k_scores_are_of_the_ids_asked_for_in_compact_arrays(top_k, student_top_k, dtype):
+    scores = wanted_scores(Wanted(top_k, student_top_k, VOCABULARY, dtype), with_candidates((7, 8, 9)))
+    table = np.stack([log_probs_at(at) for at in (2, 3, 4)])
+    assert scores.failure is None
+    np.testing.assert_allclose(scores.log_probs, table[[0, 1, 2], [7, 8, 9]], rtol=1e-6)
+    tolerance = {"rtol": 1e-6 if dtype is np.float32 else 1e-3}
+    if top_k:
+        assert (scores.top_ids.dtype, scores.top_log_probs.dtype, scores.top_ids.shape) == (np.int32, dtype, (3, top_k))
+        np.testing.assert_array_equal(scores.top_ids, np.argsort(-table, axis=1)[:, :top_k])
+        expected = np.take_along_axis(table, scores.top_ids, axis=1)
+        np.testing.assert_allclose(scores.top_log_probs, expected, **tolerance)
+    else:
+        assert scores.top_ids is scores.top_log_probs is None
+    if student_top_k:
+        assert scores.student_log_probs.dtype == dtype
+        np.testing.assert_allclose(scores.student_log_probs, np.take_along_axis(table, CANDIDATES, axis=1), **tolerance)
+    else:
+        assert scores.student_log_probs is None
+
+
+def test_scores_that_are_missing_have_the_shapes_of_those_that_are_there():
+    def without_batches(request):
+        return with_top_k(request) if b"token_ids_logprob" not in request.content else httpx.Response(400, text="no")
+
+    wanted = Wanted(TOP, 2, VOCABULARY)
+    failed = wanted_scores(wanted, with_candidates((7, 8, 9)), without_batches)
+    assert "HTTP 400: no" in failed.failure
+    assert np.isnan(failed.log_probs).all() and np.isnan(failed.student_log_probs).all()
+    assert failed.top_ids.shape == failed.top_log_probs.shape == (3, TOP) and failed.student_log_probs.shape == (3, 2)
+    empty = wanted_scores(wanted, with_candidates(()), without_batches)
+    assert empty.failure is None
+    assert empty.top_ids.shape == (0, TOP) and empty.student_log_probs.shape == (0, 2)
 
 
 @pytest.mark.parametrize("url", ["http://h:5/generate", "http://h:5/generate/", "http://h:5", "http://h:5/"])

@@ -1,0 +1,145 @@
+"""Top-k log-probs on the wire: rows to arrays, what is missing, and how it is asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slime_opd.engine.top_k import Segment, TopK, fill, find, parse_rows, parse_top_k, segments_of, segments_payload
+from slime_opd.errors import EngineError
+
+
+def rows(ids: np.ndarray, table: np.ndarray) -> list:
+    """SGLang's rows of ids [R, K] out of the log-probs `table` [R, V]."""
+    return [[[float(table[t, i]), int(i), None] for i in of_token] for t, of_token in enumerate(ids)]
+
+
+def table_of(length: int, vocabulary: int, seed: int = 0) -> np.ndarray:
+    logits = np.random.default_rng(seed).normal(size=(length, vocabulary))
+    return (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+def top_of(table: np.ndarray, n: int) -> TopK:
+    ids = np.argsort(-table, axis=1)[:, :n].astype(np.int32)
+    return TopK(ids, np.take_along_axis(table, ids, axis=1))
+
+
+def test_rows_become_compact_arrays():
+    table = table_of(3, 9)
+    ids = np.array([[8, 0], [1, 2], [4, 3]])
+    found = parse_rows(rows(ids, table), 3, 2)
+    assert (found.ids.dtype, found.log_probs.dtype) == (np.int32, np.float32)
+    assert found.ids.tolist() == ids.tolist()
+    np.testing.assert_array_equal(found.log_probs, np.take_along_axis(table, ids, axis=1))
+
+
+def test_the_first_row_is_of_the_token_before_the_response():
+    given_rows = rows(np.array([[1], [2]]), table_of(2, 4))
+    answer = {"meta_info": {"input_top_logprobs": [None, *given_rows]}}
+    assert parse_top_k(answer, 2, 1).ids.tolist() == [[1], [2]]
+    with pytest.raises(EngineError, match="expected"):
+        parse_top_k({"meta_info": {"input_top_logprobs": given_rows}}, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda table: table.pop(), "expected"),
+        (lambda table: table[1].pop(), "top-k"),
+        (lambda table: table[1].append([-1.0, 3, None]), "top-k"),
+        (lambda table: table.__setitem__(1, None), "top-k"),
+        (lambda table: table[0].__setitem__(0, [None, 3, None]), "finite"),
+        (lambda table: table[0].__setitem__(0, [float("-inf"), 3, None]), "finite"),
+        (lambda table: table[0].__setitem__(0, ["x", 3, None]), "top-k rows that are not"),
+    ],
+)
+def test_rows_that_are_not_what_was_asked_for_are_errors(damage, message):
+    given_rows = rows(np.array([[1, 2], [3, 0], [2, 1]]), table_of(3, 4))
+    damage(given_rows)
+    with pytest.raises(EngineError, match=message):
+        parse_rows(given_rows, 3, 2)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_rows_that_are_not_there_are_an_error_unless_there_are_no_tokens(nothing):
+    assert parse_rows(nothing, 0, 3).ids.shape == (0, 3)
+    with pytest.raises(EngineError, match="top-k"):
+        parse_rows(nothing, 2, 3)
+
+
+class Server:
+    """Answers a batch as SGLang does, from a table of true log-probs; counts what it tells."""
+
+    def __init__(self, table: np.ndarray, prompt_length: int) -> None:
+        self.table, self.prompt_length, self.told = table, prompt_length, 0
+
+    def __call__(self, payload: dict) -> list:
+        return [
+            self._answer(*one)
+            for one in zip(
+                payload["input_ids"], payload["logprob_start_len"], payload["token_ids_logprob"], strict=True
+            )
+        ]
+
+    def _answer(self, tokens: list[int], start: int, ids: list[int]) -> dict:
+        first = start + 1 - self.prompt_length
+        length = len(tokens) - start - 1
+        asked = np.tile(ids, (length, 1))
+        self.told += asked.size
+        own = np.array(tokens[start + 1 :])
+        sampled = [[float(self.table[first + i, token]), int(token), None] for i, token in enumerate(own)]
+        return {
+            "meta_info": {
+                "input_token_logprobs": [[None, tokens[start], None], *sampled],
+                "input_token_ids_logprobs": [None, *rows(asked, self.table[first : first + length])],
+            }
+        }
+
+
+@given(st.integers(1, 80), st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))
+def test_candidates_are_scored_exactly_whatever_the_top_holds(length, k, n, seed):
+    random = np.random.default_rng(seed)
+    table, prompt = table_of(length, 24, seed), 3
+    tokens = random.integers(0, 23, prompt + length).tolist()
+    candidates = np.argsort(random.random((length, 24)), axis=1)[:, :k].astype(np.int32)
+    known = find(candidates, top_of(table, n))
+    expected = np.take_along_axis(table, candidates, axis=1)
+    in_top = (candidates[:, :, None] == top_of(table, n).ids[:, None, :]).any(axis=2)
+    np.testing.assert_array_equal(np.isnan(known), ~in_top)
+    segments = segments_of(candidates, np.isnan(known))
+    server = Server(table, prompt)
+    answers = server(segments_payload(tokens, prompt, segments)) if segments else []
+    np.testing.assert_array_equal(fill(known, candidates, segments, answers, tokens, prompt), expected)
+
+
+def test_only_what_is_missing_is_asked_for_and_only_where():
+    candidates = np.tile(np.int32([5, 6]), (40, 1))
+    missing = np.zeros((40, 2), bool)
+    missing[3, 0] = missing[7, 1] = missing[33, 1] = True
+    segments = segments_of(candidates, missing)
+    assert [(one.start, one.end, one.ids.tolist()) for one in segments] == [(3, 8, [5, 6]), (33, 34, [6])]
+    payload = segments_payload(tuple(range(42)), 2, segments)
+    assert [len(ids) for ids in payload["input_ids"]] == [10, 36]
+    assert payload["logprob_start_len"] == [4, 34]
+    assert payload["token_ids_logprob"] == [[5, 6], [6]]
+
+
+def test_longer_responses_have_longer_segments():
+    candidates = np.zeros((20_000, 1), np.int32)
+    assert len(segments_of(candidates, np.ones((20_000, 1), bool))) == 400
+
+
+def test_answers_about_other_candidates_or_tokens_are_errors():
+    table, tokens = table_of(2, 8), (1, 2, 3)
+    candidates, known = np.int32([[4], [5]]), np.full((2, 1), np.nan, np.float32)
+    segments = [Segment(0, 2, np.int32([4, 5]))]
+    server = Server(table, 1)
+    payload = segments_payload(tokens, 1, segments)
+    with pytest.raises(EngineError, match="other candidates"):
+        fill(known, candidates, segments, server({**payload, "token_ids_logprob": [[4, 6]]}), tokens, 1)
+    with pytest.raises(EngineError, match="other tokens"):
+        fill(known, candidates, segments, server({**payload, "input_ids": [[1, 2, 4]]}), tokens, 1)
+    with pytest.raises(EngineError, match="1 answers to a batch of 2"):
+        fill(known, candidates, segments * 2, server(payload), tokens, 1)
