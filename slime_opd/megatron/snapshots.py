@@ -52,9 +52,12 @@ class WeightSnapshots:
         from_host = [name for name in names if name not in self._resident]
         if from_host:
             self.keep(_STUDENT)
+        in_turn = self._in_turn(names)
         try:
-            yield self._in_turn(names)
+            yield in_turn
         finally:
+            # An error leaves the iterator in the middle of a turn.
+            in_turn.close()
             if from_host:
                 self._restore(_STUDENT)
 

@@ -22,6 +22,7 @@ _DISLIKED, _REJECTED = 0.5, 2.0
 _STEP_PARTS = (
     ("rollout/raw_reward", "reward", "{:.3f}"),
     ("opd/reverse_kl", "reverse KL", "{:.4f}"),
+    ("opd/divergence", "divergence", "{:.4f}"),
     ("opd/teacher_fallback_fraction", "unscored", "{:.0%}"),
     ("train/kl_loss", "KL to reference", "{:.4f}"),
     ("train/loss", "loss", "{:.4f}"),

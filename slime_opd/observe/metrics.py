@@ -121,10 +121,21 @@ def counted_mean(array: np.ndarray, counted: np.ndarray | None = None) -> Mean:
 
 
 def batch_metrics(batch: RolloutBatch) -> dict[str, Metric]:
-    """What a rollout looks like: the fields that the field table says are logged, and the lengths.
+    """What a rollout looks like: the fields that the field table says are logged, the lengths, and the token counts.
 
-    Means over response tokens count those with loss_mask; values that are missing (NaN) are in no denominator.
+    Means over response tokens count those with loss_mask; values that are missing (NaN) are in no denominator. Of a rollout that
+    mixes in another model's responses, all but the token counts are of the student's own.
     """
+    mask = batch.columns["loss_mask"]
+    counts: dict[str, Metric] = {
+        "rollout/trained_tokens": Total(float((mask > 0).sum())),
+        "rollout/masked_tokens": Total(float((mask <= 0).sum())),
+    }
+    if "teacher_failed" in batch.columns:
+        counts["opd/teacher_fallback_fraction"] = counted_mean(batch.columns["teacher_failed"])
+    if "off_policy" in batch.columns:
+        counts["rollout/off_policy_ratio"] = counted_mean(batch.columns["off_policy"])
+        batch = batch.select(np.flatnonzero(batch.columns["off_policy"] == 0))
     trained = batch.columns["loss_mask"] > 0
     metrics: dict[str, Metric] = {
         "rollout/response_length": counted_mean(batch.response_lengths.astype(np.float64)),
@@ -134,6 +145,4 @@ def batch_metrics(batch: RolloutBatch) -> dict[str, Metric]:
         if row.logged_as is not None and row.name in batch.columns:
             counted = trained if row.level == fields.RESPONSE else None
             metrics[row.logged_as] = counted_mean(batch.columns[row.name], counted)
-    if "teacher_failed" in batch.columns:
-        metrics["opd/teacher_fallback_fraction"] = counted_mean(batch.columns["teacher_failed"])
-    return metrics
+    return metrics | counts

@@ -102,6 +102,27 @@ def test_a_teacher_server_that_is_the_student_has_no_reverse_kl(tiny_model_dir, 
         assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
 
 
+def test_top_k_of_a_teacher_server_that_is_the_student_has_no_divergence(
+    tiny_model_dir, engine_server, prompts, tmp_path
+):
+    flags = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"{engine_server.url}/generate"]
+    flags += ["--opd-divergence", "reverse_kl", "--opd-log-prob-top-k", "4", "--opd-top-k-strategy", "union"]
+    # A fourth of the responses is the teacher's own; half of the samples train in each step.
+    flags += ["--opd-off-policy-fraction", "0.25", "--num-steps-per-rollout", "2", "--num-rollout", "2", "--lr", "0"]
+    code, output = run(distillation(tiny_model_dir, prompts, tmp_path / "run", *flags), tmp_path / "log")
+    assert code == 0, output[-3000:]
+    steps = records(tmp_path / "run")
+    assert [record["step"] for record in steps] == [1, 2]
+    for record in steps:
+        assert abs(record["opd/distribution_reverse_kl"]) < 1e-5 and abs(record["opd/divergence"]) < 1e-5
+        assert record["opd/overlap_ratio"] > 0.99
+        assert record["opd/teacher_fallback_fraction"] == 0
+        assert record["rollout/off_policy_ratio"] == 0.25
+        assert record["train/grad_norm"] < 0.05
+        # Four ids and eight log-probs per token, beside the sampled one.
+        assert 200 < record["perf/teacher_bytes_per_token"] < 600
+
+
 def test_at_another_temperature_the_penalty_is_still_taken_at_the_teachers(
     tiny_model_dir, engine_server, prompts, tmp_path
 ):
@@ -191,6 +212,8 @@ def test_a_teacher_killed_in_the_middle_ends_the_run_only_above_the_limit(limit,
         teacher.wait_ready(TIMEOUT_S)
         flags = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"http://127.0.0.1:{port}/generate"]
         flags += ["--num-rollout", "60", "--opd-teacher-retries", "0", "--opd-max-fallback-fraction", limit]
+        flags += ["--opd-kl-coef", "1", "--opd-divergence", "jsd", "--opd-log-prob-top-k", "4"]
+        flags += ["--opd-top-k-strategy", "union"]
         process = start(distillation(tiny_model_dir, prompts, tmp_path / "run", *flags), tmp_path / "log")
         try:
             wait_for_step(process, tmp_path / "run", 2)
@@ -205,11 +228,11 @@ def test_a_teacher_killed_in_the_middle_ends_the_run_only_above_the_limit(limit,
         assert code == 0, output[-3000:]
         assert len(steps) == 60
         assert steps[-1]["opd/teacher_fallback_fraction"] == 1
-        assert "opd/reverse_kl" not in steps[-1], "a mean over nothing is left out, not zero"
+        assert not {"opd/reverse_kl", "opd/divergence"} & steps[-1].keys(), "a mean over nothing is left out, not zero"
         assert steps[-1]["train/grad_norm"] == 0
     else:
         assert code == 1
-        assert "--opd-max-fallback-fraction" in output
+        assert "--opd-max-fallback-fraction" in output and "one reason: " in output
         assert "Traceback" not in output
 
 
