@@ -65,9 +65,9 @@ class Run:
         loop = keep.enter_context(BackgroundLoop())
         self._teacher = make_teacher(config) if config.has_sglang_teacher else None
         if self._teacher is not None:
-            client = self._teacher.client
+            client, top_k = self._teacher.client, self._teacher.wanted.asked
             keep.callback(lambda: loop.run(client.aclose()))
-            console.say(loop.run(probe(client, self._tokenizer, config.model.hf_checkpoint)))
+            console.say(loop.run(probe(client, self._tokenizer, config.model.hf_checkpoint, top_k)))
         session.join(config.cluster.ray_address)
         placement = session.reserve(config)
         keep.callback(placement.release)

@@ -110,9 +110,13 @@ class Config:
 
     @property
     def teacher_top_k(self) -> int:
-        """Tokens of its own top-k that an SGLang teacher is asked for, at each position."""
-        wanted = self.has_sglang_teacher and self.has_divergence and self.divergence.opd_top_k_strategy != "only_stu"
-        return self.divergence.opd_log_prob_top_k if wanted else 0
+        """Tokens of an SGLang teacher's own top-k that are kept, at each position.
+
+        The student's candidates are found among them, so that for the overlap metrics they cost no byte on the wire.
+        """
+        options = self.divergence
+        are_used = options.opd_top_k_strategy != "only_stu" or options.opd_metrics_top_k > 0
+        return options.opd_log_prob_top_k if self.has_sglang_teacher and self.has_divergence and are_used else 0
 
     @property
     def student_top_k(self) -> int:

@@ -55,6 +55,7 @@ def compared(
         "opd/distribution_reverse_kl": counted_mean(comparison.reverse_kl, scored),
         "opd/distribution_forward_kl": counted_mean(comparison.forward_kl, scored),
         **_by_kind("opd/distribution_reverse_kl", comparison.reverse_kl, scored, columns),
+        **_by_kind("opd/distribution_forward_kl", comparison.forward_kl, scored, columns),
     }
     if comparison.teacher_entropies is not None:
         means["opd/teacher_entropy"] = counted_mean(comparison.teacher_entropies, scored)

@@ -82,7 +82,8 @@ def print_samples(samples: Sequence[Sample], decode: Callable[[Sequence[int]], s
         _print_part("response", Text(sample.response) if kl is None else _marked(sample.response_tokens, kl, decode))
         reward = "none" if sample.reward is None else f"{sample.reward:g}"
         label = "" if sample.prompt.label is None else f" (label {sample.prompt.label})"
-        _print_part("reward", Text(f"{reward}{label}, {sample.status.value}"))
+        writer = ", not the student's" if "off_policy" in sample.values else ""
+        _print_part("reward", Text(f"{reward}{label}, {sample.status.value}{writer}"))
         if kl is not None:
             _print_part("teacher", Text(_verdict(sample.response_tokens, kl, decode)))
     CONSOLE.rule(style="dim")

@@ -45,16 +45,18 @@ class ProbeReport:
         return "; ".join([found, *(f"not checked: {gap}" for gap in self.unchecked)])
 
 
-async def probe(client: EngineClient, tokenizer: Any, student_checkpoint: str | Path) -> ProbeReport:
+async def probe(client: EngineClient, tokenizer: Any, student_checkpoint: str | Path, top_k: int = 0) -> ProbeReport:
     """`probe_teacher` against the student in the Hugging Face directory `student_checkpoint`."""
     vocabulary_size, eos_ids = student_facts(Path(student_checkpoint))
-    return await probe_teacher(client, tokenizer, vocabulary_size, eos_ids)
+    return await probe_teacher(client, tokenizer, vocabulary_size, eos_ids, top_k)
 
 
 async def probe_teacher(
-    client: EngineClient, tokenizer: Any, vocabulary_size: int, eos_ids: Collection[int]
+    client: EngineClient, tokenizer: Any, vocabulary_size: int, eos_ids: Collection[int], top_k: int = 0
 ) -> ProbeReport:
     """Ask the teacher's server whether it can teach a student of this tokenizer, vocabulary size and these end-of-sequence ids.
+
+    With `top_k` it must also tell that many of its most likely tokens.
 
     Raises TeacherError where it does not answer or returns no scores, TeacherMismatch
     (with both values) where it shares less than the student needs.
@@ -77,6 +79,8 @@ async def probe_teacher(
             unchecked.append(
                 f"tokenizer (the server was started with --skip-tokenizer-init, and {info.tokenizer_path} is not readable here)"
             )
+        if top_k:
+            await client.score_top_k(ids[:2], 1, top_k)
         ending = await _ending_ids(client, eos_ids)
     except EngineError as error:
         raise TeacherError(f"the teacher at --rm-url does not score: {error}") from error

@@ -59,12 +59,12 @@ class SGLangTeacher:
         self.client = client
         self.failures: Counter[str] = Counter()
         self.latest_failure: str | None = None
-        self._wanted = wanted or Wanted()
+        self.wanted = wanted or Wanted()
 
     async def score(self, sample: Sample) -> TeacherScores:
         """The teacher's log-probs of the response's tokens, and of top-k ones; an empty response needs no request."""
         if not sample.response_length:
-            return self._wanted.missing(0, None)
+            return self.wanted.missing(0, None)
         try:
             return await self._scored(sample)
         except EngineError as error:
@@ -73,10 +73,10 @@ class SGLangTeacher:
     def failed(self, sample: Sample, error: EngineError) -> TeacherScores:
         """The scores of a response that there are none of."""
         self._note(error)
-        return self._wanted.missing(sample.response_length, str(error))
+        return self.wanted.missing(sample.response_length, str(error))
 
     async def _scored(self, sample: Sample) -> TeacherScores:
-        wanted, tokens, start = self._wanted, sample.tokens, len(sample.prompt.tokens)
+        wanted, tokens, start = self.wanted, sample.tokens, len(sample.prompt.tokens)
         if not wanted.asked:
             return TeacherScores(await self.client.score(tokens, start))
         log_probs, top = await self.client.score_top_k(tokens, start, wanted.asked)

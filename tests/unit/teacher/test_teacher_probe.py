@@ -36,8 +36,10 @@ SIZE = 100
 class Teacher:
     """A server; `largest_id` records the largest id that was given to the model."""
 
-    def __init__(self, *, texts: Sequence[str] | None = TEXTS, size: int = SIZE, eos: tuple[int, ...] = (1,)) -> None:
-        self.texts, self.size, self.eos, self.largest_id = texts, size, eos, 0
+    def __init__(
+        self, *, texts: Sequence[str] | None = TEXTS, size: int = SIZE, eos: tuple[int, ...] = (1,), top_k: int = SIZE
+    ) -> None:
+        self.texts, self.size, self.eos, self.top_k, self.largest_id = texts, size, eos, top_k, 0
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/get_model_info":
@@ -54,16 +56,20 @@ class Teacher:
             return httpx.Response(200, json={"meta_info": {"finish_reason": {"type": end}}})
         self.largest_id = max(self.largest_id, *ids)
         rows = [[-0.1 if i else None, token, self.texts and self.texts[token]] for i, token in enumerate(ids)]
-        return httpx.Response(200, json={"meta_info": {"input_token_logprobs": rows}})
+        meta = {"input_token_logprobs": rows}
+        if self.top_k and "top_logprobs_num" in body:
+            top = [[-0.1, i, None] for i in range(min(self.top_k, body["top_logprobs_num"]))]
+            meta["input_top_logprobs"] = [None, *[top] * (len(ids) - 1)]
+        return httpx.Response(200, json={"meta_info": meta})
 
 
-def probed(teacher, *, tokenizer: Characters | None = None, eos_ids=(1,)):
+def probed(teacher, *, tokenizer: Characters | None = None, eos_ids=(1,), top_k=0):
     async def main():
         client = EngineClient(
             "http://t:1", concurrency=4, timeout_s=5, retries=0, transport=httpx.MockTransport(teacher)
         )
         try:
-            return await probe_teacher(client, tokenizer or Characters(TEXTS), SIZE, eos_ids)
+            return await probe_teacher(client, tokenizer or Characters(TEXTS), SIZE, eos_ids, top_k)
         finally:
             await client.aclose()
 
@@ -143,3 +149,11 @@ def test_the_students_facts_come_from_its_directory(tmp_path):
     assert student_facts(tmp_path) == (9, {4, 6})
     with pytest.raises(DataError, match="no vocab_size"):
         student_facts(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("told", [0, 4])
+def test_a_server_that_does_not_tell_its_most_likely_tokens_is_refused_where_they_are_wanted(told):
+    assert probed(Teacher(top_k=told)).vocabulary_size == SIZE
+    with pytest.raises(TeacherError, match=r"does not score: the engine returned .*top-k"):
+        probed(Teacher(top_k=told), top_k=8)
+    assert probed(Teacher(), top_k=8).vocabulary_size == SIZE
