@@ -122,7 +122,7 @@ class ObjectiveHead:
         divergence = self._settings.policy.divergence
         if divergence is None:
             return None
-        scored = columns["loss_mask"].new_ones(len(columns["loss_mask"]))
+        scored = torch.ones_like(columns["loss_mask"])
         if self._teacher is None:
             return self._with_remote_teacher(student, columns)
         hidden = self._teacher.hidden[rows].to(self._teacher.weight.device, non_blocking=True)

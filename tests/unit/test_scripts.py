@@ -51,8 +51,19 @@ def flags_of(run: Path, base: Path) -> list[str]:
     return dry.stdout.splitlines()
 
 
+def test_the_readmes_denser_objectives_are_runs_that_make_sense():
+    lines = re.findall(r"^BASE=\S+ (examples/\S+\.sh) (--opd-kl-coef.*)$", (EXAMPLES / "README.md").read_text(), re.M)
+    assert len(lines) == 3
+    for script, flags in lines:
+        dry = bash(f"'{ROOT / script}' {flags}", DRY_RUN="1", BASE="/models")
+        assert (dry.returncode, dry.stderr) == (0, "")
+        assert problems(parse(dry.stdout.splitlines()), COMBINATIONS) == [], flags
+
+
 @pytest.mark.parametrize(
-    "script", [*MODELS, *EXAMPLES.glob("*.sh"), *(ROOT / "tools").glob("*.sh")], ids=lambda p: p.name
+    "script",
+    [*MODELS, *EXAMPLES.glob("*.sh"), *(ROOT / "tools").glob("*.sh"), *(ROOT / "benchmarks").glob("*.sh")],
+    ids=lambda p: p.name,
 )
 def test_every_script_is_valid_bash(script):
     check = bash(f"bash -n '{script}'")
