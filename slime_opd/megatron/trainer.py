@@ -207,11 +207,6 @@ class Trainer:
         """Tokens whose logits exist at one time."""
         return self.config.training.log_probs_chunk_size
 
-    def score(self, batch: TrainBatch, temperature: float = 1.0) -> Tensor | None:
-        """The student's log-probs of all response tokens of the batch, float32 [R]; None before the last stage."""
-        found = self.score_pass(batch, lambda hidden, one: {"log_probs": self.scores(hidden, one, temperature)[0]})
-        return found["log_probs"].float().cpu() if found else None
-
     def score_pass(self, batch: TrainBatch, head: Any) -> dict[str, Tensor]:
         """Run the model's present weights over the batch; `head(hidden [R, H], micro_batch)` gives tensors by name.
 

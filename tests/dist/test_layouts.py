@@ -56,6 +56,12 @@ def make_batch(teacher_log_probs: np.ndarray | None = None):
     return RolloutBatch(random.integers(0, 60, int((prompts + responses).sum())), prompts, responses, columns)
 
 
+def scores_of(trainer, batch) -> np.ndarray | None:
+    """The student's log-probs of all response tokens; None before the last pipeline stage."""
+    found = trainer.score_pass(batch, lambda hidden, one: {"log_probs": trainer.scores(hidden, one, 1.0)[0]})
+    return found["log_probs"].numpy() if found else None
+
+
 def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save_dir=None, load_dir=None):
     """Two optimizer steps; returns what a rank can say of them."""
     import dataclasses
@@ -73,7 +79,7 @@ def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save
     batch = make_batch()
     mine = split(batch, config)[trainer.layout.data_rank]
     everything = TrainBatch(batch, ((SAMPLES,),))
-    scores = trainer.score(everything)
+    scores = scores_of(trainer, everything)
     first = values(trainer.train(mine))
     first_weights = {name: tensor.clone().numpy() for name, tensor in trainer.exported_weights()}
     if save_dir is not None:
@@ -81,7 +87,7 @@ def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save
     second = values(trainer.train(mine))
     weights = {name: tensor.numpy() for name, tensor in trainer.exported_weights()}
     return {
-        "scores": None if scores is None else scores.numpy(),
+        "scores": scores,
         "steps": [first, second],
         "first_weights": first_weights,
         "weights": weights,
@@ -249,7 +255,7 @@ def raw_scores(rank, world_size, init_method, model_dir):
         ),
     )
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
-    return trainer.score(TrainBatch(make_batch(), ((SAMPLES,),))).numpy()
+    return scores_of(trainer, TrainBatch(make_batch(), ((SAMPLES,),)))
 
 
 def test_tools_round_trip_bit_for_bit_and_flags_build_the_model_of_the_config(outcomes, tiny_model_dir, tmp_path):
