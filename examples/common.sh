@@ -10,6 +10,7 @@ LOGS=$(realpath -m "${LOGS:-$BASE/logs}")
 PYTHON=${PYTHON:-python}
 STARTED=()  # process groups of this script
 JOB=        # the Ray job that is running
+RAY_DIRECTORY=  # where its cluster keeps sessions and logs
 JOBS=0
 # Left unset, Ray 2.60's server asks for a token as soon as one lies in the home directory, and its job client then sends none.
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled}
@@ -56,9 +57,9 @@ start() { # LOG, command…
    STARTED+=("$PID")
 }
 
-# Stop the job and the process groups of this script, last first, and nothing else.
+# Stop the job and the process groups of this script, last first, and nothing else. Ray's logs stay where something failed.
 stop_started() {
-   local index pid deadline
+   local status=$? index pid deadline
    if [ -n "$JOB" ]; then
       timeout 60 ray job stop --address "$RAY_DASHBOARD" "$JOB" >/dev/null 2>&1 || true
       JOB=
@@ -67,11 +68,14 @@ stop_started() {
       pid=${STARTED[index]}
       kill -TERM -- "-$pid" 2>/dev/null || continue
       deadline=$((SECONDS + 30))
-      while kill -0 -- "-$pid" 2>/dev/null && ((SECONDS < deadline)); do sleep 0.5; done
-      kill -KILL -- "-$pid" 2>/dev/null || true
-      wait "$pid" 2>/dev/null || true # takes note of its end, so that bash does not print one
+      { # bash prints how a process ended the moment it takes note of it
+         while kill -0 -- "-$pid" && ((SECONDS < deadline)); do sleep 0.5; done
+         kill -KILL -- "-$pid" || true
+         wait "$pid" || true
+      } 2>/dev/null
    done
    STARTED=()
+   [ "$status" != 0 ] || rm -rf "$RAY_DIRECTORY"
 }
 trap stop_started EXIT
 trap 'exit 130' INT
@@ -108,11 +112,11 @@ convert_once() { # Hugging Face directory, Megatron directory
 # `ray stop` would stop every Ray on this host; with --block, ending this one process ends its
 # cluster, at once where nothing is drained. Sets RAY_DASHBOARD.
 start_ray() { # comma-separated GPUs; none on a machine without
-   local dashboard_port directory
+   local dashboard_port
    dashboard_port=$(free_port)
-   directory=$(mktemp -d /tmp/slime_opd.XXXXXX)  # short: Ray puts sockets there
+   RAY_DIRECTORY=$(mktemp -d /tmp/slime_opd.XXXXXX)  # short: Ray puts sockets there
    start "$LOGS/ray.log" env CUDA_VISIBLE_DEVICES="$1" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 \
-      ray start --head --block --num-gpus "$(count_of "$1")" --temp-dir "$directory" --disable-usage-stats \
+      ray start --head --block --num-gpus "$(count_of "$1")" --temp-dir "$RAY_DIRECTORY" --disable-usage-stats \
       --port "$(free_port)" --ray-client-server-port "$(free_port)" \
       --dashboard-host 127.0.0.1 --dashboard-port "$dashboard_port" --dashboard-agent-listen-port "$(free_port)"
    RAY_DASHBOARD=http://127.0.0.1:$dashboard_port
