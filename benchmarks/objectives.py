@@ -1,4 +1,4 @@
-"""The table of benchmarks/objectives.sh: one row for each run that is finished.
+"""The table of benchmarks/objectives.sh, one row for each run that is finished, and a picture of some of them.
 
 python benchmarks/objectives.py OUTPUT TEACHER_RUN
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from statistics import mean, median
 
-from slime_opd.observe.report import accuracy_curves, curve, read_metrics
+from slime_opd.observe.report import accuracy_curves, curve, plot_runs, read_metrics
 
 _HEADER = (
     "objective",
@@ -20,6 +20,9 @@ _HEADER = (
     "seconds per step",
     "bytes per token",
 )
+
+# One of each kind: more curves than these could not be told apart.
+_PLOTTED = ("penalty_megatron", "reverse_kl", "forward_kl", "jsd", "reverse_kl_top_student", "token_reward")
 
 
 def row(name: str, run_dir: Path, goal: float) -> list[str]:
@@ -41,7 +44,7 @@ def row(name: str, run_dir: Path, goal: float) -> list[str]:
 
 
 def main(output: Path, teacher: Path) -> None:
-    """Print the table as Markdown, and write it beside the runs."""
+    """Print the table as Markdown, and write it and the picture beside the runs."""
     (_, teachers) = next(iter(accuracy_curves(read_metrics(teacher)).values()))
     runs = sorted(
         (path for path in output.iterdir() if (path / "metrics.jsonl").is_file() and path.suffix != ".partial"),
@@ -50,6 +53,7 @@ def main(output: Path, teacher: Path) -> None:
     lines = [_HEADER, ["---"] * len(_HEADER), *(row(path.name, path, 0.9 * teachers[-1]) for path in runs)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     (output / "table.md").write_text(table + "\n")
+    plot_runs({path.name: path for path in runs if path.name in _PLOTTED}, output / "objectives.png")
     print(table)
 
 

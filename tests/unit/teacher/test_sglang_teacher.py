@@ -110,8 +110,8 @@ def test_each_kind_of_failure_is_logged_once_and_all_are_counted(caplog):
     assert sorted(teacher.failures.values()) == [1, 3]
 
 
-VOCABULARY, TOP = 12, 3
-CANDIDATES = np.int32([[0, 7], [11, 2], [3, 9]])
+VOCABULARY, TOP = 40, 3
+CANDIDATES = np.int32([[0, 7], [39, 2], [3, 9]])
 
 
 def log_probs_at(position: int) -> np.ndarray:
