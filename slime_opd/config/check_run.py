@@ -5,6 +5,7 @@ Each rule is a pure function from a Config to the sentences that say what is wro
 
 from __future__ import annotations
 
+from slime_opd.config import megatron_options
 from slime_opd.config.config import Config
 from slime_opd.config.options import flag, options_of
 
@@ -203,6 +204,11 @@ def check_recompute(config: Config) -> list[str]:
     if layout.recompute_granularity != "full" and details != (None, None):
         return ["--recompute-method and --recompute-num-layers have no effect without --recompute-granularity full"]
     return []
+
+
+def check_megatron(config: Config) -> list[str]:
+    """Options of Megatron-core that cannot be read, or that nothing reads."""
+    return megatron_options.problems_of(config.megatron)
 
 
 def check_warmup(config: Config) -> list[str]:

@@ -24,6 +24,7 @@ COMBINATIONS: tuple[Check, ...] = (
     check_run.check_layout,
     check_run.check_precision,
     check_run.check_recompute,
+    check_run.check_megatron,
     check_run.check_warmup,
     check_run.check_batches,
     check_run.check_dynamic_batch,

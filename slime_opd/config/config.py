@@ -27,6 +27,7 @@ class Config:
     divergence: stages.DivergenceConfig = field(default_factory=stages.DivergenceConfig)
     weights: stages.WeightsConfig = field(default_factory=stages.WeightsConfig)
     observe: stages.ObserveConfig = field(default_factory=stages.ObserveConfig)
+    megatron: stages.MegatronConfig = field(default_factory=stages.MegatronConfig)
     # Options of the SGLang engines (`--sglang-X` is their `--X`), as words.
     sglang: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 

@@ -16,6 +16,10 @@ usage: python -m slime_opd.train [--config FILE.yaml] [--flag value ...]
 
 Every flag may also stand in the YAML file of --config; the command line wins."""
 
+MEGATRON = """\
+Megatron-core: its own options under their own names, or Megatron-LM's
+  {} more flags: --help megatron"""
+
 PASS_THROUGH = """\
 SGLang: every other option of the engines
   --sglang-X [VALUE ...] is given to each engine as --X [VALUE ...]
@@ -32,12 +36,14 @@ def help_text(config_class: type, groups: Sequence[str] = ()) -> str:
     stages = stages_of(config_class)
     if unknown := [group for group in groups if group not in stages]:
         raise ConfigError(f"--help: found {' '.join(unknown)!r}, expected groups of {', '.join(stages)}")
-    chosen = [stage for stage in stages if stage in groups] or list(stages)
+    chosen = [stage for stage in stages if stage in groups] or [stage for stage in stages if stage != "megatron"]
     parts = [] if groups else [USAGE]
     for stage in chosen:
         title = (stages[stage].__doc__ or stage).splitlines()[0]
         lines = [_line(option) for option in options if option.stage == stage]
         parts.append("\n".join([title, *lines]))
+    if not groups:
+        parts.append(MEGATRON.format(sum(option.stage == "megatron" for option in options)))
     return "\n\n".join([*parts, PASS_THROUGH + ", ".join(stages)])
 
 

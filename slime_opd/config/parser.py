@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from slime_opd.config import yaml_file
+from slime_opd.config import megatron_options, yaml_file
 from slime_opd.config.config import Config
 from slime_opd.config.help import help_text
 from slime_opd.config.options import Option, options_of, stages_of
@@ -107,7 +107,14 @@ def _split(argv: list[str]) -> list[tuple[str, list[str]]]:
 def _read_words(flags: list[tuple[str, list[str]]], options: Mapping[str, Option]) -> Given:
     given = Given()
     by_flag = {option.flag: option for option in options.values()}
+    names = set(options)
     for name, words in flags:
+        if name not in by_flag and (meant := megatron_options.spelled(name, names)):
+            field_name, word = meant
+            if words and word is not None:
+                given.problems.append(f"{name}: found {' '.join(words)!r}, expected no value: it is a switch")
+                continue
+            name, words = options[field_name].flag, words if word is None else [word]
         if name == "":
             if words:
                 given.problems.append(f"found {words[0]!r} before any flag, expected flags that start with --")
@@ -118,8 +125,11 @@ def _read_words(flags: list[tuple[str, list[str]]], options: Mapping[str, Option
                 given.problems.append(str(error))
         elif name.removeprefix("--").startswith(SGLANG):
             given.sglang[name.removeprefix("--" + SGLANG)] = tuple(words)
+        elif reason := megatron_options.OWN.get(name.removeprefix("--").replace("-", "_")):
+            given.problems.append(f"{name} is set by this package: {reason}")
         else:
-            given.problems.append(f"{name}: unknown flag{suggestion(name, [*by_flag, '--config', '--help'])}")
+            known = [*by_flag, *megatron_options.NAMES, "--config", "--help"]
+            given.problems.append(f"{name}: unknown flag{suggestion(name, known)}")
     return given
 
 

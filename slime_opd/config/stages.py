@@ -7,8 +7,9 @@ a training or serving process's device; on a machine without CUDA it means one C
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
+from slime_opd.config.megatron_options import make_stage
 from slime_opd.config.options import option
 
 
@@ -428,3 +429,10 @@ class ObserveConfig:
     )
     no_tensorboard: bool = option(False, help="no TensorBoard files")
     print_samples_interval: int = option(10, help="rollouts between printed samples; 0: never")
+
+
+MegatronConfig = make_stage(
+    {row.name for stage in list(vars().values()) if is_dataclass(stage) for row in fields(stage)}
+)
+# Pickle finds a class by its module and name.
+MegatronConfig.__module__ = __name__

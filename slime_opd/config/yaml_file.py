@@ -91,7 +91,11 @@ def to_yaml(config: Config) -> str:
     parts = []
     for stage, stage_class in stages_of(Config).items():
         values = {option.name: option.read(config) for option in options if option.stage == stage}
-        parts.append(f"# {(stage_class.__doc__ or stage).splitlines()[0]}\n{_dump(values)}")
+        if stage == "megatron":
+            # Hundreds, and each unset one is Megatron's business.
+            values = {name: value for name, value in values.items() if value not in (None, ())}
+        if values:
+            parts.append(f"# {(stage_class.__doc__ or stage).splitlines()[0]}\n{_dump(values)}")
     if config.sglang:
         engines = {f"sglang-{name}": words or True for name, words in config.sglang.items()}
         parts.append(f"# Options of the SGLang engines\n{_dump(engines)}")

@@ -17,7 +17,7 @@ from mbridge.core.bridge import Bridge
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
 
@@ -25,6 +25,7 @@ from slime_opd.config import Config
 from slime_opd.errors import ConfigError
 from slime_opd.megatron import device
 from slime_opd.megatron.attention import PackedCoreAttention
+from slime_opd.megatron.options import settings
 from slime_opd.megatron.vocabulary import VocabularyShard
 
 _VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -86,7 +87,8 @@ def make_bridge(config: Config) -> Bridge:
     bridge.make_vocab_size_divisible_by = padding_multiple(config)
     bridge.vocab_size = bridge.hf_config.vocab_size
     bridge.padded_vocab_size = padded_vocabulary(bridge.vocab_size, config)
-    bridge.set_extra_args(**_run_settings(config))
+    latent = settings(config, "latent_attention") if config.megatron.multi_latent_attention else {}
+    bridge.set_extra_args(**_run_settings(config) | latent)
     # A teacher's vocabulary may have more rows than the student's, or fewer; mbridge takes the student's number alone.
     to_megatron = bridge._weight_to_mcore_format
     bridge._weight_to_mcore_format = lambda name, weights: to_megatron(
@@ -115,7 +117,11 @@ def transformer_config(config: Config, bridge: Bridge) -> TransformerConfig:
     if config.model.megatron_to_hf_mode == "bridge":
         return bridge.config
     model = config.model
-    return TransformerConfig(
+    latent = {}
+    if config.megatron.multi_latent_attention:
+        rotary = {"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent}
+        latent = rotary | {"rotary_scaling_factor": model.rotary_scaling_factor} | settings(config, "latent_attention")
+    return (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -133,7 +139,7 @@ def transformer_config(config: Config, bridge: Bridge) -> TransformerConfig:
         hidden_dropout=model.hidden_dropout,
         **_dtype_settings(parameter_dtype(config)),
         **_layout_settings(config),
-        **_run_settings(config),
+        **_run_settings(config) | latent,
     )
 
 
@@ -234,7 +240,7 @@ def _run_settings(config: Config) -> dict:
     """What does not depend on the architecture: layout details, precision, kernels and recomputation."""
     layout, training = config.parallel, config.training
     with_engine = uses_transformer_engine(config)
-    settings = {
+    found = {
         "sequence_parallel": layout.sequence_parallel,
         "variable_seq_lengths": True,
         # The one dispatcher that takes sequences of varying lengths; asked for even where there are no experts.
@@ -255,5 +261,6 @@ def _run_settings(config: Config) -> dict:
         "apply_rope_fusion": with_engine,
     }
     if training.attention_backend not in ("auto", "local"):
-        settings["attention_backend"] = AttnBackend[training.attention_backend]
-    return settings
+        found["attention_backend"] = AttnBackend[training.attention_backend]
+    # What the user says in Megatron's own words comes last.
+    return found | settings(config, "transformer")

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import Float16Module
 
 from slime_opd.config import Config
 from slime_opd.megatron.model import HiddenStatesModel, parameter_dtype
+from slime_opd.megatron.options import settings
 
 
 def wrap(config: Config, model: HiddenStatesModel) -> DistributedDataParallel:
@@ -20,9 +21,12 @@ def wrap(config: Config, model: HiddenStatesModel) -> DistributedDataParallel:
     wrapped = DistributedDataParallel(
         config=architecture,
         ddp_config=DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=config.training.accumulate_allreduce_grads_in_fp32 or dtype is torch.float32,
-            check_for_nan_in_grad=True,
+            **{
+                "use_distributed_optimizer": True,
+                "grad_reduce_in_fp32": config.training.accumulate_allreduce_grads_in_fp32 or dtype is torch.float32,
+                "check_for_nan_in_grad": True,
+                **settings(config, "gradients"),
+            }
         ),
         module=inner,
     )
@@ -51,6 +55,7 @@ def make_optimizer(config: Config, wrapped: DistributedDataParallel) -> Megatron
             fp16=dtype is torch.float16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            **settings(config, "optimizer"),
         ),
         [wrapped],
     )

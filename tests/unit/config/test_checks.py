@@ -311,6 +311,14 @@ RULES = {
         "--update-weight-transport tensor is shared memory on one node",
     ),
     "directory of no one": (f"{GOOD} --update-weight-disk-dir d", "no effect without --update-weight-transport disk"),
+    "a pattern that cannot be read": (
+        f"{GOOD} --moe-layer-freq x",
+        "--moe-layer-freq: found 'x', expected a whole number",
+    ),
+    "rank of another attention": (
+        f"{GOOD} --q-lora-rank 8",
+        "--q-lora-rank 8 has no effect without --multi-latent-att",
+    ),
     # Data, reward, evaluation, algorithm.
     "template arguments": (f"{GOOD} --apply-chat-template --apply-chat-template-kwargs [1]", "expected a JSON object"),
     "broken template arguments": (

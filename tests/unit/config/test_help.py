@@ -14,7 +14,7 @@ def test_help_prints_and_leaves_with_code_0(capsys):
 
 
 def test_help_has_one_line_per_option_under_its_stages_title():
-    groups = help_text(Config).split("\n\n")
+    groups = help_text(Config, list(stages_of(Config))).split("\n\n")
     for stage, stage_class in stages_of(Config).items():
         (lines,) = (
             group.splitlines() for group in groups if group.splitlines()[0] == stage_class.__doc__.splitlines()[0]

@@ -1,0 +1,290 @@
+"""Options of Megatron-core: every field of its dataclasses that a word can say, read from the installed package's source.
+
+Read and not imported: the import takes torch along, and a wrong flag is to be answered at once. A field that is not set
+here keeps what the model, the run or Megatron gives it.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slime_opd.config.options import flag, option
+
+# Where the dataclasses are, and what of the run each configures.
+_SOURCES = (
+    ("model_parallel_config.py", "ModelParallelConfig", "transformer"),
+    ("transformer/transformer_config.py", "TransformerConfig", "transformer"),
+    ("transformer/transformer_config.py", "MLATransformerConfig", "latent_attention"),
+    ("optimizer/optimizer_config.py", "OptimizerConfig", "optimizer"),
+    ("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig", "gradients"),
+)
+
+_KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+DTYPES = ("fp32", "bf16", "fp16", "fp8")
+# Types that are one value per layer: a number, or Megatron-LM's expression of lists such as ([0]*3+[1]*45).
+_PATTERNS = ("Union[int, List[int]]",)
+
+# Fields that this package sets by itself, and why; a flag for one of them is refused with the reason.
+OWN = {
+    "params_dtype": "say --bf16, --fp16 or --fp32",
+    "pipeline_dtype": "it is the dtype of training: say --bf16, --fp16 or --fp32",
+    "autocast_dtype": "training has one dtype: say --bf16, --fp16 or --fp32",
+    "enable_autocast": "training has one dtype: say --bf16, --fp16 or --fp32",
+    "variable_seq_lengths": "samples are packed, so lengths always vary",
+    "use_cpu_initialization": "weights are loaded, never kept as initialised",
+    "perform_initialization": "weights are loaded, never kept as initialised",
+    "init_model_with_meta_device": "weights are loaded, never kept as initialised",
+    "use_distributed_optimizer": "the optimizer is always distributed",
+    "transformer_impl": "say --attention-backend: local is this package's own, anything else Transformer Engine where it is",
+    "heterogeneous_block_specs": "the layers' spec comes from the model family",
+    "is_hybrid_model": "the layers' spec comes from the model family",
+    "test_mode": "it is for Megatron-core's own tests",
+    "flash_decode": "SGLang generates",
+    "inference_rng_tracker": "SGLang generates",
+    "inference_sampling_seed": "SGLang generates; its seed is --rollout-seed",
+    "use_inference_optimized_layers": "SGLang generates",
+    "inference_fuse_tp_communication": "SGLang generates",
+    "mlp_chunks_for_prefill": "SGLang generates",
+}
+
+# Megatron-LM's names of fields that are called otherwise, and the value that a name without one stands for.
+NAMES: dict[str, tuple[str, str | None]] = {
+    "--num-experts": ("num_moe_experts", None),
+    "--fp8-format": ("fp8", None),
+    "--fp4-format": ("fp4", None),
+    "--te-rng-tracker": ("use_te_rng_tracker", "true"),
+    "--apply-layernorm-1p": ("layernorm_zero_centered_gamma", "true"),
+    "--decoder-first-pipeline-num-layers": ("num_layers_in_first_pipeline_stage", None),
+    "--decoder-last-pipeline-num-layers": ("num_layers_in_last_pipeline_stage", None),
+    "--overlap-p2p-communication-warmup-flush": ("overlap_p2p_comm_warmup_flush", "true"),
+    "--microbatch-group-size-per-virtual-pipeline-stage": ("microbatch_group_size_per_vp_stage", None),
+    "--ddp-bucket-size": ("bucket_size", None),
+    "--ddp-average-in-collective": ("average_in_collective", "true"),
+    "--no-masked-softmax-fusion": ("masked_softmax_fusion", "false"),
+    "--no-rope-fusion": ("apply_rope_fusion", "false"),
+    "--no-bias-gelu-fusion": ("bias_activation_fusion", "false"),
+    "--no-bias-swiglu-fusion": ("bias_activation_fusion", "false"),
+    "--no-bias-dropout-fusion": ("bias_dropout_fusion", "false"),
+    "--no-persist-layer-norm": ("persist_layer_norm", "false"),
+    "--no-gradient-accumulation-fusion": ("gradient_accumulation_fusion", "false"),
+    "--no-async-tensor-model-parallel-allreduce": ("async_tensor_model_parallel_allreduce", "false"),
+    "--disable-tp-comm-overlap-ag": ("tp_comm_overlap_ag", "false"),
+    "--disable-tp-comm-overlap-rs": ("tp_comm_overlap_rs", "false"),
+    "--disable-tp-comm-bulk-dgrad": ("tp_comm_bulk_dgrad", "false"),
+    "--disable-tp-comm-bulk-wgrad": ("tp_comm_bulk_wgrad", "false"),
+    "--no-barrier-with-level-1-timing": ("barrier_with_L1_time", "false"),
+    "--no-overlap-p2p-communication": ("overlap_p2p_comm", "false"),
+    "--no-pin-cpu-grads": ("pin_cpu_grads", "false"),
+    "--no-pin-cpu-params": ("pin_cpu_params", "false"),
+}
+
+# What --no-X of a name that is longer here means, beside --no-X of every switch.
+_NO = "--no-"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field of Megatron's: its name, the parts of the run that have it, its type in words, default and help."""
+
+    name: str
+    parts: tuple[str, ...]
+    annotation: str
+    default: str
+    help: str
+
+    @property
+    def declared(self) -> tuple[Any, tuple[str, ...]] | None:
+        """Its annotation as an option and its choices; None where a word cannot say it."""
+        inner = _without_none(self.annotation)
+        if inner in _KINDS:
+            return _KINDS[inner] | None, ()
+        if inner == "torch.dtype":
+            return str | None, DTYPES
+        if inner.startswith("Literal["):
+            return str | None, tuple(ast.literal_eval(inner.removeprefix("Literal")))
+        if inner in _PATTERNS:
+            return str | None, ()
+        for kind in ("int", "str", "float"):
+            if inner in (f"List[{kind}]", f"list[{kind}]", f"Tuple[{kind}, {kind}]", f"Union[{kind}, List[{kind}]]"):
+                return tuple[_KINDS[kind], ...], ()
+        if inner.startswith("Union[str,"):
+            return tuple[str, ...], ()
+        return None
+
+
+@functools.cache
+def megatron_fields() -> Mapping[str, Field]:
+    """Every field of the installed Megatron-core's dataclasses, by name; {} where it is not installed."""
+    root = _root()
+    found: dict[str, Field] = {}
+    if root is None:
+        return found
+    trees = {file: ast.parse((root / file).read_text(encoding="utf-8")) for file, _, _ in _SOURCES}
+    for file, class_name, part in _SOURCES:
+        for field in _fields_of(trees[file], class_name, part):
+            before = found.get(field.name)
+            # The first that has a name describes it; latent attention only changes defaults of what attention has.
+            found[field.name] = (
+                field
+                if before is None
+                else dataclasses.replace(before, parts=tuple(dict.fromkeys((*before.parts, part))))
+            )
+    return found
+
+
+def make_stage(taken: set[str]) -> type:
+    """A configuration stage with an option for each field that a word can say and that is not in `taken`; unset is None."""
+    rows = []
+    for field in megatron_fields().values():
+        if field.name in taken or field.name in OWN or field.name.startswith("_") or field.declared is None:
+            continue
+        annotation, choices = field.declared
+        is_many = annotation not in [kind | None for kind in _KINDS.values()]
+        help_line = f"{field.help} (Megatron: {field.default})"
+        metavar = "N or LIST" if _without_none(field.annotation) in _PATTERNS else None
+        rows.append(
+            (
+                field.name,
+                annotation,
+                option(
+                    () if is_many else None,
+                    help=help_line,
+                    choices=choices,
+                    nargs="+" if is_many else None,
+                    metavar=metavar,
+                ),
+            )
+        )
+    stage = dataclasses.make_dataclass("MegatronConfig", rows, frozen=True, kw_only=True)
+    stage.__doc__ = "Megatron-core: its own options under their own names; unset: what the model and the run give"
+    return stage
+
+
+def spelled(flag_name: str, stage_names: set[str]) -> tuple[str, str | None] | None:
+    """The field that a flag which is no field's own name means, and the word that it stands for, if any.
+
+    Megatron-LM's names (`NAMES`), and `--no-X` for a switch X.
+    """
+    if flag_name in NAMES:
+        return NAMES[flag_name]
+    name = flag_name.removeprefix(_NO).replace("-", "_")
+    field = megatron_fields().get(name)
+    is_switch = field is not None and _without_none(field.annotation) == "bool"
+    return (name, "false") if flag_name.startswith(_NO) and is_switch and name in stage_names else None
+
+
+def values_for(stage: Any, part: str) -> dict[str, Any]:
+    """What a stage has set of the fields of one part of the run, as Megatron's dataclasses take it; dtypes by their names.
+
+    Raises ValueError where a pattern of layers cannot be read.
+    """
+    found = {}
+    for row in dataclasses.fields(stage):
+        value, field = getattr(stage, row.name), megatron_fields()[row.name]
+        if value is None or value == () or part not in field.parts:
+            continue
+        inner = _without_none(field.annotation)
+        if inner in _PATTERNS:
+            value = layer_pattern(value)
+        elif inner.startswith("Union[") and isinstance(value, tuple):
+            value = value[0] if len(value) == 1 else list(value)
+        elif inner.startswith(("List[", "list[")):
+            value = list(value)
+        found[row.name] = value
+    return found
+
+
+def problems_of(stage: Any) -> list[str]:
+    """What is wrong with the options that are set: patterns that cannot be read, and options of another attention."""
+    problems = []
+    for name, field in megatron_fields().items():
+        value = getattr(stage, name, None)
+        if value in (None, ()):
+            continue
+        if _without_none(field.annotation) in _PATTERNS:
+            try:
+                layer_pattern(value)
+            except ValueError as error:
+                problems.append(f"{flag(name)}: {error}")
+        if field.parts == ("latent_attention",) and not stage.multi_latent_attention:
+            problems.append(f"{flag(name)} {value} has no effect without --multi-latent-attention")
+    return problems
+
+
+def layer_pattern(text: str) -> int | list[int]:
+    """`4`, `[0,1,1]` or `([0]*3+[1]*45)`: one number, or one for each layer. Raises ValueError for anything else."""
+    try:
+        return _pattern_of(ast.parse(text.strip(), mode="eval").body)
+    except (SyntaxError, TypeError, ValueError):
+        raise ValueError(f"found {text!r}, expected a whole number or lists of them such as [0]*3+[1]*45") from None
+
+
+def _pattern_of(node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return node.value
+    if isinstance(node, ast.List):
+        return [_pattern_of(item) for item in node.elts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+        left, right = _pattern_of(node.left), _pattern_of(node.right)
+        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right
+        # A model of a million layers is a slip of the hand.
+        if (
+            isinstance(node.op, ast.Mult)
+            and isinstance(left, list)
+            and type(right) is int
+            and len(left) * right < 10**5
+        ):
+            return left * right
+    raise ValueError(ast.dump(node))
+
+
+def not_flags() -> list[str]:
+    """Fields whose type a word cannot say."""
+    return [f.name for f in megatron_fields().values() if f.declared is None and not f.name.startswith("_")]
+
+
+def _root() -> Path | None:
+    spec = importlib.util.find_spec("megatron")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / "core" / _SOURCES[0][0]).is_file():
+            return Path(place) / "core"
+    return None
+
+
+def _fields_of(tree: ast.Module, class_name: str, part: str) -> Iterator[Field]:
+    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    for node, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+        yield Field(node.target.id, (part,), ast.unparse(node.annotation), _default(node.value), _first_sentence(text))
+
+
+def _default(node: ast.expr | None) -> str:
+    """A default as it is read: `field(default=x, …)` is x."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "field":
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        node = given.get("default")
+    text = "none" if node is None else ast.unparse(node)
+    return {"None": "none", "True": "on", "False": "off"}.get(text, text.strip("'").removeprefix("torch."))
+
+
+def _first_sentence(text: str) -> str:
+    words = " ".join(text.split())
+    sentence, _, _ = words.partition(". ")
+    return sentence.rstrip(".") or "no description"
+
+
+def _without_none(annotation: str) -> str:
+    """`Optional[X]`, `Union[X, None]` and X are all X."""
+    if annotation.startswith("Optional["):
+        return annotation.removeprefix("Optional[").removesuffix("]")
+    return annotation

@@ -1,0 +1,21 @@
+"""Options that a user gives to Megatron-core by its own names, as its dataclasses take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from slime_opd.config import Config
+from slime_opd.config.megatron_options import DTYPES, megatron_fields, values_for
+
+_DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16, torch.uint8), strict=True))
+
+
+def settings(config: Config, part: str) -> dict[str, Any]:
+    """What the user has set of the fields of a part: transformer, latent_attention, optimizer or gradients."""
+    return {
+        # Megatron keeps an fp8 state as bytes with a scale.
+        name: _DTYPES[value] if "torch.dtype" in megatron_fields()[name].annotation else value
+        for name, value in values_for(config.megatron, part).items()
+    }
