@@ -5,6 +5,7 @@ Nothing is imported or written, and no file larger than a model's config.json is
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 from importlib.machinery import PathFinder
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from slime_opd.config.check_run import model_layout_problems
 from slime_opd.config.config import Config
-from slime_opd.config.options import flag
+from slime_opd.config.options import flag, suggestion
 
 
 def check_checkpoints_exist(config: Config) -> list[str]:
@@ -98,6 +99,44 @@ def _architecture(config: Config) -> dict:
     except ValueError:
         raise ValueError(f"--hf-checkpoint: {file} is not JSON") from None
     return found.get("text_config", found)
+
+
+# Options of an engine that a run sets for it, and where the user says them.
+_SET_FOR_ENGINES = {
+    "model-path": "say --hf-checkpoint",
+    "model": "say --hf-checkpoint",
+    "host": "each engine listens where it runs",
+    "port": "each engine takes a free one",
+    "tp-size": "say --rollout-num-gpus-per-engine",
+    "tensor-parallel-size": "say --rollout-num-gpus-per-engine",
+    "custom-weight-loader": "weight updates need this package's own",
+}
+
+
+def check_sglang_options(config: Config) -> list[str]:
+    """Words for the engines that the installed SGLang does not know, or that are not the user's to say."""
+    known = _sglang_flags() if config.sglang else []
+    problems = []
+    for name in config.sglang:
+        if reason := _SET_FOR_ENGINES.get(name):
+            problems.append(f"--sglang-{name} is set by this package: {reason}")
+        elif known and name not in known:
+            problems.append(
+                f"--sglang-{name}: the installed SGLang has no --{name}{suggestion(f'--sglang-{name}', [f'--sglang-{flag}' for flag in known])}"
+            )
+    return problems
+
+
+def _sglang_flags() -> list[str]:
+    """Names of the installed SGLang's options, read from its source (to import it takes seconds); none where it is not installed."""
+    spec = importlib.util.find_spec("sglang")
+    file = Path(spec.origin).parent / "srt" / "server_args.py" if spec and spec.origin else None
+    if file is None or not file.is_file():
+        return []
+    calls = (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    added = (node.args for node in calls if ast.unparse(node.func).endswith(".add_argument"))
+    words = (word.value for arguments in added for word in arguments if isinstance(word, ast.Constant))
+    return [word.removeprefix("--") for word in words if isinstance(word, str) and word.startswith("--")]
 
 
 def check_context_parallel(config: Config) -> list[str]:

@@ -55,6 +55,7 @@ CHECKS: tuple[Check, ...] = (
     check_machine.check_data_exists,
     check_machine.check_layout_of_checkpoint,
     check_machine.check_top_k_of_vocabulary,
+    check_machine.check_sglang_options,
     check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
     check_machine.check_custom_reward,

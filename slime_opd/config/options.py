@@ -7,11 +7,12 @@ are all made from these declarations, so an option exists in one place.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -131,3 +132,9 @@ def _read_annotation(annotation: Any) -> tuple[type, bool, bool]:
     if typing.get_origin(annotation) is tuple:
         return arguments[0], False, True
     return annotation, False, False
+
+
+def suggestion(unknown: str, known: Iterable[str]) -> str:
+    """`; did you mean …?` with the closest of `known`, or nothing."""
+    close = difflib.get_close_matches(unknown, list(known), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -8,16 +8,15 @@ combination is for `checks`.
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from slime_opd.config import megatron_options, yaml_file
 from slime_opd.config.config import Config
 from slime_opd.config.help import help_text
-from slime_opd.config.options import Option, options_of, stages_of
+from slime_opd.config.options import Option, options_of, stages_of, suggestion
 from slime_opd.errors import ConfigError
 
 SGLANG = "sglang-"
@@ -84,12 +83,6 @@ def command_line(main: Callable[[list[str]], object]) -> NoReturn:
             print(f"slime_opd: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(0)
-
-
-def suggestion(unknown: str, known: Iterable[str]) -> str:
-    """`; did you mean …?` with the closest of `known`, or nothing."""
-    close = difflib.get_close_matches(unknown, list(known), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _split(argv: list[str]) -> list[tuple[str, list[str]]]:

@@ -122,3 +122,26 @@ def test_a_top_k_larger_than_the_vocabulary_is_refused(student):
     (problem,) = check_machine.check_top_k_of_vocabulary(parse([*words, "65"]))
     assert problem.startswith("--opd-log-prob-top-k: found 65, expected at most the vocabulary's 64 tokens")
     assert check_machine.check_top_k_of_vocabulary(parse(["--opd-log-prob-top-k", "65"])) == []
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        (
+            "--sglang-mem-fraction-statik",
+            "the installed SGLang has no --mem-fraction-statik; did you mean --sglang-mem-fraction-static?",
+        ),
+        ("--sglang-port", "--sglang-port is set by this package: each engine takes a free one"),
+        ("--sglang-tp-size", "say --rollout-num-gpus-per-engine"),
+    ],
+)
+def test_an_option_that_the_engines_do_not_know_is_refused(flag, sentence):
+    (problem,) = check_machine.check_sglang_options(parse([flag, "0.5"]))
+    assert sentence in problem
+
+
+def test_options_that_the_engines_know_pass_and_without_sglang_nobody_can_tell(monkeypatch):
+    words = "--sglang-mem-fraction-static 0.7 --sglang-cuda-graph-bs 1 2 4 --sglang-attention-backend fa3 --sglang-enable-deterministic-inference"
+    assert check_machine.check_sglang_options(parse(words.split())) == []
+    monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: None)
+    assert check_machine.check_sglang_options(parse(["--sglang-no-such-thing", "1"])) == []
