@@ -60,7 +60,9 @@ GPU = [
     "transformer-engine[pytorch]>=2.8; platform_system == 'Linux'",
 ]
 
-TEST = ["pytest>=9.2,<10", "hypothesis>=6.170,<7"]
+WANDB = ["wandb>=0.31,<0.32"]
+
+TEST = ["pytest>=9.2,<10", "hypothesis>=6.170,<7", *WANDB]
 DEV = [*TEST, "ruff>=0.17.5,<0.18"]
 
 setup(
@@ -70,5 +72,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["slime_opd", "slime_opd.*"]),
     install_requires=EVERYWHERE,
-    extras_require={"cpu": CPU, "gpu": GPU, "test": TEST, "dev": DEV},
+    extras_require={"cpu": CPU, "gpu": GPU, "wandb": WANDB, "test": TEST, "dev": DEV},
 )

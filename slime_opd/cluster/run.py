@@ -59,7 +59,7 @@ class Run:
         config, keep = self.config, self._stack
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / "config.yaml").write_text(to_yaml(config))
-        self._sinks = MetricSinks(self._run_dir, tensorboard=not config.observe.no_tensorboard)
+        self._sinks = MetricSinks(self._run_dir, config.observe, dataclasses.asdict(config))
         keep.callback(self._sinks.close)
         eval_sets = self._read_eval_sets()
         loop = keep.enter_context(BackgroundLoop())

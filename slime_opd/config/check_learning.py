@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 
 from slime_opd.config.config import Config
+from slime_opd.config.options import flag
 
+SLIME_SFT_ROLLOUT = "slime.rollout.sft_rollout.generate_rollout"
 SLIME_POST_PROCESS_HOOK = "slime.rollout.on_policy_distillation.post_process_rewards"
 
 
@@ -129,3 +131,39 @@ def only_evaluates(config: Config) -> bool:
 def has_reward(config: Config) -> bool:
     """Whether something rewards the samples."""
     return config.reward.rm_type is not None or config.reward.custom_rm_path is not None
+
+
+def check_words_of_slime(config: Config) -> list[str]:
+    """Flags of slime's that are accepted where they say what is so anyway."""
+    problems, function = [], config.rollout.rollout_function_path
+    if function not in (None, SLIME_SFT_ROLLOUT):
+        problems.append(
+            f"--rollout-function-path: found {function!r}, expected {SLIME_SFT_ROLLOUT}: rollouts of one's own are not supported; a reward of one's own is (--custom-rm-path)"
+        )
+    only_sft = {
+        "rollout_function_path": function == SLIME_SFT_ROLLOUT,
+        "debug_train_only": config.rollout.debug_train_only,
+        "disable_compute_advantages_and_returns": config.algorithm.disable_compute_advantages_and_returns,
+    }
+    problems += [
+        f"{flag(name)} is for supervised fine-tuning: add --loss-type sft_loss, or drop it"
+        for name, is_said in only_sft.items()
+        if is_said and not config.is_sft
+    ]
+    if config.algorithm.kl_coef:
+        problems.append(
+            f"--kl-coef {config.algorithm.kl_coef}: GRPO takes the KL to the reference as a loss; say --use-kl-loss --kl-loss-coef {config.algorithm.kl_coef}"
+        )
+    return problems
+
+
+def check_wandb(config: Config) -> list[str]:
+    """Words for Weights & Biases that nobody would read."""
+    observe = config.observe
+    if observe.use_wandb:
+        return []
+    return [
+        f"{flag(name)} has no effect without --use-wandb"
+        for name in ("wandb_project", "wandb_group", "wandb_team", "wandb_host", "wandb_dir")
+        if getattr(observe, name) is not None
+    ]

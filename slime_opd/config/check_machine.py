@@ -193,3 +193,12 @@ def _module_exists(name: str) -> bool:
         found = f"{found}.{part}"
         spec = PathFinder.find_spec(found, list(spec.submodule_search_locations))
     return spec is not None
+
+
+def check_wandb_is_installed(config: Config) -> list[str]:
+    """Weights & Biases without its package."""
+    if not config.observe.use_wandb or importlib.util.find_spec("wandb") is not None:
+        return []
+    return [
+        "--use-wandb needs the wandb package, and it is not installed here: pip install 'slime_opd[wandb]', or drop the flag"
+    ]

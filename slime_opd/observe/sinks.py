@@ -1,15 +1,17 @@
-"""Where metrics go: a JSONL file always, TensorBoard unless it is turned off."""
+"""Where metrics go: a JSONL file always, TensorBoard unless it is turned off, Weights & Biases if asked."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import secrets
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from slime_opd.config.stages import ObserveConfig
 from slime_opd.observe import console
 
 
@@ -59,12 +61,53 @@ class TensorBoard:
         self._writer.close()
 
 
+class WeightsAndBiases:
+    """A run of wandb's; one that a resumed run continues, by the id that lies in its directory."""
+
+    def __init__(self, run_dir: Path, options: ObserveConfig, config: dict[str, object]) -> None:
+        import wandb
+
+        directory = Path(options.wandb_dir or run_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        id_file = run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        run_id = id_file.read_text()
+        if options.wandb_host:
+            wandb.login(host=options.wandb_host, relogin=True)
+        self._run = wandb.init(
+            project=options.wandb_project,
+            entity=options.wandb_team,
+            group=options.wandb_group,
+            name=f"{options.wandb_group}_{run_id}" if options.wandb_group else None,
+            mode=options.wandb_mode,
+            dir=str(directory),
+            id=run_id,
+            resume="allow",
+            config=config,
+        )
+
+    def log(self, step: int, record: dict[str, float]) -> None:
+        """Add the record to its step."""
+        # Not wandb's own step: an evaluation and a checkpoint are records of a step that was logged before.
+        self._run.log({"step": step, **record})
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
 class MetricSinks:
     """Every sink at once. One that cannot start raises; one that fails later is dropped, and the run goes on."""
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path, options: ObserveConfig, config: dict[str, object] | None = None) -> None:
+        """`config` is what a service shows as the run's options."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks: list[Sink] = [JsonLines(run_dir), *([TensorBoard(run_dir)] if tensorboard else [])]
+        self._sinks: list[Sink] = [JsonLines(run_dir)]
+        if not options.no_tensorboard:
+            self._sinks.append(TensorBoard(run_dir))
+        if options.use_wandb:
+            self._sinks.append(WeightsAndBiases(run_dir, options, config or {}))
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Give the record to every sink."""

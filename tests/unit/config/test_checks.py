@@ -80,6 +80,9 @@ def problems_of(words: str) -> list[str]:
         f"{GOOD} --custom-reward-post-process-path slime.rollout.on_policy_distillation.post_process_rewards",
         f"{DATA} {ROLLOUT} {TEACHER} --megatron-to-hf-mode bridge",
         f"{GOOD} --rm-url https://[::1]:8000/v2/generate",
+        f"{SFT} --rollout-function-path slime.rollout.sft_rollout.generate_rollout --debug-train-only --kl-coef 0.00",
+        f"{SFT} --disable-compute-advantages-and-returns --no-position-embedding --seq-length 32768",
+        f"{GOOD} --use-wandb --wandb-project p --wandb-group g --wandb-team t --wandb-host https://wandb.ai/",
         f"{GOOD} --opd-kl-clamp 5 --opd-kl-discount 0.9 --opd-refresh-student",
         f"{MEGATRON} --opd-temperature 0.7 --opd-token-weighting soft",
         f"{DIVERGING} --opd-teacher-resident --opd-teacher-hidden-on-host --opd-metrics-top-k 0",
@@ -194,6 +197,16 @@ RULES = {
         "one response has no pass rate",
     ),
     "one exponent": (f"{REWARDED} {TEACHER} --opd-pass-rate-weights 1", "found 1, expected two numbers of 0 or more"),
+    # Words of slime's.
+    "a rollout of one's own": (f"{GOOD} --rollout-function-path a.b", "rollouts of one's own are not supported"),
+    "fine-tuning's rollout": (
+        f"{GOOD} --rollout-function-path slime.rollout.sft_rollout.generate_rollout",
+        "--rollout-function-path is for supervised fine-tuning: add --loss-type sft_loss",
+    ),
+    "training alone": (f"{GOOD} --debug-train-only", "--debug-train-only is for supervised fine-tuning"),
+    "no advantages": (f"{GOOD} --disable-compute-advantages-and-returns", "is for supervised fine-tuning"),
+    "kl in the reward": (f"{GOOD} --kl-coef 0.1", "say --use-kl-loss --kl-loss-coef 0.1"),
+    "a project of nobody": (f"{GOOD} --wandb-project p", "--wandb-project has no effect without --use-wandb"),
     # Ranges.
     "a clamp of nothing": (f"{GOOD} --opd-kl-clamp 0", "--opd-kl-clamp: found 0.0, expected a number above 0"),
     "a discount that grows": (f"{GOOD} --opd-kl-discount 1.5", "--opd-kl-discount: found 1.5, expected at most 1"),

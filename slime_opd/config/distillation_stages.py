@@ -1,0 +1,121 @@
+"""What a user can say about distillation: the teacher and the penalty, and the divergences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slime_opd.config.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPDConfig:
+    """On-policy distillation: the teacher, and the penalty on the sampled tokens"""
+
+    use_opd: bool = option(False, help="learn from a teacher: by the reverse-KL penalty, or by --opd-divergence")
+    opd_type: str | None = option(
+        None,
+        choices=("sglang", "megatron"),
+        help="sglang: teacher server at --rm-url, scored during rollout; megatron: teacher forward in the trainer",
+    )
+    opd_only_reward: bool = option(False, help="zero the base advantage: pure distillation")
+    opd_kl_coef: float | None = option(None, help="weight of the penalty; unset: 1, or 0 with --opd-divergence")
+    opd_kl_clamp: float | None = option(None, help="largest size of a token's log-ratio in the penalty; unset: any")
+    opd_kl_discount: float = option(
+        0.0, help="discount of the later tokens' log-ratios that a token also pays for; 0: its own alone"
+    )
+    opd_refresh_student: bool = option(
+        False, help="take the penalty with the policy of each optimizer step, not with that of the rollout's first"
+    )
+    opd_teacher_load: str | None = option(
+        None, help="teacher checkpoint (torch_dist or Hugging Face), for --opd-type megatron", metavar="DIR"
+    )
+    opd_teacher_ckpt_step: int | None = option(None, help="step of --opd-teacher-load; unset: the latest")
+    opd_teacher_resident: bool = option(
+        False, help="keep the Megatron teacher's weights on the GPU; unset: in host memory, swapped in to score"
+    )
+    opd_teacher_hidden_on_host: bool = option(
+        False, help="keep the Megatron teacher's hidden states in host memory between its forward and the student's"
+    )
+    opd_teacher_timeout_s: float = option(30.0, help="seconds per teacher request")
+    opd_teacher_retries: int = option(2, help="times a failed teacher request is sent again")
+    opd_teacher_concurrency: int = option(64, help="teacher requests in flight")
+    opd_max_fallback_fraction: float = option(
+        0.1, help="largest share of a rollout's samples that may go without teacher scores; above it the run stops"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DivergenceConfig:
+    """Distillation by a divergence: a loss on the whole distributions, over the vocabulary or over top-k tokens"""
+
+    opd_divergence: str | None = option(
+        None,
+        choices=("reverse_kl", "forward_kl", "jsd", "token_reward_direct"),
+        help="add this divergence to the loss; token_reward_direct: thunlp/OPD's reward on top-k tokens; unset: the penalty alone",
+    )
+    opd_divergence_coef: float = option(1.0, help="weight of the divergence")
+    opd_jsd_beta: float = option(0.5, help="weight of the teacher in jsd's mixture, between 0 and 1")
+    opd_temperature: float | None = option(
+        None, help="temperature of both models in the divergence; unset: the rollout's, or 1 with an SGLang teacher"
+    )
+    opd_log_prob_top_k: int = option(
+        0, help="tokens of each model's top-k to compare on; 0: the whole vocabulary (needs a Megatron teacher)"
+    )
+    opd_top_k_strategy: str = option(
+        "only_stu",
+        choices=("only_stu", "only_tch", "intersection", "union", "union-intersection"),
+        help="whose top-k: the student's, the teacher's, those in both, in either, in one alone",
+    )
+    opd_top_k_remainder: str = option(
+        "tail",
+        choices=("tail", "truncated", "renormalized"),
+        help="the mass outside the top-k: one more entry, left out, or left out and the rest scaled to 1",
+    )
+    opd_reward_weight_mode: str = option(
+        "student_p",
+        choices=("student_p", "teacher_p", "none"),
+        help="what weighs the tokens of token_reward_direct: a model's probabilities, or all alike",
+    )
+    opd_schedule: str | None = option(
+        None,
+        metavar="KIND:SHARE,...",
+        help="divergences in turn, each for a share of the run: forward_kl:0.4,reverse_kl:0.6",
+    )
+    opd_coef_ramp: str | None = option(
+        None,
+        metavar="AT:FACTOR,...",
+        help="factor on both distillation weights, linear between points of the run: 0:0,0.3:1",
+    )
+    opd_off_policy_fraction: float = option(
+        0.0, help="share of the samples whose response is not the student's; they take part in the divergence alone"
+    )
+    opd_off_policy_source: str = option("teacher", choices=("teacher", "dataset"), help="who writes those responses")
+    opd_off_policy_unit: str = option(
+        "samples",
+        choices=("samples", "rollouts"),
+        help="what the share is of: each rollout's samples, or whole rollouts",
+    )
+    opd_off_policy_key: str | None = option(None, help="column of the responses, with --opd-off-policy-source dataset")
+    opd_reward_beta: float | None = option(
+        None, help="weigh samples by softmax(correct / this): small trusts correct ones alone; unset: all alike"
+    )
+    opd_pass_rate_weights: tuple[float, ...] = option(
+        (),
+        nargs="+",
+        metavar="ALPHA BETA",
+        help="weigh prompts by p^ALPHA (1-p)^BETA of their pass rate p (PACED: 1 1); unset: all alike",
+    )
+    opd_token_weighting: str | None = option(
+        None,
+        choices=("soft", "top"),
+        help="weigh tokens by student entropy and divergence (TIP): by the score, or the best alone; unset: all alike",
+    )
+    opd_token_keep_fraction: float = option(0.5, help="share of the tokens that --opd-token-weighting top keeps")
+    opd_wire_dtype: str = option(
+        "float32",
+        choices=("float32", "float16"),
+        help="precision in which top-k log-probs of an SGLang teacher are kept",
+    )
+    opd_metrics_top_k: int = option(
+        16, help="tokens of each model's top-k compared for the overlap metrics; 0: no such metrics"
+    )
