@@ -18,9 +18,6 @@ from slime_opd.types import Sample, TeacherScores
 
 logger = logging.getLogger(__name__)
 
-# Most likely tokens that are asked for at least, where the student's are to be found among them.
-_FEWEST = 16
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -36,12 +33,8 @@ class Wanted:
 
     @property
     def asked(self) -> int:
-        """Tokens of its own top-k that hold what is wanted; of the student's top-k nearly all are in twice as many.
-
-        A few of them need more than twice as many: what is missing takes another request.
-        """
-        of_student = max(2 * self.student_top_k, _FEWEST) if self.student_top_k else 0
-        return min(max(self.top_k, of_student), self.vocabulary)
+        """Tokens of its own top-k that hold what is wanted; of the student's top-k nearly all are in twice as many."""
+        return min(max(self.top_k, 2 * self.student_top_k), self.vocabulary)
 
     def missing(self, length: int, failure: str | None) -> TeacherScores:
         """Scores of `length` tokens that are not there, of the same shapes as those that are."""
