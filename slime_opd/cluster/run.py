@@ -42,7 +42,7 @@ class Run:
         self._run_dir = run_dir(config)
         self._stack = ExitStack()
         self._timings: dict[str, float] = {}
-        self._traffic: dict[str, metrics.Metric] = {}
+        self._of_rollout: dict[str, metrics.Metric] = {}
         self._weights_version = 0
         self._weights_are_new = True
 
@@ -134,7 +134,9 @@ class Run:
         if self._teacher is not None:
             tokens = sum(sample.response_length for group in groups for sample in group.samples)
             moved = self._teacher.client.bytes_moved - before
-            self._traffic = {"perf/teacher_bytes_per_token": metrics.Mean(moved, tokens)}
+            self._of_rollout["perf/teacher_bytes_per_token"] = metrics.Mean(moved, tokens)
+        if self._rollouts.groups_left_out is not None:
+            self._of_rollout["rollout/groups_left_out"] = metrics.Last(self._rollouts.groups_left_out)
         return groups
 
     def train(self, step: int, groups: list[SampleGroup]) -> dict[str, metrics.Metric]:
@@ -148,7 +150,7 @@ class Run:
             trained = self._trainers.train(split(batch, self.config), step / self.config.rollout.num_rollout)
         self._weights_are_new = True
         speed = self._speed(int(np.sum(batch.total_lengths)))
-        return {**metrics.batch_metrics(batch), **trained, **self._traffic, **speed}
+        return {**metrics.batch_metrics(batch), **trained, **self._of_rollout, **speed}
 
     def _speed(self, tokens: int) -> dict[str, metrics.Metric]:
         """Seconds of each part of the step that has just ended, and its tokens per second."""

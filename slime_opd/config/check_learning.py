@@ -10,6 +10,7 @@ import json
 from slime_opd.config.config import Config
 from slime_opd.config.options import flag
 
+SLIME_FILTER = "slime.rollout.filter_hub.dynamic_sampling_filters.check_reward_nonzero_std"
 SLIME_SFT_ROLLOUT = "slime.rollout.sft_rollout.generate_rollout"
 SLIME_POST_PROCESS_HOOK = "slime.rollout.on_policy_distillation.post_process_rewards"
 
@@ -153,6 +154,31 @@ def check_words_of_slime(config: Config) -> list[str]:
     if config.algorithm.kl_coef:
         problems.append(
             f"--kl-coef {config.algorithm.kl_coef}: GRPO takes the KL to the reference as a loss; say --use-kl-loss --kl-loss-coef {config.algorithm.kl_coef}"
+        )
+    return problems
+
+
+def check_dynamic_sampling(config: Config) -> list[str]:
+    """A filter of groups that has nothing to look at, or numbers of a filter that is not there."""
+    rollout, problems = config.rollout, []
+    path, at_once = rollout.dynamic_sampling_filter_path, rollout.over_sampling_batch_size
+    if path is None:
+        return (
+            []
+            if at_once is None
+            else ["--over-sampling-batch-size has no effect without --dynamic-sampling-filter-path"]
+        )
+    if not has_reward(config):
+        problems.append("--dynamic-sampling-filter-path needs a reward (--rm-type, --custom-rm-path) to tell groups by")
+    if rollout.n_samples_per_prompt == 1:
+        problems.append("--dynamic-sampling-filter-path with --n-samples-per-prompt 1: a group of one has one reward")
+    if at_once is not None and at_once < (rollout.rollout_batch_size or 1):
+        problems.append(
+            f"--over-sampling-batch-size: found {at_once}, expected at least --rollout-batch-size {rollout.rollout_batch_size}"
+        )
+    if config.divergence.opd_off_policy_unit == "rollouts":
+        problems.append(
+            "--opd-off-policy-unit rollouts with --dynamic-sampling-filter-path: a rollout's prompts are not known before it; use samples"
         )
     return problems
 

@@ -11,6 +11,7 @@ import json
 from importlib.machinery import PathFinder
 from pathlib import Path
 
+from slime_opd.config.check_learning import SLIME_FILTER
 from slime_opd.config.check_run import model_layout_problems
 from slime_opd.config.config import Config
 from slime_opd.config.options import flag, suggestion
@@ -170,17 +171,22 @@ def check_transformer_engine(config: Config) -> list[str]:
     ]
 
 
-def check_custom_reward(config: Config) -> list[str]:
-    """A reward hook that is no `module.function`, or whose module is not there."""
-    path = config.reward.custom_rm_path
-    if path is None:
-        return []
-    module, _, function = path.rpartition(".")
-    if not module or not all(part.isidentifier() for part in path.split(".")):
-        return [f"--custom-rm-path: found {path!r}, expected MODULE.FUNCTION"]
-    if not _module_exists(module):
-        return [f"--custom-rm-path: found no module {module!r} with {function!r}; is its folder on PYTHONPATH?"]
-    return []
+def check_custom_functions(config: Config) -> list[str]:
+    """Functions of the user's that are no `module.function`, or whose module is not there."""
+    given = {
+        "--custom-rm-path": config.reward.custom_rm_path,
+        "--dynamic-sampling-filter-path": config.rollout.dynamic_sampling_filter_path,
+    }
+    problems = []
+    for name, path in given.items():
+        if path in (None, SLIME_FILTER):
+            continue
+        module, _, function = path.rpartition(".")
+        if not module or not all(part.isidentifier() for part in path.split(".")):
+            problems.append(f"{name}: found {path!r}, expected MODULE.FUNCTION")
+        elif not _module_exists(module):
+            problems.append(f"{name}: found no module {module!r} with {function!r}; is its folder on PYTHONPATH?")
+    return problems
 
 
 def _module_exists(name: str) -> bool:

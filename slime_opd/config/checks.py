@@ -37,6 +37,7 @@ COMBINATIONS: tuple[Check, ...] = (
     check_learning.check_kl_loss,
     check_learning.check_evaluation,
     check_learning.check_words_of_slime,
+    check_learning.check_dynamic_sampling,
     check_learning.check_wandb,
     check_distillation.check_opd_type,
     check_distillation.check_opd_is_on,
@@ -60,7 +61,7 @@ CHECKS: tuple[Check, ...] = (
     check_machine.check_sglang_options,
     check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
-    check_machine.check_custom_reward,
+    check_machine.check_custom_functions,
     check_machine.check_wandb_is_installed,
 )
 

@@ -220,6 +220,14 @@ class RolloutConfig:
         (), nargs="+", help="token ids that end a response, beside the end-of-sequence token"
     )
     sglang_server_concurrency: int = option(512, help="requests in flight per engine")
+    dynamic_sampling_filter_path: str | None = option(
+        None,
+        help="leave out groups of which `(samples) -> bool` is false and generate others; slime's check_reward_nonzero_std is built in",
+        metavar="MODULE.FUNCTION",
+    )
+    over_sampling_batch_size: int | None = option(
+        None, help="prompts taken at a time, with --dynamic-sampling-filter-path; unset: --rollout-batch-size"
+    )
     rollout_function_path: str | None = option(
         None,
         help="accepted for slime's scripts: its sft_rollout.generate_rollout is built in as --loss-type sft_loss",

@@ -64,6 +64,11 @@ class Generator:
         )
         return grouped(prompts, samples)
 
+    async def group(self, prompt: Prompt, on_sample: OnSample | None = None) -> SampleGroup:
+        """The group of one prompt, as `generate` makes it."""
+        (group,) = await self.generate([prompt], on_sample)
+        return group
+
     async def _scored_sample(self, prompt: Prompt, number: int, on_sample: OnSample | None) -> Sample:
         sample, failure = await self._response(prompt, number)
         await gather([self._set_reward(sample), self._set_teacher_scores(sample, failure)])

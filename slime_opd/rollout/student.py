@@ -12,6 +12,7 @@ from slime_opd.observe.metrics import Mean
 from slime_opd.observe.progress import Progress
 from slime_opd.reward.reward import make_eval_reward, make_reward
 from slime_opd.rollout.dataset import dataset_groups
+from slime_opd.rollout.dynamic_sampling import kept_groups, load_filter
 from slime_opd.rollout.evaluate import EvalSet, evaluate
 from slime_opd.rollout.generate import Generator, Teacher
 from slime_opd.rollout.loop import BackgroundLoop
@@ -37,6 +38,10 @@ class StudentRollouts:
     ) -> None:
         self._config, self._tokenizer, self._loop, self._teacher = config, tokenizer, loop, teacher
         self._eval_sets = eval_sets
+        path = config.rollout.dynamic_sampling_filter_path
+        self._keep = None if path is None else load_filter(path)
+        # Of the last rollout, by dynamic sampling; None without it.
+        self.groups_left_out: int | None = None
         self._reward, self._eval_reward = make_reward(config), make_eval_reward(config)
         self._client: EngineClient | None = None
         if engine_url is not None:
@@ -54,11 +59,25 @@ class StudentRollouts:
 
         Raises TooManyFallbacks when more samples than the limit have no teacher scores.
         """
-        prompts = source.take(self._config.rollout.rollout_batch_size)
+        rollout = self._config.rollout
         if self._config.is_sft:
-            return dataset_groups(prompts, self._tokenizer)
+            return dataset_groups(source.take(rollout.rollout_batch_size), self._tokenizer)
         with Progress(label, self._config.samples_per_rollout, unit="samples") as progress:
-            groups = self._loop.run(self._generator.generate(prompts, progress_of(progress)))
+            on_sample = progress_of(progress)
+            if self._keep is None:
+                prompts = source.take(rollout.rollout_batch_size)
+                groups = self._loop.run(self._generator.generate(prompts, on_sample))
+            else:
+                groups, self.groups_left_out = self._loop.run(
+                    kept_groups(
+                        self._generator.group,
+                        source.take,
+                        self._keep,
+                        wanted=rollout.rollout_batch_size,
+                        at_once=rollout.over_sampling_batch_size or rollout.rollout_batch_size,
+                        on_group=lambda group: [on_sample(sample) for sample in group.samples],
+                    )
+                )
         failed = [s for group in groups for s in group.samples if s.values.get("teacher_failed", [0.0])[0]]
         check_fallback(
             len(failed),

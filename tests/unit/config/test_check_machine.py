@@ -98,20 +98,20 @@ def test_a_custom_reward_is_found_without_importing_it(tmp_path, monkeypatch):
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     (package / "strict.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert check_machine.check_custom_reward(parse(["--custom-rm-path", "my_rewards.strict.score"])) == []
-    assert check_machine.check_custom_reward(parse(["--custom-rm-path", "my_rewards.score"])) == []
+    assert check_machine.check_custom_functions(parse(["--custom-rm-path", "my_rewards.strict.score"])) == []
+    assert check_machine.check_custom_functions(parse(["--custom-rm-path", "my_rewards.score"])) == []
     assert "my_rewards" not in sys.modules
 
 
 @pytest.mark.parametrize("path", ["no_such_module_here.score", "json.decoder.deeper.score", "os.path.missing.score"])
 def test_a_custom_reward_whose_module_is_not_there_is_refused(path):
-    (problem,) = check_machine.check_custom_reward(parse(["--custom-rm-path", path]))
+    (problem,) = check_machine.check_custom_functions(parse(["--custom-rm-path", path]))
     assert "found no module" in problem
 
 
 @pytest.mark.parametrize("path", ["score", "my.", ".score", "my/file.py:score", "a.b-c"])
 def test_a_custom_reward_that_is_no_dotted_name_is_refused(path):
-    assert check_machine.check_custom_reward(parse(["--custom-rm-path", path])) == [
+    assert check_machine.check_custom_functions(parse(["--custom-rm-path", path])) == [
         f"--custom-rm-path: found {path!r}, expected MODULE.FUNCTION"
     ]
 

@@ -197,6 +197,21 @@ RULES = {
         "one response has no pass rate",
     ),
     "one exponent": (f"{REWARDED} {TEACHER} --opd-pass-rate-weights 1", "found 1, expected two numbers of 0 or more"),
+    "a filter without a reward": (f"{GOOD} --dynamic-sampling-filter-path a.b", "needs a reward"),
+    "a filter of groups of one": (
+        f"{REWARDED} {TEACHER} --n-samples-per-prompt 1 --dynamic-sampling-filter-path a.b",
+        "a group of one has one reward",
+    ),
+    "too few at once": (
+        f"{REWARDED} --dynamic-sampling-filter-path a.b --over-sampling-batch-size 1",
+        "--over-sampling-batch-size: found 1, expected at least --rollout-batch-size 2",
+    ),
+    "prompts of no filter": (f"{REWARDED} --over-sampling-batch-size 4", "no effect without --dynamic-sampling-filter"),
+    "rollouts of unknown prompts": (
+        f"{REWARDED} {TEACHER} --opd-divergence jsd --opd-log-prob-top-k 4 --dynamic-sampling-filter-path a.b "
+        "--opd-off-policy-fraction 0.5 --opd-off-policy-unit rollouts",
+        "--opd-off-policy-unit rollouts with --dynamic-sampling-filter-path",
+    ),
     # Words of slime's.
     "a rollout of one's own": (f"{GOOD} --rollout-function-path a.b", "rollouts of one's own are not supported"),
     "fine-tuning's rollout": (

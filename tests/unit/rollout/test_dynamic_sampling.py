@@ -1,0 +1,118 @@
+"""Dynamic sampling: which groups are kept, how many prompts are taken for them, and when it gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from slime_opd.config.check_learning import SLIME_FILTER
+from slime_opd.errors import ConfigError, DataError
+from slime_opd.rollout.dynamic_sampling import kept_groups, load_filter, rewards_differ
+from slime_opd.types import Prompt, Sample, SampleGroup, Status
+
+
+def group(index: int, rewards: tuple[float, ...]) -> SampleGroup:
+    prompt, samples = Prompt(index, (1,), ""), []
+    for reward in rewards:
+        sample = Sample(prompt, (2,), "", Status.COMPLETED)
+        sample.set("reward", reward)
+        samples.append(sample)
+    return SampleGroup(prompt, samples)
+
+
+class Prompts:
+    """An endless source; remembers how many were taken at a time."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def __call__(self, count: int) -> list[Prompt]:
+        start = sum(self.taken)
+        self.taken.append(count)
+        return [Prompt(start + i, (1,), "") for i in range(count)]
+
+
+def run(rewards_of, *, wanted=4, at_once=4, delay=lambda index: 0.0, keep=rewards_differ):
+    """Indices of the kept groups, number left out, sizes taken, and which prompts were cancelled."""
+    prompts, cancelled, shown = Prompts(), [], []
+
+    async def generate(prompt: Prompt) -> SampleGroup:
+        try:
+            await asyncio.sleep(delay(prompt.index))
+        except asyncio.CancelledError:
+            cancelled.append(prompt.index)
+            raise
+        return group(prompt.index, rewards_of(prompt.index))
+
+    kept, left_out = asyncio.run(
+        kept_groups(generate, prompts, keep, wanted=wanted, at_once=at_once, on_group=lambda one: shown.append(one))
+    )
+    indices = [one.prompt.index for one in kept]
+    assert sorted(one.prompt.index for one in shown) == indices
+    return indices, left_out, prompts.taken, cancelled
+
+
+def mixed(index: int) -> tuple[float, ...]:
+    return (0.0, 1.0)
+
+
+def test_groups_that_all_differ_take_one_batch_of_prompts():
+    assert run(mixed) == ([0, 1, 2, 3], 0, [4], [])
+
+
+def test_groups_whose_rewards_are_all_the_same_are_replaced():
+    indices, left_out, taken, _ = run(lambda index: (1.0, 1.0) if index % 2 else (0.0, 1.0))
+    assert indices == [0, 2, 4, 6] and left_out >= 3 and taken == [4, 4]
+
+
+def test_what_is_still_in_flight_is_cancelled_when_there_are_enough():
+    indices, left_out, taken, cancelled = run(mixed, at_once=8, delay=lambda index: 0.0 if index < 4 else 60.0)
+    assert (indices, left_out, taken, sorted(cancelled)) == ([0, 1, 2, 3], 0, [8], [4, 5, 6, 7])
+
+
+def test_groups_come_in_the_prompts_order_however_they_finish():
+    shuffled = random.Random(0)
+    indices, *_ = run(mixed, wanted=6, at_once=6, delay=lambda index: shuffled.random() / 50)
+    assert indices == list(range(6))
+
+
+def test_a_filter_that_keeps_nothing_ends_the_run_with_a_sentence():
+    with pytest.raises(
+        DataError, match=r"kept 0 of .* groups of this rollout: the prompts are all too easy or too hard"
+    ):
+        run(lambda index: (1.0, 1.0))
+
+
+def test_an_error_in_one_group_cancels_the_others():
+    cancelled = []
+
+    async def generate(prompt: Prompt) -> SampleGroup:
+        if prompt.index == 1:
+            raise ValueError("broken")
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.append(prompt.index)
+            raise
+
+    with pytest.raises(ValueError, match="broken"):
+        asyncio.run(kept_groups(generate, Prompts(), rewards_differ, wanted=3, at_once=3, on_group=lambda _: None))
+    assert cancelled == [0, 2]
+
+
+@pytest.mark.parametrize(("rewards", "differ"), [((1.0, 1.0), False), ((0.0, 1.0), True), ((0.5,), False)])
+def test_rewards_differ_where_the_group_has_an_advantage(rewards, differ):
+    assert rewards_differ(group(0, rewards).samples) is differ
+
+
+def test_filters_are_found_by_name():
+    assert load_filter(SLIME_FILTER) is rewards_differ
+    assert load_filter("slime_opd.rollout.dynamic_sampling.rewards_differ") is rewards_differ
+    for path, message in (
+        ("no_such_module.f", "cannot import no_such_module"),
+        ("math.no_such", "has no function 'no_such'"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_filter(path)
