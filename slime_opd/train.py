@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from slime_opd.config.checks import notes, validate
-from slime_opd.config.parser import command_line, parse
+from slime_opd.config.parser import command_line, parse, parse_all
 
 if TYPE_CHECKING:
     from slime_opd.cluster.run import Run
@@ -43,8 +43,19 @@ def is_due(done: int, interval: int | None, config: Config, wanted: bool) -> boo
     return wanted and (done == config.rollout.num_rollout or (interval is not None and done % interval == 0))
 
 
+def check(arguments: list[str]) -> NoReturn:
+    """Print what is found about the run that `arguments` describe; exit code 2 where there is a problem."""
+    from slime_opd.preflight import preflight
+
+    found = preflight(*parse_all(arguments))
+    print("\n".join(found.lines()))
+    sys.exit(2 if found.problems else 0)
+
+
 def main(arguments: list[str]) -> None:
-    """Check the command line, read the data, start the run, train."""
+    """Check the command line, read the data, start the run, train; with --check, look at everything and start nothing."""
+    if "--check" in arguments:
+        check([word for word in arguments if word != "--check"])
     config = parse(arguments)
     validate(config)
     # Heavy imports come after the checks: a wrong flag is answered at once, and without Ray.

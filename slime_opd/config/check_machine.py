@@ -76,6 +76,45 @@ def check_layout_of_checkpoint(config: Config) -> list[str]:
     )
 
 
+# Megatron's flags of the architecture, and the keys of a Hugging Face config that say the same.
+_SAME = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "vocab_size": "vocab_size",
+    "norm_epsilon": "rms_norm_eps",
+    "rotary_base": "rope_theta",
+}
+
+
+def check_architecture_flags(config: Config) -> list[str]:
+    """Flags that describe another model than --hf-checkpoint (raw mode)."""
+    if config.model.megatron_to_hf_mode != "raw":
+        return []
+    try:
+        architecture = _architecture(config)
+    except ValueError:
+        return []  # check_layout_of_checkpoint says so in bridge mode, and the tokenizer's loading here
+    architecture = {**architecture.get("rope_parameters", {}), **architecture}
+    differing = {
+        name: (getattr(config.model, name), architecture[key])
+        for name, key in _SAME.items()
+        if architecture.get(key) is not None and getattr(config.model, name) not in (None, architecture[key])
+    }
+    if (
+        not config.model.group_query_attention
+        and architecture.get("num_key_value_heads") == config.model.num_attention_heads
+    ):
+        differing.pop("num_query_groups", None)
+    return [
+        f"{flag(name)}: found {said}, but {config.model.hf_checkpoint}/config.json has {_SAME[name]} {has}: take the MODEL_ARGS of its own model"
+        for name, (said, has) in differing.items()
+    ]
+
+
 def check_top_k_of_vocabulary(config: Config) -> list[str]:
     """More tokens of a top-k than there are."""
     try:

@@ -57,6 +57,7 @@ CHECKS: tuple[Check, ...] = (
     check_machine.check_checkpoints_exist,
     check_machine.check_data_exists,
     check_machine.check_layout_of_checkpoint,
+    check_machine.check_architecture_flags,
     check_machine.check_top_k_of_vocabulary,
     check_machine.check_sglang_options,
     check_machine.check_context_parallel,

@@ -12,8 +12,9 @@ from slime_opd.errors import ConfigError
 WIDTH = 44  # of the column of flags
 
 USAGE = """\
-usage: python -m slime_opd.train [--config FILE.yaml] [--flag value ...]
+usage: python -m slime_opd.train [--check] [--config FILE.yaml] [--flag value ...]
 
+--check looks at everything that can go wrong, the data, the checkpoints and the teacher included, and starts nothing.
 Every flag may also stand in the YAML file of --config; the command line wins."""
 
 MEGATRON = """\

@@ -42,6 +42,14 @@ def parse(argv: list[str]) -> Config:
     and leaves with SystemExit(0). Raises ConfigError with one line per wrong word. The
     result still has to pass `validate`.
     """
+    config, problems = parse_all(argv)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def parse_all(argv: list[str]) -> tuple[Config, list[str]]:
+    """The configuration that the words which can be read describe, and one line per word that cannot."""
     options = options_of(Config)
     flags = _split(argv)
     for name, words in flags:
@@ -51,10 +59,8 @@ def parse(argv: list[str]) -> Config:
     files = [words for name, words in flags if name == "--config"]
     from_file = _read_files(files, options)
     given = _read_words([(name, words) for name, words in flags if name != "--config"], options)
-    problems = from_file.problems + given.problems
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return build({**from_file.values, **given.values}, {**from_file.sglang, **given.sglang})
+    config = build({**from_file.values, **given.values}, {**from_file.sglang, **given.sglang})
+    return config, from_file.problems + given.problems
 
 
 def build(values: Mapping[str, Any], sglang: Mapping[str, tuple[str, ...]] | None = None) -> Config:
@@ -121,7 +127,7 @@ def _read_words(flags: list[tuple[str, list[str]]], options: Mapping[str, Option
         elif reason := megatron_options.OWN.get(name.removeprefix("--").replace("-", "_")):
             given.problems.append(f"{name} is set by this package: {reason}")
         else:
-            known = [*by_flag, *megatron_options.NAMES, "--config", "--help"]
+            known = [*by_flag, *megatron_options.NAMES, "--config", "--help", "--check"]
             given.problems.append(f"{name}: unknown flag{suggestion(name, known)}")
     return given
 

@@ -113,6 +113,26 @@ def vocabulary_rows(location: Location) -> int:
     return int(saved["embedding.word_embeddings.weight"].global_shape[0])
 
 
+def shapes_at(path: str) -> dict[str, int]:
+    """Layers, hidden and MLP size of the checkpoint at `path`, under Hugging Face's names; {} where there is none yet."""
+    location = find(path)
+    if location is None:
+        return {}
+    if location.is_hugging_face:
+        config = json.loads((location.directory / "config.json").read_text())
+        return {
+            name: config[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size") if name in config
+        }
+    saved = dist_checkpointing.load_tensors_metadata(str(location.directory))
+    shapes = {key: tuple(tensor.global_shape) for key, tensor in saved.items()}
+    where = {
+        "num_hidden_layers": ("decoder.layers.self_attention.linear_proj.weight", 0),
+        "hidden_size": ("embedding.word_embeddings.weight", 1),
+        "intermediate_size": ("decoder.layers.mlp.linear_fc2.weight", -1),
+    }
+    return {name: shapes[key][axis] for name, (key, axis) in where.items() if key in shapes}
+
+
 def load_training_state(state: TrainingState, location: Location) -> None:
     """Copy optimizer, schedule and random state at `location` into `state`."""
     model_state = _model_state(state.model)

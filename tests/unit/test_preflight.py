@@ -1,0 +1,113 @@
+"""`--check` finds everything at once, and starts nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+
+import pytest
+from conftest import save_tiny_model
+
+from slime_opd import train
+from slime_opd.config import parse
+from slime_opd.megatron.checkpoint import shapes_at
+from slime_opd.preflight import memory, parameters, preflight
+
+QWEN3_8B = {
+    "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A student, another model, and data."""
+    root = tmp_path_factory.mktemp("preflight")
+    save_tiny_model(root / "student")
+    save_tiny_model(root / "other", num_hidden_layers=3, intermediate_size=96)
+    rows = [{"prompt": f"{i}+1=", "label": str(i + 1)} for i in range(8)]
+    (root / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return root
+
+
+def findings(words: str):
+    return preflight(parse(shlex.split(words)), [])
+
+
+def good(place) -> str:
+    return (
+        f"--hf-checkpoint {place}/student --megatron-to-hf-mode bridge --prompt-data {place}/train.jsonl --input-key prompt "
+        f"--label-key label --rm-type exact_match --num-rollout 4 --rollout-batch-size 2 --n-samples-per-prompt 2 "
+        f"--rollout-max-response-len 8 --save {place}/save"
+    )
+
+
+def test_a_run_that_makes_sense_has_no_problem_and_leaves_nothing_behind(place):
+    found = findings(f"{good(place)} --use-opd --opd-type megatron --opd-teacher-load {place}/student")
+    assert (found.problems, found.unchecked) == ([], [])
+    said = "\n".join(found.fine)
+    assert "first 8 rows, longest prompt 4 tokens" in said and "--opd-teacher-load" in said and "GiB free" in said
+    assert not (place / "save").exists()
+
+
+def test_ten_mistakes_of_one_script_are_found_in_one_go(place, capsys):
+    words = (
+        f"--hf-checkpoint {place}/student --prompt-data {place}/train.jsonl --input-key promt --label-key label --rm-type math "
+        "--num-layers 24 --hidden-size 64 --num-attention-heads 4 --vocab-size 64 --lr fast --rollot-shuffle --kl-loss-type k9 "
+        "--num-rollout 4 --rollout-batch-size 2 --n-samples-per-prompt 2 --rollout-max-response-len 8 --tensor-model-parallel-size 3 "
+        f"--ref-load {place}/other --use-kl-loss --save-interval 2 --eval-prompt-data gone {place}/gone.jsonl --eval-interval 1 "
+        "--use-opd --opd-type sglang --rm-url http://127.0.0.1:9/generate --opd-kl-coef -1 --sglang-mem-fraction-statik 0.5"
+    )
+    with pytest.raises(SystemExit) as left:
+        train.main(["--check", *shlex.split(words)])
+    assert left.value.code == 2
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem ")]
+    planted = [
+        "--lr: found 'fast', expected a number",
+        "--rollot-shuffle: unknown flag; did you mean --rollout-shuffle?",
+        "--kl-loss-type: found 'k9', expected one of k1, k2",
+        "no key 'promt'; present are prompt, label",
+        "--num-layers: found 24, but",
+        "are no multiple of 3 (--tensor-model-parallel-size",
+        "--ref-load",
+        "--save-interval has no effect without --save",
+        "--eval-prompt-data: found no file",
+        "the teacher at --rm-url does not score",
+        "--opd-kl-coef: found -1.0, expected 0 or more",
+        "did you mean --sglang-mem-fraction-static?",
+    ]
+    assert [mistake for mistake in planted if not any(mistake in line for line in printed)] == []
+    assert (
+        "not of --hf-checkpoint's architecture: num_hidden_layers 3 there, 2 here; intermediate_size 96 there, 128"
+        in str(printed)
+    )
+    assert "ray" not in {name.partition(".")[0] for name in sys.modules} or "slime_opd.cluster.run" not in sys.modules
+
+
+def test_without_a_tokenizer_it_says_what_it_could_not_look_at(place):
+    found = findings(f"{good(place)} --hf-checkpoint {place}/nowhere")
+    assert any("data and teacher" in line for line in found.unchecked)
+    assert any("found no directory" in line for line in found.problems)
+
+
+def test_parameters_are_those_of_the_published_model():
+    assert parameters(QWEN3_8B).total == pytest.approx(8_190_735_360, rel=1e-3)
+    assert parameters(QWEN3_8B | {"num_experts": 8}) is None and parameters({}) is None
+
+
+def test_memory_is_of_the_layout():
+    def total(words: str) -> float:
+        line = memory(parse(words.split()), QWEN3_8B, parameters(QWEN3_8B))[0]
+        return float(line.split("about ")[1].split(" GiB")[0])
+
+    base = "--bf16 --accumulate-allreduce-grads-in-fp32 --recompute-granularity full --max-tokens-per-gpu 16384"
+    alone, tensor = total(base), total(f"{base} --tensor-model-parallel-size 2 --actor-num-gpus-per-node 2")
+    # 8.19e9 parameters of 2 + 4 + 12 bytes are 137 GiB.
+    assert 137 < alone < 160 and tensor == pytest.approx(alone / 2, rel=0.01)
+    sharded = total(f"{base} --actor-num-gpus-per-node 8")
+    assert alone - sharded == pytest.approx(8.19 * 12 * 7 / 8 / 1.073741824, rel=0.01)
+
+
+def test_a_place_without_a_checkpoint_has_no_shapes(tmp_path):
+    assert shapes_at(str(tmp_path)) == {}
