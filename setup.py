@@ -12,6 +12,7 @@ EVERYWHERE = [
     "huggingface-hub>=0.36,<1",
     "ray[default]>=2.60,<2.61",
     "sglang-router>=0.3.2,<0.4",
+    "argcomplete>=3.7,<3.8",
     "httpx>=0.28.1,<0.29",
     "jinja2>=3.1.6,<3.2",  # chat templates; transformers does not declare it
     "math-verify>=0.9,<0.10",
@@ -72,5 +73,6 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["slime_opd", "slime_opd.*"]),
     install_requires=EVERYWHERE,
+    entry_points={"console_scripts": ["slime_opd = slime_opd.__main__:entry"]},
     extras_require={"cpu": CPU, "gpu": GPU, "wandb": WANDB, "test": TEST, "dev": DEV},
 )

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 GROUND = {"types", "fields", "errors", "schedule", "config"}
 TOOLS_OF_THE_TRADE = {"engine", "data", "distill", "algorithm", "observe"}
 STAGES = {"rollout", "reward", "teacher", "megatron", "weights"}
-LEVELS: tuple[set[str], ...] = (GROUND, TOOLS_OF_THE_TRADE, STAGES, {"cluster", "preflight"}, {"train"})
+LEVELS: tuple[set[str], ...] = (GROUND, TOOLS_OF_THE_TRADE, STAGES, {"cluster", "preflight"}, {"train"}, {"__main__"})
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 # Who alone may import what, by the room or file that may.
