@@ -109,10 +109,32 @@ def check_architecture_flags(config: Config) -> list[str]:
         and architecture.get("num_key_value_heads") == config.model.num_attention_heads
     ):
         differing.pop("num_query_groups", None)
-    return [
-        f"{flag(name)}: found {said}, but {config.model.hf_checkpoint}/config.json has {_SAME[name]} {has}: take the MODEL_ARGS of its own model"
+    file = f"{config.model.hf_checkpoint}/config.json"
+    problems = [
+        f"{flag(name)}: found {said}, but {file} has {_SAME[name]} {has}: take the MODEL_ARGS of its own model"
         for name, (said, has) in differing.items()
     ]
+    return problems + [
+        f"{flag(name)} is {'set' if getattr(config.model, name) else 'missing'}, but {file} has {has}: {'drop' if getattr(config.model, name) else 'add'} it"
+        for name, wanted, has in _switches(architecture)
+        if getattr(config.model, name) != wanted
+    ]
+
+
+def _switches(architecture: dict) -> list[tuple[str, bool, str]]:
+    """Megatron's switches that a Hugging Face config decides: name, what it has to be, and what the config has."""
+    found, kind = [], architecture.get("model_type")
+    if isinstance(tied := architecture.get("tie_word_embeddings"), bool):
+        found.append(("untie_embeddings_and_output_weights", not tied, f"tie_word_embeddings {str(tied).lower()}"))
+    if kind in ("qwen2", "qwen3", "llama"):
+        found.append(
+            ("add_qkv_bias", kind == "qwen2" or bool(architecture.get("attention_bias")), f"model_type {kind}")
+        )
+        found.append(("qk_layernorm", kind == "qwen3", f"model_type {kind}"))
+        scaling = architecture.get("rope_scaling") or {}
+        rope = scaling.get("rope_type", scaling.get("type", "default"))
+        found.append(("use_rope_scaling", rope == "llama3", f"rope_scaling of type {rope}"))
+    return found
 
 
 def check_top_k_of_vocabulary(config: Config) -> list[str]:

@@ -8,6 +8,7 @@ available it does nothing.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -68,6 +69,17 @@ class _CPUMode(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Stream:
+    """A stream or event where everything happens in order."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        # wait_stream, wait_event, record_event, record, synchronize: what went before is done.
+        return lambda *args, **kwargs: None
+
+
 def _names_cuda(value: object) -> bool:
     return (isinstance(value, str) and value.startswith("cuda")) or (
         isinstance(value, torch.device) and value.type == "cuda"
@@ -80,6 +92,10 @@ def _replace_cuda_functions() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
+    # The token dispatcher of a mixture of experts overlaps copies and shared experts on streams.
+    torch.cuda.Stream = torch.cuda.Event = _Stream
+    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
+    torch.cuda.stream = lambda stream: nullcontext()
     torch.cuda.empty_cache = lambda: None
     torch.cuda.manual_seed = torch.random.default_generator.manual_seed
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()

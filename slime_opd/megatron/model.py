@@ -15,11 +15,14 @@ import torch.nn.functional as F
 from mbridge import AutoBridge
 from mbridge.core.bridge import Bridge
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slime_opd.config import Config
 from slime_opd.errors import ConfigError
@@ -27,6 +30,10 @@ from slime_opd.megatron import device
 from slime_opd.megatron.attention import PackedCoreAttention
 from slime_opd.megatron.options import settings
 from slime_opd.megatron.vocabulary import VocabularyShard
+
+# Of mbridge's arguments of a GPTModel: the vocabulary is padded here, and every rotary scaling is `_scale_rotary`'s (mbridge takes
+# Llama 3's for a linear one).
+_OUR_OWN = ("vocab_size", "seq_len_interpolation_factor")
 
 _VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
@@ -159,8 +166,28 @@ def build_model(config: Config, bridge: Bridge) -> HiddenStatesModel:
         post_process=parallel_state.is_pipeline_last_stage(),
         **_embedding_settings(config, bridge),
     )
+    if config.model.megatron_to_hf_mode == "bridge":
+        _scale_rotary(model, bridge.hf_config)
     # A vocabulary row that is padding stays zero, so that a checkpoint is the same at every layout.
     return model.to(device=device.device(), dtype=parameter_dtype(config))
+
+
+def _scale_rotary(model: HiddenStatesModel, hf_config: PretrainedConfig) -> None:
+    """Give the model the rotary frequencies of its Hugging Face config; mbridge passes the base alone.
+
+    Raises ConfigError for a scaling that changes with the length, or that scales the attention too: Megatron's rotary
+    embedding has no place for it.
+    """
+    scaling = getattr(hf_config, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default" or not isinstance(getattr(model, "rotary_pos_emb", None), RotaryEmbedding):
+        return
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(
+            f"--hf-checkpoint {hf_config.name_or_path}: its config.json has rope_scaling of type {kind!r}, expected linear, llama3 or none"
+        )
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
+    model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq)
 
 
 def vocabulary_shard(model: HiddenStatesModel, bridge: Bridge) -> VocabularyShard:
@@ -202,7 +229,7 @@ def _embedding_settings(config: Config, bridge: Bridge) -> dict:
     model = config.model
     if model.megatron_to_hf_mode == "bridge":
         return {
-            **{key: value for key, value in bridge._get_gptmodel_args().items() if key != "vocab_size"},
+            **{key: value for key, value in bridge._get_gptmodel_args().items() if key not in _OUR_OWN},
             "share_embeddings_and_output_weights": bridge.hf_config.tie_word_embeddings,
         }
     return {

@@ -145,3 +145,41 @@ def test_options_that_the_engines_know_pass_and_without_sglang_nobody_can_tell(m
     assert check_machine.check_sglang_options(parse(words.split())) == []
     monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: None)
     assert check_machine.check_sglang_options(parse(["--sglang-no-such-thing", "1"])) == []
+
+
+LLAMA_3 = {
+    "model_type": "llama", "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "hidden_size": 32,
+    "vocab_size": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000, "tie_word_embeddings": True,
+    "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+}  # fmt: skip
+ITS_FLAGS = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --vocab-size 64 --norm-epsilon 1e-5 --rotary-base 500000 --use-rope-scaling"
+
+
+def test_flags_that_describe_the_checkpoint_are_no_problem(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
+    words = ["--hf-checkpoint", str(tmp_path), *ITS_FLAGS.split()]
+    assert check_machine.check_architecture_flags(parse(words)) == []
+    # In bridge mode the flags are not read.
+    bridge = ["--hf-checkpoint", str(tmp_path), "--megatron-to-hf-mode", "bridge"]
+    assert check_machine.check_architecture_flags(parse(bridge)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (("--num-layers 4", "--num-layers 5"), "--num-layers: found 5, but"),
+        (("--rotary-base 500000", "--rotary-base 10000"), "has rope_theta 500000"),
+        (("--use-rope-scaling", ""), "--use-rope-scaling is missing, but"),
+        (("--hidden-size 32", "--hidden-size 32 --qk-layernorm"), "--qk-layernorm is set, but"),
+        (("--vocab-size 64", "--vocab-size 64 --add-qkv-bias"), "has model_type llama: drop it"),
+        (
+            ("--vocab-size 64", "--vocab-size 64 --untie-embeddings-and-output-weights"),
+            "tie_word_embeddings true: drop it",
+        ),
+    ],
+)
+def test_flags_of_another_model_are_named_with_what_the_checkpoint_has(change, sentence, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
+    words = ["--hf-checkpoint", str(tmp_path), *ITS_FLAGS.replace(*change).split()]
+    (problem,) = check_machine.check_architecture_flags(parse(words))
+    assert sentence in problem
