@@ -87,6 +87,7 @@ _SAME = {
     "vocab_size": "vocab_size",
     "norm_epsilon": "rms_norm_eps",
     "rotary_base": "rope_theta",
+    "rotary_scaling_factor": "rope_scaling.factor",
 }
 
 
@@ -109,6 +110,9 @@ def check_architecture_flags(config: Config) -> list[str]:
         and architecture.get("num_key_value_heads") == config.model.num_attention_heads
     ):
         differing.pop("num_query_groups", None)
+    scaling = architecture.get("rope_scaling") or {}
+    if config.model.use_rope_scaling and scaling.get("factor") not in (None, config.model.rotary_scaling_factor):
+        differing["rotary_scaling_factor"] = config.model.rotary_scaling_factor, scaling["factor"]
     file = f"{config.model.hf_checkpoint}/config.json"
     problems = [
         f"{flag(name)}: found {said}, but {file} has {_SAME[name]} {has}: take the MODEL_ARGS of its own model"

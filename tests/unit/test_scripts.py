@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from slime_opd.config import parse, problems
+from slime_opd.config.check_machine import check_architecture_flags
 from slime_opd.config.checks import COMBINATIONS
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ MODELS = sorted((ROOT / "scripts/models").glob("*.sh"))
 EXAMPLES = ROOT / "examples/on_policy_distillation"
 RUNS = sorted(EXAMPLES.glob("run-*.sh"))
 
-# Weights in the checkpoints that Qwen published, a tied output layer counted once.
+# Weights in the checkpoints that were published, a tied output layer counted once.
 PARAMETERS = {
     "qwen3-0.6B": 596_049_920,
     "qwen3-1.7B": 1_720_574_976,
@@ -25,7 +26,32 @@ PARAMETERS = {
     "qwen3-8B": 8_190_735_360,
     "qwen3-14B": 14_768_307_200,
     "qwen3-32B": 32_762_123_264,
+    "qwen2.5-0.5B": 494_032_768,
+    "qwen2.5-1.5B": 1_543_714_304,
+    "qwen2.5-3B": 3_085_938_688,
+    "qwen2.5-7B": 7_615_616_512,
+    "qwen2.5-14B": 14_770_033_664,
+    "qwen2.5-32B": 32_763_876_352,
+    "qwen2.5-72B": 72_706_203_648,
+    "llama3.1-8B": 8_030_261_248,
+    "llama3.1-70B": 70_553_706_496,
+    "llama3.2-1B": 1_235_814_400,
+    "llama3.2-3B": 3_212_749_824,
 }
+# The families' own classes, and what their published configs have in common.
+FAMILIES = {
+    "qwen3": ("Qwen3", {"rope_theta": 1e6, "rms_norm_eps": 1e-6}),
+    "qwen2.5": ("Qwen2", {"rope_theta": 1e6}),
+    "llama3.1": (
+        "Llama",
+        {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+    ),
+    "llama3.2": (
+        "Llama",
+        {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "rope_scaling": {"rope_type": "llama3", "factor": 32.0}},
+    ),
+}
+LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def bash(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -77,12 +103,18 @@ def test_a_model_script_sets_model_args_and_nothing_else(script):
 
 
 @pytest.mark.parametrize("script", MODELS, ids=lambda script: script.stem)
-def test_a_model_scripts_flags_describe_the_published_model(script):
+def test_a_model_scripts_flags_describe_the_published_model(script, tmp_path):
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    import transformers
 
-    model = parse(model_arguments(script)).model
-    architecture = Qwen3Config(
+    words = model_arguments(script)
+    model = parse(words).model
+    name, more = FAMILIES[script.stem.partition("-")[0]]
+    more = {"rms_norm_eps": model.norm_epsilon, **more}
+    if "rope_scaling" in more:
+        more["rope_scaling"] = more["rope_scaling"] | LLAMA_3
+        assert model.rotary_scaling_factor == more["rope_scaling"]["factor"]
+    architecture = getattr(transformers, f"{name}Config")(
         num_hidden_layers=model.num_layers,
         hidden_size=model.hidden_size,
         intermediate_size=model.ffn_hidden_size,
@@ -91,17 +123,14 @@ def test_a_model_scripts_flags_describe_the_published_model(script):
         head_dim=model.kv_channels,
         vocab_size=model.vocab_size,
         tie_word_embeddings=not model.untie_embeddings_and_output_weights,
+        **more,
     )
     with torch.device("meta"):
-        parameters = Qwen3ForCausalLM(architecture).num_parameters()
+        parameters = getattr(transformers, f"{name}ForCausalLM")(architecture).num_parameters()
     assert parameters == PARAMETERS[script.stem]
-    assert (model.swiglu, model.qk_layernorm, model.disable_bias_linear, model.add_qkv_bias) == (
-        True,
-        True,
-        True,
-        False,
-    )
-    assert (model.normalization, model.norm_epsilon, model.rotary_base) == ("RMSNorm", architecture.rms_norm_eps, 10**6)
+    assert (model.swiglu, model.disable_bias_linear, model.normalization) == (True, True, "RMSNorm")
+    architecture.save_pretrained(tmp_path)
+    assert check_architecture_flags(parse([*words, "--hf-checkpoint", str(tmp_path)])) == []
 
 
 def test_every_model_script_is_checked():

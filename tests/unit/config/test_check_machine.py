@@ -170,6 +170,7 @@ def test_flags_that_describe_the_checkpoint_are_no_problem(tmp_path):
         (("--num-layers 4", "--num-layers 5"), "--num-layers: found 5, but"),
         (("--rotary-base 500000", "--rotary-base 10000"), "has rope_theta 500000"),
         (("--use-rope-scaling", ""), "--use-rope-scaling is missing, but"),
+        (("--use-rope-scaling", "--use-rope-scaling --rotary-scaling-factor 32"), "has rope_scaling.factor 8.0"),
         (("--hidden-size 32", "--hidden-size 32 --qk-layernorm"), "--qk-layernorm is set, but"),
         (("--vocab-size 64", "--vocab-size 64 --add-qkv-bias"), "has model_type llama: drop it"),
         (
