@@ -10,6 +10,7 @@ import importlib.util
 import json
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 from slime_opd.config.check_learning import SLIME_FILTER
 from slime_opd.config.check_run import model_layout_problems
@@ -88,6 +89,15 @@ _SAME = {
     "norm_epsilon": "rms_norm_eps",
     "rotary_base": "rope_theta",
     "rotary_scaling_factor": "rope_scaling.factor",
+    "rotary_percent": "partial_rotary_factor",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "q_lora_rank": "q_lora_rank",
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
 }
 
 
@@ -100,11 +110,18 @@ def check_architecture_flags(config: Config) -> list[str]:
     except ValueError:
         return []  # check_layout_of_checkpoint says so in bridge mode, and the tokenizer's loading here
     architecture = {**architecture.get("rope_parameters", {}), **architecture}
+    said = {name: _said(config, name) for name in _SAME}
     differing = {
-        name: (getattr(config.model, name), architecture[key])
+        name: (said[name], architecture[key])
         for name, key in _SAME.items()
-        if architecture.get(key) is not None and getattr(config.model, name) not in (None, architecture[key])
+        if architecture.get(key) is not None and said[name] not in (None, architecture[key])
     }
+    if config.megatron.multi_latent_attention:
+        # There `head_dim` is of the rotary part alone, and every head has keys of its own.
+        for name in ("kv_channels", "num_query_groups"):
+            differing.pop(name, None)
+    if config.megatron.num_moe_experts != number_of_experts(architecture) and architecture:
+        differing["num_moe_experts"] = config.megatron.num_moe_experts, number_of_experts(architecture)
     if (
         not config.model.group_query_attention
         and architecture.get("num_key_value_heads") == config.model.num_attention_heads
@@ -115,14 +132,26 @@ def check_architecture_flags(config: Config) -> list[str]:
         differing["rotary_scaling_factor"] = config.model.rotary_scaling_factor, scaling["factor"]
     file = f"{config.model.hf_checkpoint}/config.json"
     problems = [
-        f"{flag(name)}: found {said}, but {file} has {_SAME[name]} {has}: take the MODEL_ARGS of its own model"
-        for name, (said, has) in differing.items()
+        f"{flag(name)}: found {found}, but {file} has {_SAME.get(name, 'experts:')} {has}: take the MODEL_ARGS of its own model"
+        for name, (found, has) in differing.items()
     ]
     return problems + [
-        f"{flag(name)} is {'set' if getattr(config.model, name) else 'missing'}, but {file} has {has}: {'drop' if getattr(config.model, name) else 'add'} it"
+        f"{flag(name)} is {'set' if _said(config, name) else 'missing'}, but {file} has {has}: {'drop' if _said(config, name) else 'add'} it"
         for name, wanted, has in _switches(architecture)
-        if getattr(config.model, name) != wanted
+        if bool(_said(config, name)) != wanted
     ]
+
+
+def _said(config: Config, name: str) -> Any:
+    """The value of an architecture flag, which is ours or Megatron's."""
+    return getattr(config.model if hasattr(config.model, name) else config.megatron, name)
+
+
+# Whether queries and keys of a family have a norm; None: its config says.
+_QK_NORM: dict[str, bool | None] = {
+    "qwen2": False, "mimo": False, "llama": False, "mixtral": False, "glm4": False, "qwen3": True, "qwen3_moe": True,
+    "deepseek_v3": True, "glm4_moe": None,
+}  # fmt: skip
 
 
 def _switches(architecture: dict) -> list[tuple[str, bool, str]]:
@@ -130,11 +159,16 @@ def _switches(architecture: dict) -> list[tuple[str, bool, str]]:
     found, kind = [], architecture.get("model_type")
     if isinstance(tied := architecture.get("tie_word_embeddings"), bool):
         found.append(("untie_embeddings_and_output_weights", not tied, f"tie_word_embeddings {str(tied).lower()}"))
-    if kind in ("qwen2", "qwen3", "llama"):
-        found.append(
-            ("add_qkv_bias", kind == "qwen2" or bool(architecture.get("attention_bias")), f"model_type {kind}")
-        )
-        found.append(("qk_layernorm", kind == "qwen3", f"model_type {kind}"))
+    if kind not in _QK_NORM:
+        return found
+    has_bias = kind in ("qwen2", "mimo") or bool(architecture.get("attention_bias"))
+    has_norm = bool(architecture.get("use_qk_norm")) if _QK_NORM[kind] is None else _QK_NORM[kind]
+    found.append(("add_qkv_bias", has_bias and kind != "deepseek_v3", f"model_type {kind}"))
+    found.append(("qk_layernorm", has_norm, f"model_type {kind}"))
+    found += [(name, kind == "glm4", f"model_type {kind}") for name in ("post_self_attn_layernorm", "post_mlp_layernorm")]
+    found.append(("multi_latent_attention", kind == "deepseek_v3", f"model_type {kind}"))
+    found.append(("rotary_interleaved", kind == "glm4", f"model_type {kind}"))
+    if kind != "deepseek_v3":
         scaling = architecture.get("rope_scaling") or {}
         rope = scaling.get("rope_type", scaling.get("type", "default"))
         found.append(("use_rope_scaling", rope == "llama3", f"rope_scaling of type {rope}"))
@@ -216,24 +250,50 @@ def check_context_parallel(config: Config) -> list[str]:
 
 
 def check_transformer_engine(config: Config) -> list[str]:
-    """Layouts that only Transformer Engine's layers can run."""
-    layout = config.parallel
+    """What only Transformer Engine's layers can run."""
     if importlib.util.find_spec("transformer_engine") is not None:
         return []
     reasons = (
-        ("--sequence-parallel", layout.sequence_parallel, "its norms work on a part of a sequence"),
-        ("--expert-model-parallel-size", layout.expert_model_parallel_size > 1, "its grouped layers hold the experts"),
-        (
-            "--expert-tensor-parallel-size",
-            layout.expert_tensor_parallel_size > 1,
-            "its grouped layers hold the experts",
-        ),
+        ("--expert-tensor-parallel-size", config.parallel.expert_tensor_parallel_size > 1, "its layers split an expert"),
+        ("--moe-permute-fusion", config.megatron.moe_permute_fusion, "the kernel is its own"),
     )
     return [
         f"{name} needs Transformer Engine ({reason}), and it is not installed here: drop the flag, or install the gpu extra on a machine with CUDA"
         for name, needed, reason in reasons
         if needed
     ]
+
+
+def check_mixture(config: Config) -> list[str]:
+    """Layouts that a mixture of experts cannot be trained at, and experts of a model that has none."""
+    layout = config.parallel
+    try:
+        architecture = _architecture(config)
+    except ValueError:
+        return []  # check_layout_of_checkpoint says so
+    if not architecture and config.model.num_layers is None:
+        return []
+    experts = config.megatron.num_moe_experts or number_of_experts(architecture)
+    shared = layout.expert_model_parallel_size
+    if not experts:
+        return [
+            f"{flag(name)}: found {getattr(layout, name)}, expected 1: the model has no experts to share"
+            for name in ("expert_model_parallel_size", "expert_tensor_parallel_size")
+            if getattr(layout, name) > 1
+        ]
+    problems = []
+    if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
+        problems.append(
+            f"--tensor-model-parallel-size {layout.tensor_model_parallel_size} with a mixture of experts: add --sequence-parallel, or each rank would train on the same tokens"
+        )
+    if experts % shared:
+        problems.append(f"--expert-model-parallel-size: found {shared}, expected a divisor of the {experts} experts")
+    return problems
+
+
+def number_of_experts(architecture: dict) -> int | None:
+    """Of a Hugging Face config; None for a model without a mixture."""
+    return next((architecture[key] for key in ("num_experts", "n_routed_experts", "num_local_experts") if architecture.get(key)), None)
 
 
 def check_custom_functions(config: Config) -> list[str]:

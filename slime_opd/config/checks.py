@@ -62,6 +62,7 @@ CHECKS: tuple[Check, ...] = (
     check_machine.check_sglang_options,
     check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
+    check_machine.check_mixture,
     check_machine.check_custom_functions,
     check_machine.check_wandb_is_installed,
 )

@@ -52,6 +52,12 @@ OWN = {
     "use_inference_optimized_layers": "SGLang generates",
     "inference_fuse_tp_communication": "SGLang generates",
     "mlp_chunks_for_prefill": "SGLang generates",
+    "mtp_loss_scaling_factor": "layers for multi-token prediction are not trained, so they have no loss",
+}
+
+# Flags of slime's and Megatron-LM's that are known and not supported, and why.
+REFUSED = {
+    "--enable-mtp-training": "layers for multi-token prediction stay as they are (see --mtp-num-layers): drop the flag",
 }
 
 # Megatron-LM's names of fields that are called otherwise, and the value that a name without one stands for.

@@ -126,6 +126,8 @@ def _read_words(flags: list[tuple[str, list[str]]], options: Mapping[str, Option
             given.sglang[name.removeprefix("--" + SGLANG)] = tuple(words)
         elif reason := megatron_options.OWN.get(name.removeprefix("--").replace("-", "_")):
             given.problems.append(f"{name} is set by this package: {reason}")
+        elif reason := megatron_options.REFUSED.get(name):
+            given.problems.append(f"{name} is not supported: {reason}")
         else:
             known = [*by_flag, *megatron_options.NAMES, "--config", "--help", "--check"]
             given.problems.append(f"{name}: unknown flag{suggestion(name, known)}")

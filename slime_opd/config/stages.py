@@ -74,6 +74,14 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = option(
         128, help="the vocabulary is padded to a multiple of this times the tensor-parallel size"
     )
+    spec: tuple[str, ...] = option(
+        (), help="accepted for slime's scripts: the layers that a family needs are known here", nargs="+"
+    )
+    post_self_attn_layernorm: bool = option(False, help="norm of the attention's output, before the residual (GLM-4)")
+    post_mlp_layernorm: bool = option(False, help="norm of the MLP's output, before the residual (GLM-4)")
+    mtp_num_layers: int | None = option(
+        None, help="accepted for models that have layers for multi-token prediction; they stay as they are, untrained"
+    )
     attention_dropout: float = option(0.0, help="dropout of attention weights")
     hidden_dropout: float = option(0.0, help="dropout of hidden states")
 
@@ -86,10 +94,8 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = option(1, help="stages the layers are split into")
     context_parallel_size: int = option(1, help="ranks that share a sequence (needs Transformer Engine)")
     expert_model_parallel_size: int = option(1, help="ranks that share the experts")
-    expert_tensor_parallel_size: int = option(1, help="ranks that share one expert")
-    sequence_parallel: bool = option(
-        False, help="split norms and dropout over the tensor-parallel ranks (needs Transformer Engine)"
-    )
+    expert_tensor_parallel_size: int = option(1, help="ranks that share one expert (needs Transformer Engine)")
+    sequence_parallel: bool = option(False, help="split norms and dropout over the tensor-parallel ranks")
     recompute_granularity: str | None = option(
         None, choices=("full", "selective"), help="activations to recompute in the backward; unset: none"
     )

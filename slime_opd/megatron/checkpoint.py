@@ -308,7 +308,7 @@ def _check_hugging_face(bridge: Bridge, location: Location, flag: str, any_vocab
     problems = [
         f"{key} is {found[key]} there and {expected[key]} in the student"
         for key in _ARCHITECTURE_KEYS
-        if key in found and key in expected and found[key] != expected[key]
+        if None not in (found.get(key), expected.get(key)) and found[key] != expected[key]
         if not (any_vocabulary and key == "vocab_size")
     ]
     if problems:

@@ -76,8 +76,8 @@ class _Stream:
         pass
 
     def __getattr__(self, name: str) -> Any:
-        # wait_stream, wait_event, record_event, record, synchronize: what went before is done.
-        return lambda *args, **kwargs: None
+        # wait_stream, wait_event, record_event (which gives an event), record, synchronize: what went before is done.
+        return lambda *args, **kwargs: _Stream()
 
 
 def _names_cuda(value: object) -> bool:
@@ -86,8 +86,13 @@ def _names_cuda(value: object) -> bool:
     )
 
 
+def _numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _replace_cuda_functions() -> None:
     from megatron.core.tensor_parallel import random as parallel_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.set_device = lambda device: None
@@ -96,6 +101,8 @@ def _replace_cuda_functions() -> None:
     torch.cuda.Stream = torch.cuda.Event = _Stream
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
     torch.cuda.stream = lambda stream: nullcontext()
+    # Where a tensor is on the CPU already, Megatron leaves it a tensor when all-to-all is to have a list of numbers.
+    token_dispatcher.maybe_move_tensor_to_cpu = _numbers
     torch.cuda.empty_cache = lambda: None
     torch.cuda.manual_seed = torch.random.default_generator.manual_seed
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()

@@ -12,12 +12,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
-from mbridge import AutoBridge
 from mbridge.core.bridge import Bridge
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from torch import Tensor
@@ -26,8 +24,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slime_opd.config import Config
 from slime_opd.errors import ConfigError
-from slime_opd.megatron import device
-from slime_opd.megatron.attention import PackedCoreAttention
+from slime_opd.megatron import device, families
+from slime_opd.megatron.layers import FUSED_NORMS, LATENT_FUSED_NORMS, decoder_block
 from slime_opd.megatron.options import settings
 from slime_opd.megatron.vocabulary import VocabularyShard
 
@@ -36,12 +34,6 @@ from slime_opd.megatron.vocabulary import VocabularyShard
 _OUR_OWN = ("vocab_size", "seq_len_interpolation_factor")
 
 _VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
-
-# Hugging Face's names of the norms that the local layer spec keeps apart from the linear layers.
-_LOCAL_NORMS = {
-    "_OTHER_MAPPING": {"input_layernorm.weight": ["model.layers.{layer_number}.input_layernorm.weight"]},
-    "_MLP_MAPPING": {"pre_mlp_layernorm.weight": ["model.layers.{layer_number}.post_attention_layernorm.weight"]},
-}
 
 
 class HiddenStatesModel(GPTModel):
@@ -52,6 +44,15 @@ class HiddenStatesModel(GPTModel):
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         return hidden_states
+
+    def _apply(self, *args, **kwargs) -> HiddenStatesModel:
+        # A router's bias for the choice of experts is float32 whatever the model computes in; a cast would lose it.
+        biases = {module: module.expert_bias for module in self.modules() if hasattr(module, "expert_bias")}
+        super()._apply(*args, **kwargs)
+        for module, bias in biases.items():
+            if bias is not None:
+                module.expert_bias = bias.to(module.expert_bias.device)
+        return self
 
     def output_weight(self) -> Tensor:
         """The output layer's rows of this rank, [V/tp, H]; on the last pipeline stage only."""
@@ -82,13 +83,9 @@ def make_bridge(config: Config) -> Bridge:
 
     Raises ConfigError for a model family that mbridge does not know.
     """
-    try:
-        bridge = AutoBridge.from_pretrained(config.model.hf_checkpoint, dtype=parameter_dtype(config))
-    except ValueError as error:
-        raise ConfigError(f"--hf-checkpoint {config.model.hf_checkpoint}: {error}") from error
-    # mbridge keeps its tables on the class and edits them for tied models: give this one tables of its own.
-    for name in ("_DIRECT_MAPPING", "_OTHER_MAPPING", "_MLP_MAPPING", "_ATTENTION_MAPPING"):
-        setattr(bridge, name, {**getattr(type(bridge), name), **_LOCAL_NORMS.get(name, {})})
+    bridge = families.bridge_of(config.model.hf_checkpoint, parameter_dtype(config))
+    # mbridge keeps its table on the class and edits it for tied models: give this one a table of its own.
+    bridge._DIRECT_MAPPING = dict(type(bridge)._DIRECT_MAPPING)
     tied = bridge.hf_config.tie_word_embeddings
     bridge._DIRECT_MAPPING["output_layer.weight"] = "model.embed_tokens.weight" if tied else "lm_head.weight"
     bridge.make_vocab_size_divisible_by = padding_multiple(config)
@@ -96,12 +93,34 @@ def make_bridge(config: Config) -> Bridge:
     bridge.padded_vocab_size = padded_vocabulary(bridge.vocab_size, config)
     latent = settings(config, "latent_attention") if config.megatron.multi_latent_attention else {}
     bridge.set_extra_args(**_run_settings(config) | latent)
+    _name_norms_as_fused(bridge)
+    if config.parallel.expert_tensor_parallel_size == 1:
+        # Each tensor-parallel rank has whole experts; mbridge gathers them, and then expects parts.
+        merge = bridge._weight_merge_across_tp
+        bridge._weight_merge_across_tp = lambda name, weights, parameter: (
+            weights[0] if ".mlp.experts.linear_fc" in name else merge(name, weights, parameter)
+        )
     # A teacher's vocabulary may have more rows than the student's, or fewer; mbridge takes the student's number alone.
     to_megatron = bridge._weight_to_mcore_format
     bridge._weight_to_mcore_format = lambda name, weights: to_megatron(
         name, [align_rows(weights[0], bridge.vocab_size)] if name in _VOCABULARY_WEIGHTS else weights
     )
     return bridge
+
+
+def _name_norms_as_fused(bridge: Bridge) -> None:
+    """Let mbridge, which knows Transformer Engine's names, find the norms of layers that keep them apart."""
+    fused = dict(LATENT_FUSED_NORMS if isinstance(bridge.config, MLATransformerConfig) else FUSED_NORMS)
+    if any("pre_mlp_layernorm" in name for name in bridge._MLP_MAPPING):
+        del fused["pre_mlp_layernorm."]
+    names = bridge._weight_name_mapping_mcore_to_hf
+
+    def renamed(name: str) -> list[str]:
+        for apart, inside in fused.items():
+            name = name.replace(f".{apart}", f".{inside}")
+        return names(name)
+
+    bridge._weight_name_mapping_mcore_to_hf = renamed
 
 
 def align_rows(weight: Tensor, rows: int) -> Tensor:
@@ -153,14 +172,11 @@ def transformer_config(config: Config, bridge: Bridge) -> TransformerConfig:
 def build_model(config: Config, bridge: Bridge) -> HiddenStatesModel:
     """This rank's pipeline stage, with fresh random weights, on this rank's device."""
     architecture = transformer_config(config, bridge)
-    with_engine = uses_transformer_engine(config)
-    spec = get_gpt_decoder_block_spec(architecture, use_transformer_engine=with_engine)
-    if not with_engine:
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = PackedCoreAttention
     model = HiddenStatesModel(
         config=architecture,
-        transformer_layer_spec=spec,
+        transformer_layer_spec=decoder_block(
+            architecture, with_engine=uses_transformer_engine(config), post_norms=_post_norms(config, bridge)
+        ),
         vocab_size=bridge.padded_vocab_size,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -225,6 +241,14 @@ def exported_weights(model: HiddenStatesModel, bridge: Bridge) -> Iterator[tuple
         yield name, tensor if owns_storage else tensor.clone(memory_format=torch.contiguous_format)
 
 
+def _post_norms(config: Config, bridge: Bridge) -> tuple[bool, bool]:
+    """Whether a norm follows attention, and MLP."""
+    model = config.model
+    if model.megatron_to_hf_mode == "bridge":
+        return (getattr(bridge, "has_post_norms", False),) * 2
+    return model.post_self_attn_layernorm, model.post_mlp_layernorm
+
+
 def _embedding_settings(config: Config, bridge: Bridge) -> dict:
     model = config.model
     if model.megatron_to_hf_mode == "bridge":
@@ -286,6 +310,8 @@ def _run_settings(config: Config) -> dict:
         "bias_activation_fusion": with_engine,
         "bias_dropout_fusion": with_engine,
         "apply_rope_fusion": with_engine,
+        # The overlap is of streams, which a CPU has not.
+        **({} if device.has_cuda() else {"moe_shared_expert_overlap": False}),
     }
     if training.attention_backend not in ("auto", "local"):
         found["attention_backend"] = AttnBackend[training.attention_backend]
