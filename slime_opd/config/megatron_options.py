@@ -225,9 +225,12 @@ def problems_of(stage: Any) -> list[str]:
 
 
 def layer_pattern(text: str) -> int | list[int]:
-    """`4`, `[0,1,1]` or `([0]*3+[1]*45)`: one number, or one for each layer. Raises ValueError for anything else."""
+    """`4`, `[0,1,1]` or `([0]*3+[1]*45)`: one number, or one for each layer. Raises ValueError for anything else.
+
+    Quotes around it, which some scripts carry through the shell, are taken off.
+    """
     try:
-        return _pattern_of(ast.parse(text.strip(), mode="eval").body)
+        return _pattern_of(ast.parse(text.strip().strip("'\""), mode="eval").body)
     except (SyntaxError, TypeError, ValueError):
         raise ValueError(f"found {text!r}, expected a whole number or lists of them such as [0]*3+[1]*45") from None
 

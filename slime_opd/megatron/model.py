@@ -145,8 +145,13 @@ def transformer_config(config: Config, bridge: Bridge) -> TransformerConfig:
     model = config.model
     latent = {}
     if config.megatron.multi_latent_attention:
-        rotary = {"rotary_base": model.rotary_base, "rotary_percent": model.rotary_percent}
-        latent = rotary | {"rotary_scaling_factor": model.rotary_scaling_factor} | settings(config, "latent_attention")
+        latent = {
+            "rotary_base": model.rotary_base,
+            "rotary_percent": model.rotary_percent,
+            "rotary_scaling_factor": model.rotary_scaling_factor,
+            # Megatron-LM's default, which is not the dataclass's: queries are not compressed.
+            "q_lora_rank": None,
+        } | settings(config, "latent_attention")
     return (MLATransformerConfig if latent else TransformerConfig)(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -1,0 +1,40 @@
+MODEL_ARGS=(
+   --swiglu
+   --num-layers 61
+   --hidden-size 7168
+   --ffn-hidden-size 18432
+   --num-attention-heads 128
+   --qk-layernorm
+   --disable-bias-linear
+   --normalization "RMSNorm"
+   --norm-epsilon 1e-6
+   --use-rotary-position-embeddings
+   --rotary-base 10000
+   --rotary-scaling-factor 40
+   --original-max-position-embeddings 4096
+   --mscale 1.0
+   --mscale-all-dim 1.0
+   --multi-latent-attention
+   --q-lora-rank 1536
+   --kv-lora-rank 512
+   --qk-head-dim 128
+   --qk-pos-emb-head-dim 64
+   --v-head-dim 128
+   --num-experts 256
+   --moe-ffn-hidden-size 2048
+   --moe-shared-expert-intermediate-size 2048
+   --moe-layer-freq "[0]*3+[1]*58"
+   --moe-router-topk 8
+   --moe-router-num-groups 8
+   --moe-router-group-topk 4
+   --moe-router-score-function sigmoid
+   --moe-router-pre-softmax
+   --moe-router-enable-expert-bias
+   --moe-router-bias-update-rate 0
+   --moe-router-topk-scaling-factor 2.5
+   --moe-router-dtype fp32
+   --moe-router-load-balancing-type none
+   --moe-grouped-gemm
+   --vocab-size 129280
+   --untie-embeddings-and-output-weights
+)

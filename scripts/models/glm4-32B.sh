@@ -1,0 +1,22 @@
+MODEL_ARGS=(
+   --swiglu
+   --num-layers 61
+   --hidden-size 6144
+   --ffn-hidden-size 23040
+   --num-attention-heads 48
+   --group-query-attention
+   --num-query-groups 2
+   --kv-channels 128
+   --disable-bias-linear
+   --normalization "RMSNorm"
+   --norm-epsilon 1e-5
+   --use-rotary-position-embeddings
+   --rotary-base 10000
+   --rotary-percent 0.5
+   --rotary-interleaved
+   --no-rope-fusion
+   --post-self-attn-layernorm
+   --post-mlp-layernorm
+   --vocab-size 151552
+   --untie-embeddings-and-output-weights
+)

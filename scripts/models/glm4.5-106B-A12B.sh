@@ -1,0 +1,32 @@
+MODEL_ARGS=(
+   --swiglu
+   --num-layers 46
+   --hidden-size 4096
+   --ffn-hidden-size 10944
+   --num-attention-heads 96
+   --group-query-attention
+   --num-query-groups 8
+   --kv-channels 128
+   --disable-bias-linear
+   --add-qkv-bias
+   --normalization "RMSNorm"
+   --norm-epsilon 1e-5
+   --use-rotary-position-embeddings
+   --rotary-base 1000000
+   --rotary-percent 0.5
+   --num-experts 128
+   --moe-ffn-hidden-size 1408
+   --moe-shared-expert-intermediate-size 1408
+   --moe-layer-freq "[0]*1+[1]*45"
+   --moe-router-topk 8
+   --moe-router-score-function sigmoid
+   --moe-router-pre-softmax
+   --moe-router-enable-expert-bias
+   --moe-router-bias-update-rate 0
+   --moe-router-topk-scaling-factor 1.0
+   --moe-router-dtype fp32
+   --moe-router-load-balancing-type none
+   --moe-grouped-gemm
+   --vocab-size 151552
+   --untie-embeddings-and-output-weights
+)

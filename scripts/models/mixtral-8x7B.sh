@@ -1,0 +1,21 @@
+MODEL_ARGS=(
+   --swiglu
+   --num-layers 32
+   --hidden-size 4096
+   --ffn-hidden-size 14336
+   --num-attention-heads 32
+   --group-query-attention
+   --num-query-groups 8
+   --disable-bias-linear
+   --normalization "RMSNorm"
+   --norm-epsilon 1e-5
+   --use-rotary-position-embeddings
+   --rotary-base 1000000
+   --num-experts 8
+   --moe-ffn-hidden-size 14336
+   --moe-router-topk 2
+   --moe-router-load-balancing-type none
+   --moe-grouped-gemm
+   --vocab-size 32000
+   --untie-embeddings-and-output-weights
+)

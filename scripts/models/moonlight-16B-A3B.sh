@@ -1,0 +1,35 @@
+MODEL_ARGS=(
+   --swiglu
+   --num-layers 27
+   --hidden-size 2048
+   --ffn-hidden-size 11264
+   --num-attention-heads 16
+   --qk-layernorm
+   --disable-bias-linear
+   --normalization "RMSNorm"
+   --norm-epsilon 1e-5
+   --use-rotary-position-embeddings
+   --rotary-base 50000
+   --rope-type rope
+   --rotary-scaling-factor 1
+   --multi-latent-attention
+   --kv-lora-rank 512
+   --qk-head-dim 128
+   --qk-pos-emb-head-dim 64
+   --v-head-dim 128
+   --num-experts 64
+   --moe-ffn-hidden-size 1408
+   --moe-shared-expert-intermediate-size 2816
+   --moe-layer-freq "[0]*1+[1]*26"
+   --moe-router-topk 6
+   --moe-router-score-function sigmoid
+   --moe-router-pre-softmax
+   --moe-router-enable-expert-bias
+   --moe-router-bias-update-rate 0
+   --moe-router-topk-scaling-factor 2.446
+   --moe-router-dtype fp32
+   --moe-router-load-balancing-type none
+   --moe-grouped-gemm
+   --vocab-size 163840
+   --untie-embeddings-and-output-weights
+)

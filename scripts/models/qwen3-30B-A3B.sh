@@ -1,0 +1,23 @@
+MODEL_ARGS=(
+   --swiglu
+   --num-layers 48
+   --hidden-size 2048
+   --ffn-hidden-size 6144
+   --num-attention-heads 32
+   --group-query-attention
+   --num-query-groups 4
+   --kv-channels 128
+   --qk-layernorm
+   --disable-bias-linear
+   --normalization "RMSNorm"
+   --norm-epsilon 1e-6
+   --use-rotary-position-embeddings
+   --rotary-base 1000000
+   --num-experts 128
+   --moe-ffn-hidden-size 768
+   --moe-router-topk 8
+   --moe-router-load-balancing-type none
+   --moe-grouped-gemm
+   --vocab-size 151936
+   --untie-embeddings-and-output-weights
+)
