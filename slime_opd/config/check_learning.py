@@ -134,12 +134,21 @@ def has_reward(config: Config) -> bool:
     return config.reward.rm_type is not None or config.reward.custom_rm_path is not None
 
 
+# slime's layer specs whose layers are here without a word: Megatron's flags describe them.
+SLIME_SPECS = ("slime_plugins.models.glm4",)
+
+
 def check_words_of_slime(config: Config) -> list[str]:
     """Flags of slime's that are accepted where they say what is so anyway."""
     problems, function = [], config.rollout.rollout_function_path
     if function not in (None, SLIME_SFT_ROLLOUT):
         problems.append(
             f"--rollout-function-path: found {function!r}, expected {SLIME_SFT_ROLLOUT}: rollouts of one's own are not supported; a reward of one's own is (--custom-rm-path)"
+        )
+    spec = config.model.spec
+    if spec and spec[0] not in SLIME_SPECS:
+        problems.append(
+            f"--spec: found {' '.join(spec)!r}, expected {' or '.join(SLIME_SPECS)}: layers come from the model family (docs/models.md lists those that there are)"
         )
     only_sft = {
         "rollout_function_path": function == SLIME_SFT_ROLLOUT,

@@ -165,7 +165,9 @@ def _switches(architecture: dict) -> list[tuple[str, bool, str]]:
     has_norm = bool(architecture.get("use_qk_norm")) if _QK_NORM[kind] is None else _QK_NORM[kind]
     found.append(("add_qkv_bias", has_bias and kind != "deepseek_v3", f"model_type {kind}"))
     found.append(("qk_layernorm", has_norm, f"model_type {kind}"))
-    found += [(name, kind == "glm4", f"model_type {kind}") for name in ("post_self_attn_layernorm", "post_mlp_layernorm")]
+    found += [
+        (name, kind == "glm4", f"model_type {kind}") for name in ("post_self_attn_layernorm", "post_mlp_layernorm")
+    ]
     found.append(("multi_latent_attention", kind == "deepseek_v3", f"model_type {kind}"))
     found.append(("rotary_interleaved", kind == "glm4", f"model_type {kind}"))
     if kind != "deepseek_v3":
@@ -254,7 +256,11 @@ def check_transformer_engine(config: Config) -> list[str]:
     if importlib.util.find_spec("transformer_engine") is not None:
         return []
     reasons = (
-        ("--expert-tensor-parallel-size", config.parallel.expert_tensor_parallel_size > 1, "its layers split an expert"),
+        (
+            "--expert-tensor-parallel-size",
+            config.parallel.expert_tensor_parallel_size > 1,
+            "its layers split an expert",
+        ),
         ("--moe-permute-fusion", config.megatron.moe_permute_fusion, "the kernel is its own"),
     )
     return [
@@ -293,7 +299,14 @@ def check_mixture(config: Config) -> list[str]:
 
 def number_of_experts(architecture: dict) -> int | None:
     """Of a Hugging Face config; None for a model without a mixture."""
-    return next((architecture[key] for key in ("num_experts", "n_routed_experts", "num_local_experts") if architecture.get(key)), None)
+    return next(
+        (
+            architecture[key]
+            for key in ("num_experts", "n_routed_experts", "num_local_experts")
+            if architecture.get(key)
+        ),
+        None,
+    )
 
 
 def check_custom_functions(config: Config) -> list[str]:

@@ -51,6 +51,8 @@ PARAMETERS = {
     "deepseek-v3": 671_026_404_352,
     "moonlight-16B-A3B": 15_960_108_544,
 }
+
+
 def bash(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", "-c", program],

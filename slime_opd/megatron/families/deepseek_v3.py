@@ -43,7 +43,9 @@ class DeepseekV3(DeepseekV3Bridge):
             qk_pos_emb_head_dim=hf_config.qk_rope_head_dim,
             v_head_dim=hf_config.v_head_dim,
             rotary_base=hf_config.rope_theta,
-            **({"rope_type": "yarn", **yarn} if kind == "yarn" else {"rope_type": "rope", "rotary_scaling_factor": 1.0}),
+            **(
+                {"rope_type": "yarn", **yarn} if kind == "yarn" else {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+            ),
             **deepseek_router(hf_config),
         )
 

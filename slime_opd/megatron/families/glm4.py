@@ -19,7 +19,9 @@ class Glm4(Qwen2Bridge):
     has_post_norms = True
 
     _ATTENTION_MAPPING = Qwen2Bridge._ATTENTION_MAPPING | {
-        "self_attention.linear_proj.post_layernorm.weight": ["model.layers.{layer_number}.post_self_attn_layernorm.weight"],
+        "self_attention.linear_proj.post_layernorm.weight": [
+            "model.layers.{layer_number}.post_self_attn_layernorm.weight"
+        ],
     }
     _MLP_MAPPING = Qwen2Bridge._MLP_MAPPING | {
         "mlp.linear_fc1.weight": ["model.layers.{layer_number}.mlp.gate_up_proj.weight"],

@@ -73,9 +73,8 @@ def test_the_layout_must_divide_the_checkpoints_architecture(student):
 @pytest.mark.parametrize(
     "flag",
     [
-        "--sequence-parallel",
-        "--expert-model-parallel-size=2",
         "--expert-tensor-parallel-size=2",
+        "--moe-permute-fusion",
     ],
 )
 def test_layouts_of_transformer_engine_are_refused_without_it(flag, monkeypatch):
@@ -84,6 +83,37 @@ def test_layouts_of_transformer_engine_are_refused_without_it(flag, monkeypatch)
     assert problem.startswith(f"{flag.split('=')[0]} needs Transformer Engine (")
     monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: object())
     assert check_machine.check_transformer_engine(parse([flag])) == []
+
+
+MIXTURE = {"model_type": "qwen3_moe", "num_experts": 6, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "--tensor-model-parallel-size 2",
+            "--tensor-model-parallel-size 2 with a mixture of experts: add --sequence-parallel",
+        ),
+        (
+            "--expert-model-parallel-size 4",
+            "--expert-model-parallel-size: found 4, expected a divisor of the 6 experts",
+        ),
+        ("--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 3", None),
+    ],
+)
+def test_layouts_that_a_mixture_cannot_be_trained_at(student, words, expected):
+    (student / "config.json").write_text(json.dumps(MIXTURE))
+    found = check_machine.check_mixture(parse(["--hf-checkpoint", str(student), *words.split()]))
+    assert [problem.startswith(expected) for problem in found] == [True] if expected else found == []
+
+
+def test_a_model_without_experts_has_none_to_share(student):
+    (problem,) = check_machine.check_mixture(
+        parse(["--hf-checkpoint", str(student), "--expert-model-parallel-size", "2"])
+    )
+    assert problem == "--expert-model-parallel-size: found 2, expected 1: the model has no experts to share"
+    assert check_machine.check_mixture(parse(["--expert-model-parallel-size", "2"])) == []
 
 
 def test_context_parallelism_is_refused_with_or_without_transformer_engine():

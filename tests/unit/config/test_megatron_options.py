@@ -96,7 +96,7 @@ def test_types_are_megatrons():
             "--recompute-modules",
             "core_attn",
             "mlp",
-            "--mtp-num-layers",
+            "--moe-router-topk",
             "1",
             "--qk-clip-alpha",
             "0.25",
@@ -108,7 +108,7 @@ def test_types_are_megatrons():
         "moe_aux_loss_coeff": [0.0, 0.1],
         "window_size": (4, 8),
         "recompute_modules": ["core_attn", "mlp"],
-        "mtp_num_layers": 1,
+        "moe_router_topk": 1,
         "qk_clip_alpha": 0.25,
     }
 
