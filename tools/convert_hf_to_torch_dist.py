@@ -1,16 +1,20 @@
-"""Convert a Hugging Face checkpoint to Megatron's torch_dist format.
+"""Convert a Hugging Face checkpoint to Megatron's torch_dist format, on the CPU.
 
     source scripts/models/qwen3-8B.sh
     python tools/convert_hf_to_torch_dist.py "${MODEL_ARGS[@]}" --hf-checkpoint Qwen3-8B --save Qwen3-8B_torch_dist
 
-Takes the flags of the training command. The layout it runs at (`--tensor-model-parallel-size`, …) does not matter to who
-loads the result; use torchrun with several processes for a model that one process cannot hold. Without MODEL_ARGS the
-architecture is read from --hf-checkpoint. Weights keep their dtype unless --bf16, --fp16 or --fp32 is given.
+Takes the flags of the training command, and --force to write over a checkpoint that --save holds. Weights are read, written and
+read back one at a time, so memory is that of a file and not of the model; with torchrun the processes share the work. Parallel sizes
+do not matter to who loads the result. Without MODEL_ARGS the architecture is read from --hf-checkpoint. Weights keep their dtype
+unless --bf16, --fp16 or --fp32 is given; fp8 becomes bf16.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+from pathlib import Path
 
 from slime_opd.config.config import Config
 from slime_opd.config.parser import command_line, parse
@@ -19,24 +23,34 @@ from slime_opd.errors import ConfigError
 
 def main(arguments: list[str]) -> None:
     """Read --hf-checkpoint, write --save."""
-    config = parse(arguments)
+    force = "--force" in arguments
+    config = parse([word for word in arguments if word != "--force"])
     for flag, value in (("--hf-checkpoint", config.model.hf_checkpoint), ("--save", config.checkpoint.save)):
         if value is None:
             raise ConfigError(f"{flag} is missing; give the directory to {'read' if 'hf' in flag else 'write'}")
+    target = Path(config.checkpoint.save)
+    if target.is_dir() and any(p for p in target.iterdir() if not p.name.endswith(".partial")) and not force:
+        raise ConfigError(f"--save {target} is not empty; choose another directory or say --force")
+    # Weights are moved from file to file; a GPU would only be in the way.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
-    from slime_opd.megatron import checkpoint, hugging_face, parallel
-    from slime_opd.megatron.model import build_model, make_bridge
+    from slime_opd.config.stages import ParallelConfig
+    from slime_opd.megatron import checkpoint, conversion, hugging_face, parallel
 
+    checkpoint.require(config.model.hf_checkpoint, "--hf-checkpoint")
     config = completed(config, hugging_face.weights_dtype(config.model.hf_checkpoint))
-    with parallel.tool_process(config.parallel), torch.no_grad():
-        bridge = make_bridge(config)
-        model = build_model(config, bridge)
-        location = checkpoint.require(config.model.hf_checkpoint, "--hf-checkpoint")
-        checkpoint.load_weights(model, bridge, location, "--hf-checkpoint")
-        path = checkpoint.save(config.checkpoint.save, None, model, None, {})
-        if torch.distributed.get_rank() == 0:
-            print(f"wrote {path}")
+    with parallel.tool_process(ParallelConfig()), torch.no_grad():
+        is_first = torch.distributed.get_rank() == 0
+        partial = target / "release.partial"
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        torch.distributed.barrier()
+        conversion.to_torch_dist(config, partial)
+        if is_first:
+            hugging_face.write_manifest(partial)
+            print(f"wrote {checkpoint.publish(partial)}")
 
 
 def completed(config: Config, dtype: object) -> Config:

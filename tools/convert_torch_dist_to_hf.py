@@ -2,17 +2,18 @@
 
     python tools/convert_torch_dist_to_hf.py --input-dir run/iter_0000100 --output-dir run_hf --origin-hf-dir Qwen3-8B
 
-The checkpoint may have been saved at any parallel layout. Tokenizer and config come from --origin-hf-dir; weights keep the
-dtype they were saved in.
+The checkpoint may have been saved at any parallel layout. Shards are written one at a time and read back; after a kill the same
+command goes on with the first that is missing. Tokenizer and config come from --origin-hf-dir, and so do weights that training
+leaves alone (multi-token prediction); the others keep the dtype they were saved in. `sha256sum --check manifest.sha256` in
+--output-dir checks every file.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from slime_opd.config.config import Config
-from slime_opd.config.stages import ModelConfig, TrainingConfig
 from slime_opd.errors import SlimeOPDError
 
 
@@ -20,11 +21,11 @@ def main() -> int:
     """Read --input-dir, write --output-dir."""
     options = parse_arguments()
     try:
-        convert(options)
+        reused = convert(options)
     except SlimeOPDError as error:
         print(f"convert_torch_dist_to_hf: error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.output_dir}")
+    print(f"wrote {options.output_dir}" + (f" ({len(reused)} shards were there already)" if reused else ""))
     return 0
 
 
@@ -39,35 +40,29 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def convert(options: argparse.Namespace) -> None:
-    """Load the checkpoint into one unsplit model and write its weights."""
-    import torch
-    from megatron.core import dist_checkpointing
-
-    from slime_opd.megatron import checkpoint, hugging_face, parallel
-    from slime_opd.megatron.model import build_model, exported_weights, make_bridge
+def convert(options: argparse.Namespace) -> list[str]:
+    """Write the checkpoint's weights shard by shard; returns the shards that an earlier run had written."""
+    # Weights are moved from file to file; a GPU would only be in the way.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from slime_opd.megatron import checkpoint, conversion, hugging_face, torch_dist
 
     location = checkpoint.require(options.input_dir, "--input-dir")
     if location.is_hugging_face:
         raise SlimeOPDError(f"--input-dir {options.input_dir} is a Hugging Face directory already")
-    saved = dist_checkpointing.load_tensors_metadata(str(location.directory))
-    dtype = next(tensor.dtype for name, tensor in saved.items() if "embedding" in name and "optimizer" not in name)
-    precision = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
-    config = Config(
-        model=ModelConfig(hf_checkpoint=options.origin_hf_dir, megatron_to_hf_mode="bridge"),
-        training=TrainingConfig(**{precision: True}),
-    )
-    with parallel.tool_process(config.parallel), torch.no_grad():
-        bridge = make_bridge(config)
-        model = build_model(config, bridge)
-        checkpoint.load_weights(model, bridge, location, "--input-dir")
-        hugging_face.write(
-            exported_weights(model, bridge),
-            options.output_dir,
-            options.origin_hf_dir,
-            shard_bytes=options.chunk_size,
-            overwrite=options.force,
+    origin = checkpoint.find(options.origin_hf_dir)
+    if origin is None or not origin.is_hugging_face:
+        raise SlimeOPDError(
+            f"--origin-hf-dir {options.origin_hf_dir}: no config.json there, expected a Hugging Face directory"
         )
+    trained, hf_config = conversion.to_hugging_face(torch_dist.Reader(location.directory), options.origin_hf_dir)
+    return hugging_face.write(
+        [*trained, *hugging_face.untrained(options.origin_hf_dir, trained, hf_config)],
+        options.output_dir,
+        options.origin_hf_dir,
+        shard_bytes=options.chunk_size,
+        overwrite=options.force,
+        source=str(location.directory.resolve()),
+    )
 
 
 if __name__ == "__main__":

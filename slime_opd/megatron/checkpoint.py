@@ -97,7 +97,7 @@ def load_weights(
         _check_hugging_face(bridge, location, flag, any_vocabulary)
         bridge.load_weights([model], str(location.directory))
         return
-    state = _model_state(model)
+    state = model_state(model)
     _check_shapes(state, location, flag)
     loaded = dist_checkpointing.load(
         {"model": state}, str(location.directory), strict=StrictHandling.ASSUME_OK_UNEXPECTED
@@ -135,10 +135,10 @@ def shapes_at(path: str) -> dict[str, int]:
 
 def load_training_state(state: TrainingState, location: Location) -> None:
     """Copy optimizer, schedule and random state at `location` into `state`."""
-    model_state = _model_state(state.model)
+    of_model = model_state(state.model)
     _prepare_to_load(state.optimizer)
     wanted = {
-        "optimizer": state.optimizer.sharded_state_dict(model_state, is_loading=True, metadata=_FULLY_RESHARDABLE),
+        "optimizer": state.optimizer.sharded_state_dict(of_model, is_loading=True, metadata=_FULLY_RESHARDABLE),
         "scheduler": state.scheduler.state_dict(),
     }
     rng = _rng_state()
@@ -171,29 +171,36 @@ def save(
 ) -> Path:
     """Write one checkpoint, on all ranks together; `iteration` None writes a release of weights only."""
     name = "release" if iteration is None else f"iter_{iteration:07d}"
-    final = Path(root) / name
     partial = Path(root) / f"{name}.partial"
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
-    model_state = _model_state(model)
-    state: dict[str, Any] = {"model": model_state, "iteration": iteration or 0}
+    of_model = model_state(model)
+    state: dict[str, Any] = {"model": of_model, "iteration": iteration or 0}
     if training is not None:
-        state["optimizer"] = training.optimizer.sharded_state_dict(model_state, metadata=_FULLY_RESHARDABLE)
+        state["optimizer"] = training.optimizer.sharded_state_dict(of_model, metadata=_FULLY_RESHARDABLE)
         state["scheduler"] = training.scheduler.state_dict()
         state["rng"] = _rng_state()
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
         (partial / RUN_STATE).write_text(json.dumps(run_state, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        tracker = Path(root) / f"{TRACKER}.partial"
-        tracker.write_text("release" if iteration is None else str(iteration))
-        tracker.rename(Path(root) / TRACKER)
+        publish(partial)
         _remove_old(Path(root), keep)
     dist.barrier()
+    return partial.with_suffix("")
+
+
+def publish(partial: Path) -> Path:
+    """Give a complete `NAME.partial` its name, and name it in the tracker file."""
+    root, final = partial.parent, partial.with_suffix("")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    tracker = root / f"{TRACKER}.partial"
+    iteration = _iteration_of(final.name)
+    tracker.write_text("release" if iteration is None else str(iteration))
+    tracker.rename(root / TRACKER)
     return final
 
 
@@ -233,7 +240,8 @@ def _separate_steps(optimizer: MegatronOptimizer) -> None:
             state["step"] = state["step"].clone()
 
 
-def _model_state(model: HiddenStatesModel) -> dict[str, Any]:
+def model_state(model: HiddenStatesModel) -> dict[str, Any]:
+    """The model's tensors as Megatron saves them, by parameter."""
     # Transformer Engine's `_extra_state` carries FP8 scales only; leaving it out makes one checkpoint fit both layer specs.
     return {key: value for key, value in model.sharded_state_dict().items() if "_extra_state" not in key}
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from mbridge.core.bridge import Bridge
+from mbridge.core.parallel_states import ParallelStates
 from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
@@ -78,12 +80,12 @@ def uses_transformer_engine(config: Config) -> bool:
     return device.has_cuda() and installed and config.training.attention_backend != "local"
 
 
-def make_bridge(config: Config) -> Bridge:
-    """mbridge's view of the student, set up for this layout and layer spec.
+def make_bridge(config: Config, layout: ParallelStates | None = None) -> Bridge:
+    """mbridge's view of the student, set up for a layout (by default this rank's) and layer spec.
 
     Raises ConfigError for a model family that mbridge does not know.
     """
-    bridge = families.bridge_of(config.model.hf_checkpoint, parameter_dtype(config))
+    bridge = families.bridge_of(config.model.hf_checkpoint, parameter_dtype(config), layout)
     # mbridge keeps its table on the class and edits it for tied models: give this one a table of its own.
     bridge._DIRECT_MAPPING = dict(type(bridge)._DIRECT_MAPPING)
     tied = bridge.hf_config.tie_word_embeddings
@@ -174,23 +176,23 @@ def transformer_config(config: Config, bridge: Bridge) -> TransformerConfig:
     )
 
 
-def build_model(config: Config, bridge: Bridge) -> HiddenStatesModel:
-    """This rank's pipeline stage, with fresh random weights, on this rank's device."""
+def build_model(config: Config, bridge: Bridge, *, on_meta: bool = False) -> HiddenStatesModel:
+    """This rank's pipeline stage, with fresh random weights, on this rank's device; on meta it has shapes alone."""
     architecture = transformer_config(config, bridge)
-    model = HiddenStatesModel(
-        config=architecture,
-        transformer_layer_spec=decoder_block(
-            architecture, with_engine=uses_transformer_engine(config), post_norms=_post_norms(config, bridge)
-        ),
-        vocab_size=bridge.padded_vocab_size,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        **_embedding_settings(config, bridge),
-    )
+    with torch.device("meta") if on_meta else nullcontext():
+        model = HiddenStatesModel(
+            config=architecture,
+            transformer_layer_spec=decoder_block(
+                architecture, with_engine=uses_transformer_engine(config), post_norms=_post_norms(config, bridge)
+            ),
+            vocab_size=bridge.padded_vocab_size,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            **_embedding_settings(config, bridge),
+        )
     if config.model.megatron_to_hf_mode == "bridge":
         _scale_rotary(model, bridge.hf_config)
-    # A vocabulary row that is padding stays zero, so that a checkpoint is the same at every layout.
-    return model.to(device=device.device(), dtype=parameter_dtype(config))
+    return model.to(device=None if on_meta else device.device(), dtype=parameter_dtype(config))
 
 
 def _scale_rotary(model: HiddenStatesModel, hf_config: PretrainedConfig) -> None:

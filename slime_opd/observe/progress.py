@@ -16,7 +16,7 @@ LOG_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Counts `total` pieces of work called `unit`, and the tokens they produced."""
+    """Counts `total` pieces of work called `unit`, and the tokens they produced, if any."""
 
     def __init__(self, label: str, total: int, *, unit: str) -> None:
         self._label, self._total, self._unit = label, total, unit
@@ -37,12 +37,12 @@ class Progress:
         self._done += count
         self._tokens += tokens
         now = time.perf_counter()
-        rate = f"{self._tokens / max(now - self._started, 1e-9):.0f} tokens/s"
+        rate = f"{self._tokens / max(now - self._started, 1e-9):.0f} tokens/s" if self._tokens else ""
         if self._bars is not None:
             self._bars.update(self._task, advance=count, rate=rate)
         elif now - self._last_line > LOG_INTERVAL_S:
             self._last_line = now
-            CONSOLE.print(f"{self._label}: {self._done}/{self._total} {self._unit}, {rate}", markup=False)
+            CONSOLE.print(f"{self._label}: {self._done}/{self._total} {self._unit}{rate and f', {rate}'}", markup=False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

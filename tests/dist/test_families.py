@@ -1,8 +1,8 @@
 """Model families: a tiny random model of each, made by transformers, is the same model here at every parallel layout.
 
 Hugging Face to Megatron: log-probs to 1e-4, and the norm of the gradient of a training step to 1e-4 relative, in float32; what is
-left is the order of sums. Megatron to Hugging Face: bit for bit. A torch_dist checkpoint that one process saved is loaded at
-every layout, bit for bit.
+left is the order of sums. Megatron to Hugging Face: bit for bit, from the ranks' memory and from the checkpoint that they save. The
+torch_dist checkpoint that the tool makes of Hugging Face's is loaded at every layout, bit for bit.
 """
 
 from __future__ import annotations
@@ -143,9 +143,11 @@ def make_config(model_dir: str, layout: str, load: str | None = None):
 
 
 def on_rank(rank, world_size, init_method, models: str, layout: str):
-    """Of every family: log-probs, the weights as they are exported, those of torch_dist too, and the norm of a step's gradient."""
+    """Of every family: log-probs, the norm of a step's gradient, and the weights: exported, saved and converted, converted and loaded."""
+    import torch
+
     from slime_opd.data.assemble import split
-    from slime_opd.megatron import checkpoint, parallel
+    from slime_opd.megatron import checkpoint, conversion, parallel, torch_dist
     from slime_opd.megatron.trainer import Trainer
     from slime_opd.observe.metrics import values
     from slime_opd.types import RolloutBatch, TrainBatch
@@ -170,14 +172,22 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
         )
         log_probs = scores["log_probs"].numpy() if scores else None
         exported = {name: weight.clone().numpy() for name, weight in trainer.exported_weights()}
+        saved = checkpoint.save(f"{directory}_saved_{layout}", None, trainer.model, None, {})
+        converted = {}
+        if rank == 0:
+            groups, _ = conversion.to_hugging_face(torch_dist.Reader(saved), directory)
+            converted = {name: weight.clone().numpy() for group in groups for name, weight in group.read().items()}
         if world_size == 1:
-            checkpoint.save(f"{directory}_torch_dist", None, trainer.model, None, {})
+            (made := Path(f"{directory}_torch_dist/release.partial")).mkdir(parents=True)
+            with torch.no_grad():
+                conversion.to_torch_dist(trainer.config, made)
+            checkpoint.publish(made)
         mine = split(samples, trainer.config)[trainer.layout.data_rank]
         norm = values(trainer.train(mine)).get("train/grad_norm")
         parallel.shut_down()
         loaded = {name: weight.clone().numpy() for name, weight in trainer_of(f"{directory}_torch_dist", "second").exported_weights()}
         parallel.shut_down()
-        found[family] = log_probs, norm, exported, loaded
+        found[family] = log_probs, norm, exported, loaded, *([converted] if rank == 0 else [])
     return found
 
 

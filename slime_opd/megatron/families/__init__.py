@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from mbridge import AutoBridge
 from mbridge.core.bridge import Bridge
+from mbridge.core.parallel_states import ParallelStates
 from transformers import AutoConfig, PretrainedConfig
 
 from slime_opd.errors import ConfigError
@@ -15,14 +16,14 @@ from slime_opd.megatron.families import deepseek_v3, glm4, glm4_moe, mimo, mixtr
 __all__ = ["bridge_of", "deepseek_v3", "glm4", "glm4_moe", "mimo", "mixtral"]
 
 
-def bridge_of(directory: str, dtype: torch.dtype) -> Bridge:
-    """The bridge between Megatron and the family of a Hugging Face directory.
+def bridge_of(directory: str, dtype: torch.dtype, layout: ParallelStates | None = None) -> Bridge:
+    """The bridge between Megatron and the family of a Hugging Face directory, at a layout (by default this rank's).
 
     Raises ConfigError for a family that neither mbridge nor this package knows.
     """
     try:
         hf_config = read_config(directory)
-        return AutoBridge.from_config(hf_config, dtype=dtype)
+        return AutoBridge.from_config(hf_config, dtype=dtype, parallel_states=layout)
     except ValueError as error:
         raise ConfigError(f"--hf-checkpoint {directory}: {error}") from error
 
