@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,11 +28,20 @@ from slime_opd.errors import EngineError, EngineTimeout
 _LOG_LINES_IN_ERRORS = 15
 
 
+# Below what Linux gives to outgoing connections, one of which could take a port before its server does.
+_SERVER_PORTS = range(20000, 32768)
+
+
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` that is free at this moment."""
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return listener.getsockname()[1]
+    """A TCP port of `host` that is free at this moment. Raises OSError where none is."""
+    for port in random.sample(_SERVER_PORTS, len(_SERVER_PORTS)):
+        with socket.socket() as listener:
+            try:
+                listener.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"found no free port of {host}, expected one from {_SERVER_PORTS.start} to {_SERVER_PORTS.stop - 1}")
 
 
 class OwnedProcess:

@@ -7,70 +7,16 @@ torch_dist checkpoint that the tool makes of Hugging Face's is loaded at every l
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from model_families import FAMILIES, MIXTURES, OF_TRANSFORMERS, SERVED, save_model
 from ranks import run_ranks
 
 pytestmark = pytest.mark.dist
 
-SHAPE = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
-    "initializer_range": 0.2, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ROUTED = {
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 48, "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
-}  # fmt: skip
-LATENT = {
-    "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 24, "num_key_value_heads": 4,
-}  # fmt: skip
-YARN = {
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1, "mscale": 0.8,
-    "mscale_all_dim": 1.2,
-}  # fmt: skip
-# Family: its transformers class, and what its published models have that the shape does not.
-FAMILIES = {
-    "Qwen2, Qwen2.5": ("Qwen2", {}),
-    "Qwen2, Qwen2.5, tied": ("Qwen2", {"tie_word_embeddings": True}),
-    "Qwen3": ("Qwen3", {"head_dim": 32}),
-    "Qwen3, tied": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
-    "Llama 2": ("Llama", {}),
-    "Llama 3.1": (
-        "Llama",
-        {"rope_theta": 5e5, "rope_scaling": LLAMA_3 | {"original_max_position_embeddings": 64}},
-    ),
-    "Llama 3.2, tied": (
-        "Llama",
-        {
-            "rope_theta": 5e5,
-            "rope_scaling": LLAMA_3 | {"factor": 32.0, "original_max_position_embeddings": 64},
-            "tie_word_embeddings": True,
-        },
-    ),
-    "Llama, linear scaling": ("Llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
-    "GLM-4": ("Glm4", {"head_dim": 32, "attention_bias": True}),
-    "MiMo": ("MiMo", {}),
-    "Qwen3 MoE": ("Qwen3Moe", {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}),
-    "Mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "GLM-4.5": ("Glm4Moe", ROUTED | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True}),
-    "GLM-4.5-Air": ("Glm4Moe", ROUTED | {"head_dim": 32, "attention_bias": True, "use_qk_norm": False}),
-    "DeepSeek-V3": (
-        "DeepseekV3",
-        ROUTED
-        | LATENT
-        | {"q_lora_rank": 32, "n_routed_experts": 8, "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "rope_scaling": YARN},
-    ),
-    "Moonlight": ("DeepseekV3", ROUTED | LATENT | {"q_lora_rank": None}),
-}
-# Families whose classes live beside their weights, and the class of transformers that is the same without their extra layers.
-OF_TRANSFORMERS = {"MiMo": "Qwen2"}
-MIXTURES = {"Qwen3Moe", "Mixtral", "Glm4Moe", "DeepseekV3"}
 # Tensor, pipeline and expert parallelism, and whether sequences are split over the tensor-parallel ranks.
 LAYOUTS = {
     "one process": (1, 1, 1, False),
@@ -89,32 +35,6 @@ def runs(family: str, layout: str) -> bool:
 
 
 CASES = [(family, layout) for family in FAMILIES for layout in LAYOUTS if runs(family, layout)]
-
-
-def save_model(directory: Path, family: str) -> None:
-    """A random model of the family, its biases too: a bias that is 0 would hide that it is lost."""
-    import torch
-    import transformers
-
-    name, more = FAMILIES[family]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{OF_TRANSFORMERS.get(name, name)}Config")(**SHAPE | more)
-    model = getattr(transformers, f"{OF_TRANSFORMERS.get(name, name)}ForCausalLM")(config).float()
-    with torch.no_grad():
-        for key, tensor in model.state_dict().items():
-            if key.endswith("bias"):
-                tensor.normal_(0, 0.5)
-            elif key.endswith("mlp.gate.weight"):
-                tensor.normal_(0, 0.2)
-            if key.endswith("e_score_correction_bias"):
-                # Transformers gives a group that is not chosen the score 0, DeepSeek and Megatron minus infinity: keep scores above.
-                tensor.abs_()
-    model.save_pretrained(directory)
-    if name in OF_TRANSFORMERS:
-        path = directory / "config.json"
-        path.write_text(
-            json.dumps(json.loads(path.read_text()) | {"model_type": name.lower(), "architectures": [f"{name}ForCausalLM"]})
-        )
 
 
 def tokens() -> np.ndarray:
@@ -277,9 +197,10 @@ def test_the_table_in_the_docs_is_of_these_results(outcomes, models, hugging_fac
             return "fails"
         return "passes"
 
-    table = [f"| family | class | {' | '.join(LAYOUTS)} |", "| --- " * (2 + len(LAYOUTS)) + "|"]
+    table = [f"| family | class | {' | '.join(LAYOUTS)} | SGLang |", "| --- " * (3 + len(LAYOUTS)) + "|"]
     for family, (name, _) in FAMILIES.items():
-        table.append(f"| {family} | `{name}ForCausalLM` | {' | '.join(result(family, layout) for layout in LAYOUTS)} |")
+        results = [*(result(family, layout) for layout in LAYOUTS), "passes" if family in SERVED else "not run"]
+        table.append(f"| {family} | `{name}ForCausalLM` | {' | '.join(results)} |")
     text = DOCS.read_text()
     before, rest = text.split("<!-- results -->\n")[0], text.split("<!-- end of results -->")[1]
     made = before + "\n".join(["<!-- results -->", *table, "<!-- end of results -->"]) + rest

@@ -1,0 +1,57 @@
+"""An engine of every family that SGLang serves on a CPU: it has the model's log-probs, before and after an update of its weights."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+import torch
+from conftest import save_tiny_tokenizer
+from model_families import FAMILIES, SERVED, save_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from slime_opd.engine.control import EngineControl, serialize_by_value
+from slime_opd.engine.server import EngineProcess, free_port
+
+pytestmark = pytest.mark.e2e
+
+TOKENS = [3, 40, 5, 38, 12, 44, 7, 63, 21, 9, 30, 1]
+
+
+def served(server: EngineProcess) -> torch.Tensor:
+    request = {
+        "input_ids": TOKENS,
+        "sampling_params": {"max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": 0,
+    }
+    answer = httpx.post(f"{server.url}/generate", json=request, timeout=60).json()
+    return torch.tensor([row[0] for row in answer["meta_info"]["input_token_logprobs"]][1:])
+
+
+def expected(directory) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        log_probs = model(torch.tensor([TOKENS])).logits[0, :-1].log_softmax(-1)
+    return log_probs.gather(1, torch.tensor(TOKENS[1:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_the_engine_serves_the_weights_it_started_with_and_then_those_it_was_sent(family, tmp_path):
+    assert family in FAMILIES
+    for name in ("first", "second"):
+        save_model(tmp_path / name, family)
+        save_tiny_tokenizer(tmp_path / name)
+    torch.manual_seed(1)
+    moved = {
+        name: weight + 0.05 * torch.randn_like(weight)
+        for name, weight in load_file(tmp_path / "second" / "model.safetensors").items()
+    }
+    save_file(moved, tmp_path / "second" / "model.safetensors", metadata={"format": "pt"})
+    with EngineProcess(tmp_path / "first", port=free_port(), log_path=tmp_path / "server.log") as server:
+        server.wait_ready(180)
+        torch.testing.assert_close(served(server), expected(tmp_path / "first"), atol=1e-5, rtol=0)
+        with EngineControl(server.url) as control:
+            control.update_weights_from_tensor([serialize_by_value(moved.items())], weight_version="second")
+            assert control.differing_weights([serialize_by_value(moved.items())]) == []
+        torch.testing.assert_close(served(server), expected(tmp_path / "second"), atol=1e-5, rtol=0)
