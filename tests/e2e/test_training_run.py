@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import save_tiny_tokenizer
+from model_families import save_model
 
 from slime_opd.engine.server import EngineProcess, free_port
 
@@ -178,6 +180,29 @@ def test_weights_arrive_by_every_transport(transport, more, tiny_model_dir, prom
     # The entropy bonus has moved the student off both by now.
     assert last["train/kl_loss"] > 0 and last["opd/reverse_kl"] != 0
     assert last["train/train_rollout_logprob_abs_diff"] < 1e-4
+
+
+def test_a_mixture_of_experts_is_distilled_over_two_ranks_and_resumed(prompts, tmp_path):
+    """Experts over two ranks, a Megatron teacher, an engine with the trainer's weights after each step, and one resume."""
+    model, save = tmp_path / "model", str(tmp_path / "checkpoints")
+    save_model(model, "GLM-4.5")
+    save_tiny_tokenizer(model)
+
+    def words(rollouts: int) -> list[str]:
+        flags = ["--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(model), "--entropy-coef", "0.1"]
+        flags += ["--actor-num-gpus-per-node", "2", "--expert-model-parallel-size", "2", "--lr", "1e-3"]
+        flags += ["--save", save, "--load", save, "--save-interval", "1", "--num-rollout", str(rollouts)]
+        return distillation(model, prompts, tmp_path / "run", *flags, "--check-weight-update-equal")
+
+    for rollouts in (1, 2):
+        code, output = run(words(rollouts), tmp_path / f"log_{rollouts}")
+        assert code == 0, output[-3000:]
+    assert "resumed --load" in output
+    first, second = records(tmp_path / "run")
+    assert (first["step"], second["step"]) == (1, 2)
+    assert abs(first["opd/reverse_kl"]) < 1e-5 and second["opd/reverse_kl"] != 0
+    for record in (first, second):
+        assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
 
 
 def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, prompts, tmp_path):
