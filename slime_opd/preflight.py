@@ -15,27 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from slime_opd.config import Config
+from slime_opd.config.check_machine import architecture_flags
 from slime_opd.config.checks import CHECKS, notes, problems
 from slime_opd.errors import SlimeOPDError
+from slime_opd.memory_estimate import GIB, Size, estimates, size_of
 
-GIB = 2**30
 _ROWS = 64
 
 
 @dataclass
 class Findings:
-    """What was found: problems, what could not be checked and why, what was looked at and is in order, and figures."""
+    """What was found: problems, what could not be checked and why, what was looked at and is in order, figures, and a table of what differs."""
 
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     fine: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
 
     def lines(self) -> Iterator[str]:
         """As they are printed, the problems last."""
         yield from (f"ok           {line}" for line in self.fine)
         yield from (f"memory       {line}" for line in self.figures)
         yield from (f"not checked  {line}" for line in self.unchecked)
+        yield from (f"differs      {line}" for line in self.differences)
         yield from (f"problem      {line}" for line in self.problems)
 
 
@@ -50,8 +53,8 @@ def preflight(config: Config, problems_of_words: list[str]) -> Findings:
         _look_at_data(config, tokenizer, found)
         _ask_teacher(config, tokenizer, found)
     _look_at_checkpoints(config, architecture, found)
-    if size := parameters(architecture):
-        found.figures += memory(config, architecture, size)
+    if size := size_of(architecture):
+        found.figures += estimates(config, architecture, size)
         _look_at_disk(config, size, found)
     else:
         found.unchecked.append("memory and disk: no size could be read from --hf-checkpoint's config.json")
@@ -114,10 +117,14 @@ def _ask_teacher(config: Config, tokenizer: Any, found: Findings) -> None:
 
 
 def _look_at_checkpoints(config: Config, architecture: dict, found: Findings) -> None:
-    """The shapes in each checkpoint against those of --hf-checkpoint."""
+    """The numbers of the architecture as flags, --hf-checkpoint and each checkpoint have them; those that differ, in one table."""
     from slime_opd.megatron.checkpoint import shapes_at
 
     options = config.checkpoint
+    places: dict[str, dict[str, Any]] = {}
+    if config.model.megatron_to_hf_mode == "raw":
+        places["flags"] = architecture_flags(config)
+    places["--hf-checkpoint"] = architecture
     for name, path in (
         ("--load", options.load),
         ("--ref-load", options.ref_load),
@@ -128,6 +135,7 @@ def _look_at_checkpoints(config: Config, architecture: dict, found: Findings) ->
         shapes = _attempt(found, lambda path=path: shapes_at(path))
         if not shapes:
             continue
+        places[name] = shapes
         differing = [
             f"{key} {shapes[key]} there, {architecture[key]} here"
             for key in shapes
@@ -137,71 +145,20 @@ def _look_at_checkpoints(config: Config, architecture: dict, found: Findings) ->
             found.problems.append(f"{name} {path} is not of --hf-checkpoint's architecture: {'; '.join(differing)}")
         else:
             found.fine.append(f"{name} {path}: {', '.join(f'{key} {value}' for key, value in shapes.items())}")
+    found.differences += _differences(places)
 
 
-@dataclass(frozen=True)
-class Size:
-    """Parameters of a dense model: of one layer, and of one embedding; `tied` shares the second with the output layer."""
-
-    layer: int
-    embedding: int
-    layers: int
-    tied: bool
-
-    @property
-    def total(self) -> int:
-        return self.layer * self.layers + self.embedding * (1 if self.tied else 2)
-
-
-def parameters(architecture: dict) -> Size | None:
-    """From a Hugging Face config; None for what it does not tell, and for a mixture of experts."""
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    is_mixture = any(architecture.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if is_mixture or not all(isinstance(architecture.get(key), int) for key in needed):
-        return None
-    hidden, layers, heads, ffn, vocabulary = (architecture[key] for key in needed)
-    groups, head = architecture.get("num_key_value_heads", heads), architecture.get("head_dim") or hidden // heads
-    attention = hidden * head * (heads + 2 * groups) + heads * head * hidden
-    return Size(
-        attention + 3 * hidden * ffn, vocabulary * hidden, layers, bool(architecture.get("tie_word_embeddings"))
-    )
-
-
-def memory(config: Config, architecture: dict, size: Size) -> list[str]:
-    """Bytes per training rank, by what holds them, as lines; a rough figure, of the largest pipeline stage."""
-    layout, training = config.parallel, config.training
-    tensor, pipeline = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    layers = -(-size.layers // pipeline)
-    own = (size.layer * layers + size.embedding * (1 if size.tied or pipeline > 1 else 2)) / tensor
-    half = not training.fp32
-    weights, gradients = (
-        own * (2 if half else 4),
-        own * (4 if training.accumulate_allreduce_grads_in_fp32 or not half else 2),
-    )
-    # Adam's two moments, and a copy of the weights in float32 where they are not.
-    optimizer = own * (12 if half else 8) / max(1, config.data_parallel_size)
-    tokens = training.max_tokens_per_gpu or training.micro_batch_size * (
-        config.rollout.rollout_max_response_len or 4096
-    )
-    hidden, width = architecture["hidden_size"], 2 if half else 4
-    kept = layers if layout.recompute_granularity == "full" else layers * 17
-    activations = tokens * hidden * width * (kept + 17) / tensor
-    # Student's and teacher's log-probs and probabilities of a chunk, in float32.
-    logits = 4 * training.log_probs_chunk_size * architecture["vocab_size"] * 4 / tensor
-    parts = {
-        "weights": weights, "gradients": gradients, "optimizer": optimizer, "activations": activations, "logits": logits,
-    }  # fmt: skip
-    if config.has_megatron_teacher and config.opd.opd_teacher_resident:
-        parts["teacher"] = weights
-    lines = [
-        f"{size.total / 1e9:.2f}B parameters; about {sum(parts.values()) / GIB:.1f} GiB on each training rank: "
-        + ", ".join(f"{name} {part / GIB:.1f}" for name, part in parts.items())
-    ]
-    engine = size.total * width / config.cluster.rollout_num_gpus_per_engine
-    lines.append(
-        f"about {engine / GIB:.1f} GiB of weights on each engine's GPU, beside its cache (--sglang-mem-fraction-static)"
-    )
-    return lines
+def _differences(places: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of the names whose values differ between places, as lines; none where nothing does."""
+    names = dict.fromkeys(name for place in places.values() for name in place)
+    rows = [[name, *(place.get(name) for place in places.values())] for name in names]
+    # A place that says nothing of a name agrees with all.
+    rows = [row for row in rows if len({value for value in row[1:] if isinstance(value, int | float | str)}) > 1]
+    if not rows:
+        return []
+    words = [["", *places], *([str("–" if value is None else value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*words, strict=True)]
+    return ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in words]
 
 
 def _look_at_disk(config: Config, size: Size, found: Findings) -> None:

@@ -142,6 +142,16 @@ def check_architecture_flags(config: Config) -> list[str]:
     ]
 
 
+def architecture_flags(config: Config) -> dict[str, Any]:
+    """What the flags say of the architecture, under Hugging Face's names."""
+    said = {key: _said(config, name) for name, key in _SAME.items()}
+    if not config.model.group_query_attention:
+        said["num_key_value_heads"] = config.model.num_attention_heads
+    if not config.model.use_rope_scaling:
+        said.pop("rope_scaling.factor")
+    return {key: value for key, value in said.items() if value is not None}
+
+
 def _said(config: Config, name: str) -> Any:
     """The value of an architecture flag, which is ours or Megatron's."""
     return getattr(config.model if hasattr(config.model, name) else config.megatron, name)

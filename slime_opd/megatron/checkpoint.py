@@ -8,6 +8,7 @@ any moment leaves the previous checkpoint valid.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -114,7 +115,7 @@ def vocabulary_rows(location: Location) -> int:
 
 
 def shapes_at(path: str) -> dict[str, int]:
-    """Layers, hidden and MLP size of the checkpoint at `path`, under Hugging Face's names; {} where there is none yet."""
+    """Layers and widths of the checkpoint at `path`, under Hugging Face's names; {} where there is none yet."""
     location = find(path)
     if location is None:
         return {}
@@ -125,12 +126,20 @@ def shapes_at(path: str) -> dict[str, int]:
         }
     saved = dist_checkpointing.load_tensors_metadata(str(location.directory))
     shapes = {key: tuple(tensor.global_shape) for key, tensor in saved.items()}
+    # Layers of one kind are one tensor; where they differ, each has its own.
+    numbered = {int(key.split(".")[2]) for key in shapes if re.match(r"decoder\.layers\.\d", key)}
+    found = {"num_hidden_layers": len(numbered)} if numbered else {}
     where = {
         "num_hidden_layers": ("decoder.layers.self_attention.linear_proj.weight", 0),
         "hidden_size": ("embedding.word_embeddings.weight", 1),
-        "intermediate_size": ("decoder.layers.mlp.linear_fc2.weight", -1),
+        "intermediate_size": ("mlp.linear_fc2.weight", -1),
+        "moe_intermediate_size": ("mlp.experts.experts.linear_fc2.weight", -1),
     }
-    return {name: shapes[key][axis] for name, (key, axis) in where.items() if key in shapes}
+    for name, (ending, axis) in where.items():
+        key = next((key for key in shapes if key.endswith(ending) and not key.startswith("optimizer.")), None)
+        if key is not None:
+            found[name] = shapes[key][axis]
+    return found
 
 
 def load_training_state(state: TrainingState, location: Location) -> None:

@@ -31,6 +31,11 @@ def bridge_of(directory: str, dtype: torch.dtype, layout: ParallelStates | None 
 def read_config(directory: str) -> PretrainedConfig:
     """The config of a Hugging Face directory, with what families are read from under its names of transformers 4."""
     hf_config = AutoConfig.from_pretrained(directory)
+    # transformers 5 keeps all that is said of rotary embeddings in one place.
+    rotary = getattr(hf_config, "rope_parameters", None) or {}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rotary and not hasattr(hf_config, name):
+            setattr(hf_config, name, rotary[name])
     if getattr(hf_config, "head_dim", 0) is None:
         hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
     return hf_config
