@@ -109,7 +109,9 @@ def check_architecture_flags(config: Config) -> list[str]:
         architecture = _architecture(config)
     except ValueError:
         return []  # check_layout_of_checkpoint says so in bridge mode, and the tokenizer's loading here
-    architecture = {**architecture.get("rope_parameters", {}), **architecture}
+    # transformers 5 has one entry for all that is said of rotary embeddings.
+    rotary = architecture.get("rope_parameters") or {}
+    architecture = {**rotary, "rope_scaling": rotary, **architecture}
     said = {name: _said(config, name) for name in _SAME}
     differing = {
         name: (said[name], architecture[key])

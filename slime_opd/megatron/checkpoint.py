@@ -96,7 +96,8 @@ def load_weights(
     """
     if location.is_hugging_face:
         _check_hugging_face(bridge, location, flag, any_vocabulary)
-        bridge.load_weights([model], str(location.directory))
+        # One weight at a time: by default all of this rank's would be in memory beside the model.
+        bridge.load_weights([model], str(location.directory), memory_efficient=True)
         return
     state = model_state(model)
     _check_shapes(state, location, flag)

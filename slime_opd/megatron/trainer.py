@@ -236,9 +236,11 @@ class Trainer:
             # The weights of the objective hold every denominator; Megatron is to divide by nothing.
             return loss, torch.ones((), dtype=torch.int, device=loss.device), result
 
+        layout = self.config.parallel
+        multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=micro_batches(batch, device.device(), steps),
+            data_iterator=micro_batches(batch, device.device(), steps, multiple=multiple),
             model=[self.wrapped],
             num_microbatches=sum(len(sizes) for sizes in batch.steps[steps]),
             # Megatron asks for a sequence length and ignores it: shapes vary and are sent ahead of the tensors.

@@ -85,6 +85,18 @@ def test_layouts_of_transformer_engine_are_refused_without_it(flag, monkeypatch)
     assert check_machine.check_transformer_engine(parse([flag])) == []
 
 
+@pytest.mark.parametrize("entry", ["rope_scaling", "rope_parameters"])
+def test_rotary_flags_are_compared_with_what_transformers_4_and_5_write(student, entry):
+    rotary = {"rope_type": "llama3", "factor": 32.0}
+    config = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": rotary}
+    if entry == "rope_parameters":
+        config = {"model_type": "llama", "rope_parameters": rotary | {"rope_theta": 5e5}}
+    (student / "config.json").write_text(json.dumps(config))
+    words = f"--hf-checkpoint {student} --use-rope-scaling --rotary-scaling-factor 8 --rotary-base 10000".split()
+    found = check_machine.check_architecture_flags(parse(words))
+    assert sorted(problem.partition(":")[0] for problem in found) == ["--rotary-base", "--rotary-scaling-factor"]
+
+
 MIXTURE = {"model_type": "qwen3_moe", "num_experts": 6, "num_hidden_layers": 4}
 
 

@@ -1,0 +1,90 @@
+"""What converting a checkpoint costs: our tools, a tensor at a time, against reading all weights and then writing them.
+
+    python benchmarks/conversion.py [--layers 24] [--directory DIR]
+
+Makes a random Qwen3 in bfloat16 in DIR (1.6B parameters with 24 layers), converts it to torch_dist and back, and compares every
+file. Prints seconds, the highest memory, and the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TOOLS = Path(__file__).parents[1] / "tools"
+SHARD = 500_000_000
+MODEL = """
+import sys, torch, transformers
+config = transformers.Qwen3Config(
+    vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=int(sys.argv[2]), num_attention_heads=16,
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
+)
+torch.manual_seed(0)
+model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
+model.save_pretrained(sys.argv[1], max_shard_size=int(sys.argv[3]))
+"""
+# The least that a converter can do which holds the whole model: every byte is read once and written once, and none is checked.
+ALL_AT_ONCE = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+state = {}
+for file in sorted(Path(sys.argv[1]).glob("*.safetensors")):
+    state |= {name: weight.clone() for name, weight in load_file(file).items()}
+torch.save(state, sys.argv[2])
+"""
+
+
+def measured(*words: object) -> tuple[float, float]:
+    """Seconds and GiB of resident memory at most."""
+    started, highest = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, "-W", "ignore", *map(str, words)], stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status")
+        try:
+            lines = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
+        except OSError:
+            lines = []
+        highest = max([highest, *(int(line.split()[1]) for line in lines)])
+        time.sleep(0.02)
+    if process.returncode:
+        sys.exit(f"'{words[0]}' failed; its output is above")
+    return time.perf_counter() - started, highest / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--directory", type=Path, default=None)
+    options = parser.parse_args()
+    place = Path(tempfile.mkdtemp(dir=options.directory))
+    source, made, back = place / "source", place / "torch_dist", place / "back"
+    try:
+        measured("-c", MODEL, source, options.layers, SHARD)
+        size = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2**30
+        there = measured(TOOLS / "convert_hf_to_torch_dist.py", "--hf-checkpoint", source, "--save", made)
+        words = ["--input-dir", made, "--output-dir", back, "--origin-hf-dir", source, "--chunk-size", SHARD]
+        and_back = measured(TOOLS / "convert_torch_dist_to_hf.py", *words)
+        plain = measured("-c", ALL_AT_ONCE, source, place / "all.pt")
+        names = sorted(file.name for file in source.glob("*.safetensors"))
+        same = sum(filecmp.cmp(source / name, back / name, shallow=False) for name in names if (back / name).is_file())
+        print(f"{size:.1f} GiB of weights; {same} of {len(names)} shards come back byte for byte")
+        print("| | seconds | GiB | time | memory |\n| --- | --- | --- | --- | --- |")
+        for name, (seconds, memory) in (
+            ("all at once, unchecked", plain),
+            ("to torch_dist", there),
+            ("to Hugging Face", and_back),
+        ):
+            print(f"| {name} | {seconds:.1f} | {memory:.2f} | {seconds / plain[0]:.2f} | {memory / plain[1]:.2f} |")
+    finally:
+        shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    main()
