@@ -169,6 +169,11 @@ def check_layout(config: Config) -> list[str]:
         problems.append(
             f"{world} training processes (--actor-num-nodes × --actor-num-gpus-per-node) are no multiple of {ranks} (--tensor-model-parallel-size × --pipeline-model-parallel-size × --context-parallel-size)"
         )
+    of_experts = layout.expert_model_parallel_size * layout.expert_tensor_parallel_size
+    if of_experts > 1 and _indivisible(world, of_experts * layout.pipeline_model_parallel_size):
+        problems.append(
+            f"{world} training processes (--actor-num-nodes × --actor-num-gpus-per-node) are no multiple of {of_experts * layout.pipeline_model_parallel_size} (--expert-model-parallel-size × --expert-tensor-parallel-size × --pipeline-model-parallel-size)"
+        )
     model = config.model
     return problems + model_layout_problems(
         config, layers=model.num_layers, heads=model.num_attention_heads, groups=model.num_query_groups
@@ -184,8 +189,14 @@ def model_layout_problems(config: Config, layers: int | None, heads: int | None,
         for what, count in sizes
         if _indivisible(count, tensor)
     ]
-    if _indivisible(layers, pipeline):
-        problems.append(f"--pipeline-model-parallel-size {pipeline} does not divide the model's {layers} layers")
+    # Stages at the ends may be given a number of layers of their own.
+    ends = (config.megatron.num_layers_in_first_pipeline_stage, config.megatron.num_layers_in_last_pipeline_stage)
+    given = [count for count in ends if count is not None]
+    if layers is not None and len(given) < pipeline and _indivisible(layers - sum(given), pipeline - len(given)):
+        rest = f" that the {len(given)} stages with a number of their own leave" if given else ""
+        problems.append(
+            f"--pipeline-model-parallel-size {pipeline} does not divide the model's {layers} layers{rest}; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers give the ends others"
+        )
     return problems
 
 

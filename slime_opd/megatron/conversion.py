@@ -6,6 +6,7 @@ Whatever the size of the model, what is in memory is one file's worth of it. Wha
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -63,18 +64,24 @@ def to_torch_dist(config: Config, directory: Path) -> None:
         for number, part in enumerate(_parts(entry, entry.data)):
             sources[_piece(part)] = _Source(name, number)
 
+    # The parts of a parameter come one after the other.
+    @functools.lru_cache(maxsize=1)
+    def values_of(name: str) -> Tensor:
+        values = bridge._weight_to_mcore_format(name, [weights.read(one) for one in names[name]])
+        wanted = list(state[name].data.shape)
+        if list(values.shape) != wanted:
+            raise CheckpointError(
+                f"--hf-checkpoint {config.model.hf_checkpoint}: {' and '.join(names[name])} make {list(values.shape)}, expected {wanted} for {name}"
+            )
+        return values
+
     checksums: dict[Piece, int] = {}
     with Progress("writing", len(sources) // world_size, unit="tensors") as progress:
 
         def make(piece: Piece) -> Tensor:
             source = sources[piece]
-            entry = state[source.name]
-            values = bridge._weight_to_mcore_format(source.name, [weights.read(one) for one in names[source.name]])
-            if tuple(values.shape) != tuple(entry.data.shape):
-                raise CheckpointError(
-                    f"--hf-checkpoint {config.model.hf_checkpoint}: {' and '.join(names[source.name])} make {list(values.shape)}, expected {list(entry.data.shape)} for {source.name}"
-                )
-            part = _parts(entry, values)[source.number].data.reshape(piece.shape).to(piece.dtype).contiguous()
+            parts = _parts(state[source.name], values_of(source.name))
+            part = parts[source.number].data.reshape(piece.shape).to(piece.dtype).contiguous()
             checksums[piece] = checksum(part)
             progress.advance(1)
             return part

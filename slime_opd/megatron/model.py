@@ -170,7 +170,6 @@ def transformer_config(config: Config, bridge: Bridge) -> TransformerConfig:
         add_bias_linear=not model.disable_bias_linear,
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
-        **_dtype_settings(parameter_dtype(config)),
         **_layout_settings(config),
         **_run_settings(config) | latent,
     )
@@ -274,15 +273,6 @@ def _embedding_settings(config: Config, bridge: Bridge) -> dict:
     }
 
 
-def _dtype_settings(dtype: torch.dtype) -> dict:
-    return {
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype is torch.bfloat16,
-        "fp16": dtype is torch.float16,
-    }
-
-
 def _layout_settings(config: Config) -> dict:
     layout = config.parallel
     return {
@@ -298,7 +288,12 @@ def _run_settings(config: Config) -> dict:
     """What does not depend on the architecture: layout details, precision, kernels and recomputation."""
     layout, training = config.parallel, config.training
     with_engine = uses_transformer_engine(config)
+    dtype = parameter_dtype(config)
     found = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "fp16": dtype is torch.float16,
         "sequence_parallel": layout.sequence_parallel,
         "variable_seq_lengths": True,
         # The one dispatcher that takes sequences of varying lengths; asked for even where there are no experts.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -13,18 +15,26 @@ from slime_opd.megatron.model import HiddenStatesModel, parameter_dtype
 from slime_opd.megatron.options import settings
 
 
+class _HalfPrecision(Float16Module):
+    """Megatron's cast to half precision, whose hidden states stay in it: the output layer, which is not in there, has its dtype."""
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return super().forward(*inputs, fp32_output=False, **options)
+
+
 def wrap(config: Config, model: HiddenStatesModel) -> DistributedDataParallel:
     """The model inside Megatron's gradient buffers (and its cast to half precision, where it trains in that)."""
     dtype = parameter_dtype(config)
     architecture = model.config
-    inner = model if dtype is torch.float32 else Float16Module(architecture, model)
+    inner = model if dtype is torch.float32 else _HalfPrecision(architecture, model)
     wrapped = DistributedDataParallel(
         config=architecture,
         ddp_config=DistributedDataParallelConfig(
             **{
                 "use_distributed_optimizer": True,
                 "grad_reduce_in_fp32": config.training.accumulate_allreduce_grads_in_fp32 or dtype is torch.float32,
-                "check_for_nan_in_grad": True,
+                # With float16 an overflow is how the loss scale is found.
+                "check_for_nan_in_grad": dtype is not torch.float16,
                 **settings(config, "gradients"),
             }
         ),

@@ -37,9 +37,14 @@ def chunked_objective(hidden: Tensor, weight: Tensor, shard: VocabularyShard, he
     return Objective(loss, total.totals, total.means, total.histograms)
 
 
+# Of the gradient while it is in float16, where a token's share of a large batch would be lost before the loss scale reaches it.
+_FLOAT16_SCALE = 1024.0
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, shard, head, chunk_size, parts):
+        scale = _FLOAT16_SCALE if hidden.dtype is torch.float16 else 1.0
         grad_hidden = torch.empty_like(hidden)
         # Summed over chunks, so kept in at least float32 until the end.
         grad_weight = torch.zeros(
@@ -47,6 +52,8 @@ class _ChunkedLoss(torch.autograd.Function):
         )
         for rows in chunks(len(hidden), chunk_size):
             objective, grad_logits = head(chunk_logits(hidden[rows], weight, shard), rows)
+            if scale != 1.0:
+                grad_logits = grad_logits * scale
             grad_logits = grad_logits.to(hidden.dtype)
             torch.mm(grad_logits, weight, out=grad_hidden[rows])
             if grad_weight.dtype == hidden.dtype:
@@ -56,14 +63,16 @@ class _ChunkedLoss(torch.autograd.Function):
             parts.append(objective)
         if shard.group is not None:
             dist.all_reduce(grad_hidden, group=shard.group)
-        ctx.gradients = (grad_hidden, grad_weight.to(weight.dtype))
+        ctx.gradients, ctx.scale = (grad_hidden, grad_weight.to(weight.dtype)), scale
         return torch.stack([part.loss for part in parts]).sum()
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.gradients
         del ctx.gradients
-        return grad_hidden.mul_(grad_loss.to(grad_hidden.dtype)), grad_weight.mul_(grad_loss), None, None, None, None
+        # A number in float32, which may be larger than float16 can hold.
+        factor = grad_loss / ctx.scale
+        return grad_hidden.mul_(factor), grad_weight.mul_(factor), None, None, None, None
 
 
 @torch.no_grad()

@@ -160,13 +160,13 @@ class Trainer:
         succeeded, grad_norm, _ = self.optimizer.step()
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
-        skipped = 0.0 if succeeded else 1.0
         return {
             **_collect(objectives),
             **scored.weight_metrics(step),
-            "train/grad_norm": Last(float(grad_norm)),
+            # A step whose gradient overflowed float16 has none.
+            **({} if grad_norm is None else {"train/grad_norm": Last(float(grad_norm))}),
             "train/lr": Last(float(learning_rate)),
-            "train/skipped_steps": Last(skipped),
+            "train/skipped_steps": Last(0.0 if succeeded else 1.0),
         }
 
     def head(

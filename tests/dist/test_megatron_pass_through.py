@@ -59,3 +59,65 @@ def test_each_part_of_the_run_has_what_was_said(tiny_model_dir, tmp_path, mode):
         "hysteresis": 5,
         "distributed": True,
     }
+
+
+def log_probs_of_three_layers(rank, world_size, init_method, model_dir):
+    """This rank's layers, and the log-probs where it has the last."""
+    import numpy as np
+
+    from slime_opd.config import parse
+    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.types import RolloutBatch, TrainBatch
+
+    words = f"--hf-checkpoint {model_dir} --megatron-to-hf-mode bridge --num-rollout 1 --rollout-batch-size 1 --loss-type sft_loss"
+    if world_size == 2:
+        words += " --actor-num-gpus-per-node 2 --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"
+    trainer = Trainer(parse(words.split()), rank=rank, world_size=world_size, init_method=init_method)
+    columns = {"loss_mask": np.ones(9, np.float32)}
+    batch = TrainBatch(RolloutBatch(np.arange(3, 15), np.array([3]), np.array([9]), columns), ((1,),))
+    found = trainer.score_pass(batch, lambda hidden, one: {"log_probs": trainer.scores(hidden, one, 1.0)[0]})
+    exported = {name: float(weight.double().sum()) for name, weight in trainer.exported_weights()}
+    return len(trainer.model.decoder.layers), found["log_probs"].numpy() if found else None, exported
+
+
+def test_a_stage_with_a_number_of_layers_of_its_own(tmp_path):
+    from conftest import save_tiny_model
+
+    save_tiny_model(tmp_path / "model", num_hidden_layers=3)
+    (rendezvous := tmp_path / "rendezvous").mkdir()
+    ((_, expected, weights),) = run_ranks(log_probs_of_three_layers, 1, rendezvous, str(tmp_path / "model"))
+    first, second = run_ranks(log_probs_of_three_layers, 2, rendezvous, str(tmp_path / "model"))
+    assert (first[0], second[0]) == (1, 2)
+    assert second[1] == pytest.approx(expected, abs=1e-4)
+    assert first[2] == second[2] == weights
+
+
+def bias_in_bfloat16(rank, world_size, init_method, model_dir):
+    import numpy as np
+    import torch
+
+    from slime_opd.config import parse
+    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.types import RolloutBatch, TrainBatch
+
+    words = f"--hf-checkpoint {model_dir} --megatron-to-hf-mode bridge --num-rollout 1 --rollout-batch-size 1 --loss-type sft_loss --bf16"
+    trainer = Trainer(parse(words.split()), rank=rank, world_size=world_size, init_method=init_method)
+    columns = {"loss_mask": np.ones(9, np.float32), "policy_weights": np.full(9, 1 / 9, np.float32)}
+    batch = RolloutBatch(np.arange(3, 15), np.array([3]), np.array([9]), columns)
+    trainer.train(TrainBatch(batch, ((1,),)))
+    exported = dict(trainer.exported_weights())
+    assert {weight.dtype for name, weight in exported.items() if "bias" not in name} == {torch.bfloat16}
+    return {name: weight.numpy() for name, weight in exported.items() if "e_score_correction_bias" in name}
+
+
+def test_the_bias_of_a_router_stays_float32_in_a_model_of_bfloat16(tmp_path):
+    from model_families import save_model
+    from safetensors.torch import load_file
+
+    save_model(tmp_path / "model", "GLM-4.5")
+    (rendezvous := tmp_path / "rendezvous").mkdir()
+    (found,) = run_ranks(bias_in_bfloat16, 1, rendezvous, str(tmp_path / "model"))
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert found
+    for name, bias in found.items():
+        assert bias.dtype == "float32" and (bias == weights[name].numpy()).all()

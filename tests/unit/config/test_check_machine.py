@@ -61,9 +61,11 @@ def test_the_layout_must_divide_the_checkpoints_architecture(student):
     words = f"--megatron-to-hf-mode bridge --hf-checkpoint {student} --pipeline-model-parallel-size 3".split()
     assert check_machine.check_layout_of_checkpoint(parse([*words, "--tensor-model-parallel-size", "4"])) == [
         "--tensor-model-parallel-size 4 does not divide the model's 2 key-value heads (query groups)",
-        "--pipeline-model-parallel-size 3 does not divide the model's 4 layers",
+        "--pipeline-model-parallel-size 3 does not divide the model's 4 layers; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers give the ends others",
     ]
     assert check_machine.check_layout_of_checkpoint(parse(words[:4])) == []
+    ends = ["--decoder-first-pipeline-num-layers", "1", "--decoder-last-pipeline-num-layers", "1"]
+    assert check_machine.check_layout_of_checkpoint(parse([*words, *ends])) == []
     (student / "config.json").write_text("{")
     assert check_machine.check_layout_of_checkpoint(parse(words)) == [
         f"--hf-checkpoint: {student}/config.json is not JSON"

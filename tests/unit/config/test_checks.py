@@ -295,6 +295,14 @@ RULES = {
         f"{GOOD} --actor-num-gpus-per-node 3 --pipeline-model-parallel-size 3",
         "--pipeline-model-parallel-size 3 does not divide the model's 4 layers",
     ),
+    "layers that the last stage leaves": (
+        f"{GOOD} --actor-num-gpus-per-node 3 --pipeline-model-parallel-size 3 --decoder-last-pipeline-num-layers 1",
+        "does not divide the model's 4 layers that the 1 stages with a number of their own leave",
+    ),
+    "processes and experts": (
+        f"{GOOD} --num-experts 4 --actor-num-gpus-per-node 2 --expert-model-parallel-size 4",
+        "2 training processes (--actor-num-nodes × --actor-num-gpus-per-node) are no multiple of 4 (--expert-model-parallel-size",
+    ),
     "two precisions": (f"{GOOD} --bf16 --fp32", "found --bf16 and --fp32, expected one precision"),
     "full recomputation of what": (f"{GOOD} --recompute-granularity full", "needs --recompute-method"),
     "recomputation without a kind": (
