@@ -182,24 +182,26 @@ def test_weights_arrive_by_every_transport(transport, more, tiny_model_dir, prom
     assert last["train/train_rollout_logprob_abs_diff"] < 1e-4
 
 
-def test_a_mixture_of_experts_is_distilled_over_two_ranks_and_resumed(prompts, tmp_path):
-    """Experts over two ranks, a Megatron teacher, an engine with the trainer's weights after each step, and one resume."""
-    model, save = tmp_path / "model", str(tmp_path / "checkpoints")
+def test_a_mixture_of_experts_is_distilled_over_two_ranks(prompts, tmp_path):
+    """Experts over two ranks, a Megatron teacher, and an engine with the trainer's weights after each step."""
+    model = tmp_path / "model"
     save_model(model, "GLM-4.5")
     save_tiny_tokenizer(model)
-
-    def words(rollouts: int) -> list[str]:
-        flags = ["--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(model), "--entropy-coef", "0.1"]
-        flags += ["--actor-num-gpus-per-node", "2", "--expert-model-parallel-size", "2", "--lr", "1e-3"]
-        flags += ["--save", save, "--load", save, "--save-interval", "1", "--num-rollout", str(rollouts)]
-        return distillation(model, prompts, tmp_path / "run", *flags, "--check-weight-update-equal")
-
-    for rollouts in (1, 2):
-        code, output = run(words(rollouts), tmp_path / f"log_{rollouts}")
-        assert code == 0, output[-3000:]
-    assert "resumed --load" in output
+    flags = ["--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(model), "--entropy-coef", "0.1"]
+    flags += [
+        "--actor-num-gpus-per-node",
+        "2",
+        "--expert-model-parallel-size",
+        "2",
+        "--lr",
+        "1e-3",
+        "--num-rollout",
+        "2",
+    ]
+    words = distillation(model, prompts, tmp_path / "run", *flags, "--check-weight-update-equal")
+    code, output = run(words, tmp_path / "log")
+    assert code == 0, output[-3000:]
     first, second = records(tmp_path / "run")
-    assert (first["step"], second["step"]) == (1, 2)
     assert abs(first["opd/reverse_kl"]) < 1e-5 and second["opd/reverse_kl"] != 0
     for record in (first, second):
         assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
