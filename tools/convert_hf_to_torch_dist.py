@@ -35,10 +35,11 @@ def main(arguments: list[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
+    from slime_opd.checkpoint import directory
     from slime_opd.config.stages import ParallelConfig
-    from slime_opd.megatron import checkpoint, conversion, hugging_face, parallel
+    from slime_opd.megatron import conversion, hugging_face, parallel
 
-    checkpoint.require(config.model.hf_checkpoint, "--hf-checkpoint")
+    directory.require(config.model.hf_checkpoint, "--hf-checkpoint")
     config = completed(config, hugging_face.weights_dtype(config.model.hf_checkpoint))
     with parallel.tool_process(ParallelConfig()), torch.no_grad():
         is_first = torch.distributed.get_rank() == 0
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> None:
         conversion.to_torch_dist(config, partial)
         if is_first:
             hugging_face.write_manifest(partial)
-            print(f"wrote {checkpoint.publish(partial)}")
+            print(f"wrote {directory.publish(partial)}")
 
 
 def completed(config: Config, dtype: object) -> Config:

@@ -44,12 +44,13 @@ def convert(options: argparse.Namespace) -> list[str]:
     """Write the checkpoint's weights shard by shard; returns the shards that an earlier run had written."""
     # Weights are moved from file to file; a GPU would only be in the way.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    from slime_opd.megatron import checkpoint, conversion, hugging_face, torch_dist
+    from slime_opd.checkpoint import directory
+    from slime_opd.megatron import conversion, hugging_face, torch_dist
 
-    location = checkpoint.require(options.input_dir, "--input-dir")
+    location = directory.require(options.input_dir, "--input-dir")
     if location.is_hugging_face:
         raise SlimeOPDError(f"--input-dir {options.input_dir} is a Hugging Face directory already")
-    origin = checkpoint.find(options.origin_hf_dir)
+    origin = directory.find(options.origin_hf_dir)
     if origin is None or not origin.is_hugging_face:
         raise SlimeOPDError(
             f"--origin-hf-dir {options.origin_hf_dir}: no config.json there, expected a Hugging Face directory"

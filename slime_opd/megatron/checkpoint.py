@@ -1,8 +1,6 @@
-"""Checkpoints: Megatron's torch_dist format, and Hugging Face directories to start from.
+"""What is in a checkpoint: Megatron's torch_dist format, and Hugging Face directories to start from.
 
-A checkpoint directory holds `iter_0000010/` (or `release/`) and `latest_checkpointed_iteration.txt`, as Megatron-LM writes
-them. A step is written under a name that no reader looks at, then renamed, and only then named in the tracker file; so a kill at
-any moment leaves the previous checkpoint valid.
+Where checkpoints lie, and how one takes its name, is `slime_opd/checkpoint/directory.py`.
 """
 
 from __future__ import annotations
@@ -27,21 +25,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
+from slime_opd.checkpoint.directory import RUN_STATE, Location, find, publish, remove_old
 from slime_opd.errors import CheckpointError
 from slime_opd.megatron.model import HiddenStatesModel
 
-TRACKER = "latest_checkpointed_iteration.txt"
-RUN_STATE = "run_state.json"
 _FULLY_RESHARDABLE = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-@dataclass(frozen=True)
-class Location:
-    """One checkpoint on disk. `iteration` is None for a release or a Hugging Face directory."""
-
-    directory: Path
-    iteration: int | None
-    is_hugging_face: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,39 +39,6 @@ class TrainingState:
     model: HiddenStatesModel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-
-
-def find(path: str, step: int | None = None) -> Location | None:
-    """The checkpoint that `path` means, or None where there is none yet.
-
-    `path` may be a directory with a tracker file, one iteration's directory, or a Hugging Face directory. Raises
-    CheckpointError when a step is asked for that is not there, or the tracker names one that is not there.
-    """
-    root = Path(path)
-    if (root / ".metadata").is_file():
-        return Location(root, _iteration_of(root.name))
-    if step is not None:
-        return _existing(root, step)
-    if (root / TRACKER).is_file():
-        named = (root / TRACKER).read_text().strip()
-        if named == "release":
-            return Location(root / "release", None)
-        if not named.isdigit():
-            raise CheckpointError(f"{root / TRACKER} holds {named!r}, expected a step number or 'release'")
-        return _existing(root, int(named))
-    if (root / "config.json").is_file():
-        return Location(root, None, is_hugging_face=True)
-    return None
-
-
-def require(path: str, flag: str, step: int | None = None) -> Location:
-    """`find`, where a missing checkpoint is an error that names the flag."""
-    location = find(path, step)
-    if location is None:
-        raise CheckpointError(
-            f"{flag} {path}: no checkpoint there; expected a {TRACKER}, an iter_… directory or a Hugging Face directory"
-        )
-    return location
 
 
 def load_weights(
@@ -165,12 +120,6 @@ def load_training_state(state: TrainingState, location: Location) -> None:
         get_cuda_rng_tracker().set_states(loaded["rng"]["tracker"])
 
 
-def read_run_state(location: Location) -> dict[str, Any]:
-    """The driver's state saved beside the weights: step and data cursor; empty where there is none."""
-    path = location.directory / RUN_STATE
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
 def save(
     root: str,
     iteration: int | None,
@@ -197,21 +146,9 @@ def save(
     if dist.get_rank() == 0:
         (partial / RUN_STATE).write_text(json.dumps(run_state, indent=1))
         publish(partial)
-        _remove_old(Path(root), keep)
+        remove_old(Path(root), keep)
     dist.barrier()
     return partial.with_suffix("")
-
-
-def publish(partial: Path) -> Path:
-    """Give a complete `NAME.partial` its name, and name it in the tracker file."""
-    root, final = partial.parent, partial.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    tracker = root / f"{TRACKER}.partial"
-    iteration = _iteration_of(final.name)
-    tracker.write_text("release" if iteration is None else str(iteration))
-    tracker.rename(root / TRACKER)
-    return final
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[Any]:
@@ -269,25 +206,6 @@ def _rng_state() -> ShardedObject:
     )
     state = {"cpu": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
     return ShardedObject("rng", state, sizes, ranks)
-
-
-def _iteration_of(name: str) -> int | None:
-    digits = name.removeprefix("iter_")
-    return int(digits) if digits.isdigit() else None
-
-
-def _existing(root: Path, step: int) -> Location:
-    directory = root / f"iter_{step:07d}"
-    if not (directory / ".metadata").is_file():
-        found = sorted(path.name for path in root.glob("iter_*") if (path / ".metadata").is_file())
-        raise CheckpointError(f"{directory}: no complete checkpoint there; found {', '.join(found) or 'none'}")
-    return Location(directory, step)
-
-
-def _remove_old(root: Path, keep: int) -> None:
-    complete = sorted(path for path in root.glob("iter_*") if (path / ".metadata").is_file())
-    for path in complete[:-keep] if keep else []:
-        shutil.rmtree(path)
 
 
 def _check_shapes(state: dict[str, Any], location: Location, flag: str) -> None:

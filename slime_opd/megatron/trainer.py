@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from slime_opd.algorithm.objective import Objective
+from slime_opd.checkpoint import directory
 from slime_opd.config import Config
 from slime_opd.distill.penalty import clamp_signal, discounted_sums, sampled_reverse_kl
 from slime_opd.errors import CheckpointError
@@ -68,11 +69,11 @@ class Trainer:
         options = self.config.checkpoint
         prints: dict[str, tuple[float, float]] = {}
         if self.config.algorithm.use_kl_loss:
-            location = checkpoint.require(options.ref_load, "--ref-load", options.ref_ckpt_step)
+            location = directory.require(options.ref_load, "--ref-load", options.ref_ckpt_step)
             prints["reference"] = self._keep("reference", location, "--ref-load")
         if self.config.has_megatron_teacher:
             opd = self.config.opd
-            location = checkpoint.require(opd.opd_teacher_load, "--opd-teacher-load", opd.opd_teacher_ckpt_step)
+            location = directory.require(opd.opd_teacher_load, "--opd-teacher-load", opd.opd_teacher_ckpt_step)
             prints["teacher"] = self._keep("teacher", location, "--opd-teacher-load", resident=opd.opd_teacher_resident)
             if self.shard is not None:
                 self.teacher_shard = replace(
@@ -89,7 +90,7 @@ class Trainer:
         self.scheduler = make_scheduler(self.config, self.optimizer)
         run_state: dict[str, Any] = {}
         if location.iteration is not None and flag == "--load" and not options.finetune:
-            run_state = checkpoint.read_run_state(location)
+            run_state = directory.read_run_state(location)
             if not options.no_load_optim:
                 checkpoint.load_training_state(self._training_state(), location)
         warnings = []
@@ -99,17 +100,17 @@ class Trainer:
             )
         return StartReport(f"{flag} {location.directory}", run_state, tuple(warnings))
 
-    def _student_location(self) -> tuple[checkpoint.Location, str]:
+    def _student_location(self) -> tuple[directory.Location, str]:
         options = self.config.checkpoint
-        location = checkpoint.find(options.load, options.ckpt_step) if options.load else None
+        location = directory.find(options.load, options.ckpt_step) if options.load else None
         if location is not None:
             return location, "--load"
         if options.ref_load:
-            return checkpoint.require(options.ref_load, "--ref-load", options.ref_ckpt_step), "--ref-load"
-        return checkpoint.require(self.config.model.hf_checkpoint, "--hf-checkpoint"), "--hf-checkpoint"
+            return directory.require(options.ref_load, "--ref-load", options.ref_ckpt_step), "--ref-load"
+        return directory.require(self.config.model.hf_checkpoint, "--hf-checkpoint"), "--hf-checkpoint"
 
     def _keep(
-        self, name: str, location: checkpoint.Location, flag: str, *, resident: bool = False
+        self, name: str, location: directory.Location, flag: str, *, resident: bool = False
     ) -> tuple[float, float]:
         """Load weights into the model and keep a copy of them under `name`; returns their fingerprint."""
         with torch.no_grad():

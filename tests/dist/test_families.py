@@ -67,6 +67,7 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
     """Of every family: log-probs, the norm of a step's gradient, and the weights: exported, saved and converted, converted and loaded."""
     import torch
 
+    from slime_opd.checkpoint.directory import publish
     from slime_opd.data.assemble import split
     from slime_opd.megatron import checkpoint, conversion, parallel, torch_dist
     from slime_opd.megatron.trainer import Trainer
@@ -102,7 +103,7 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
             (made := Path(f"{directory}_torch_dist/release.partial")).mkdir(parents=True)
             with torch.no_grad():
                 conversion.to_torch_dist(trainer.config, made)
-            checkpoint.publish(made)
+            publish(made)
         mine = split(samples, trainer.config)[trainer.layout.data_rank]
         norm = values(trainer.train(mine)).get("train/grad_norm")
         parallel.shut_down()
