@@ -6,6 +6,7 @@ Where checkpoints lie, and how one takes its name, is `slime_opd/checkpoint/dire
 from __future__ import annotations
 
 import json
+import queue
 import re
 import shutil
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from mbridge.core.bridge import Bridge
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -141,6 +143,9 @@ def save(
         state["optimizer"] = training.optimizer.sharded_state_dict(of_model, metadata=_FULLY_RESHARDABLE)
         state["scheduler"] = training.scheduler.state_dict()
         state["rng"] = _rng_state()
+    # By default the writer's results pass through a queue in a process of its own, started by `spawn`: seconds of imports,
+    # 300 MB, and it outlives a killed rank. A save that is waited for puts and gets them in this process.
+    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
