@@ -5,7 +5,7 @@
 
 Takes the flags of the training command, and --force to write over a checkpoint that --save holds. Weights are read, written and
 read back one at a time, so memory is that of a file and not of the model; with torchrun the processes share the work. Parallel sizes
-do not matter to who loads the result. Without MODEL_ARGS the architecture is read from --hf-checkpoint. Weights keep their dtype
+do not matter to who loads the result. The tokenizer is kept beside the weights, and manifest.sha256 has the checksum of every file. Without MODEL_ARGS the architecture is read from --hf-checkpoint. Weights keep their dtype
 unless --bf16, --fp16 or --fp32 is given; fp8 becomes bf16.
 """
 
@@ -14,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
+from slime_opd.checkpoint.lock import LOCK
 from slime_opd.config.config import Config
 from slime_opd.config.parser import command_line, parse
 from slime_opd.errors import ConfigError
@@ -29,29 +31,39 @@ def main(arguments: list[str]) -> None:
         if value is None:
             raise ConfigError(f"{flag} is missing; give the directory to {'read' if 'hf' in flag else 'write'}")
     target = Path(config.checkpoint.save)
-    if target.is_dir() and any(p for p in target.iterdir() if not p.name.endswith(".partial")) and not force:
+    left_behind = (".partial", LOCK)
+    if target.is_dir() and any(p for p in target.iterdir() if not p.name.endswith(left_behind)) and not force:
         raise ConfigError(f"--save {target} is not empty; choose another directory or say --force")
     # Weights are moved from file to file; a GPU would only be in the way.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     from slime_opd.checkpoint import directory
+    from slime_opd.checkpoint.lock import RunLock
+    from slime_opd.checkpoint.tokenizer import copy_tokenizer
     from slime_opd.config.stages import ParallelConfig
     from slime_opd.megatron import conversion, hugging_face, parallel
+    from slime_opd.megatron.verification import Verification, on_first_rank, write_manifest
 
-    directory.require(config.model.hf_checkpoint, "--hf-checkpoint")
+    source = directory.require(config.model.hf_checkpoint, "--hf-checkpoint")
     config = completed(config, hugging_face.weights_dtype(config.model.hf_checkpoint))
-    with parallel.tool_process(ParallelConfig()), torch.no_grad():
-        is_first = torch.distributed.get_rank() == 0
-        partial = target / "release.partial"
-        if is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        torch.distributed.barrier()
+    partial = target / "release.partial"
+
+    def begin() -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    with parallel.tool_process(ParallelConfig()), torch.no_grad(), ExitStack() as stack:
+        if torch.distributed.get_rank() == 0:
+            stack.enter_context(RunLock(target))
+        Verification(enabled=not config.checkpoint.no_verify_checkpoint).require(source, "--hf-checkpoint")
+        on_first_rank(begin)
         conversion.to_torch_dist(config, partial)
-        if is_first:
-            hugging_face.write_manifest(partial)
-            print(f"wrote {directory.publish(partial)}")
+        on_first_rank(lambda: copy_tokenizer(source.directory, partial))
+        write_manifest(partial)
+        final = on_first_rank(lambda: directory.publish(partial))
+        if torch.distributed.get_rank() == 0:
+            print(f"wrote {final}")
 
 
 def completed(config: Config, dtype: object) -> Config:

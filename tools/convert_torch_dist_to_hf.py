@@ -14,7 +14,9 @@ import argparse
 import os
 import sys
 
-from slime_opd.errors import SlimeOPDError
+from slime_opd.checkpoint import manifest, whole
+from slime_opd.checkpoint.location import Location
+from slime_opd.errors import CheckpointError, SlimeOPDError
 
 
 def main() -> int:
@@ -36,6 +38,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output-dir", required=True, help="Hugging Face directory to write")
     parser.add_argument("--origin-hf-dir", required=True, help="Hugging Face directory of the same architecture")
     parser.add_argument("--chunk-size", type=int, default=5 * 1024**3, help="bytes per shard (default: 5 GiB)")
+    parser.add_argument(
+        "--no-verify-checkpoint", action="store_true", help="do not compare --input-dir with its checksums"
+    )
     parser.add_argument("-f", "--force", action="store_true", help="write into a directory that is not empty")
     return parser.parse_args()
 
@@ -55,6 +60,8 @@ def convert(options: argparse.Namespace) -> list[str]:
         raise SlimeOPDError(
             f"--origin-hf-dir {options.origin_hf_dir}: no config.json there, expected a Hugging Face directory"
         )
+    if not options.no_verify_checkpoint:
+        verify(location)
     trained, hf_config = conversion.to_hugging_face(torch_dist.Reader(location.directory), options.origin_hf_dir)
     return hugging_face.write(
         [*trained, *hugging_face.untrained(options.origin_hf_dir, trained, hf_config)],
@@ -64,6 +71,15 @@ def convert(options: argparse.Namespace) -> list[str]:
         overwrite=options.force,
         source=str(location.directory.resolve()),
     )
+
+
+def verify(location: Location) -> None:
+    """Raise CheckpointError where a file of the checkpoint is missing or differs from its checksum."""
+    problems = whole.problems_of(location)
+    if not problems and (entries := whole.expected_files(location)):
+        problems = manifest.content_problems(location.directory, entries)
+    if problems:
+        raise CheckpointError(whole.refusal(location, "--input-dir", problems))
 
 
 if __name__ == "__main__":

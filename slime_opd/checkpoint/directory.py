@@ -1,58 +1,78 @@
 """A directory of checkpoints: `iter_0000010/` (or `release/`) and `latest_checkpointed_iteration.txt`, as Megatron-LM writes them.
 
 A step is written under a name that no reader looks at, then renamed, and only then named in the tracker file; so a kill at
-any moment leaves the previous checkpoint valid.
+any moment leaves the previous checkpoint valid. Files and names are on the disk before the next one relies on them, so the same
+holds for a power cut.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slime_opd.checkpoint.location import (
+    REPLACED,
+    RUN_STATE,
+    TOKENIZER,
+    Location,
+    iteration_of,
+    iterations,
+)
+from slime_opd.checkpoint.lock import LOCK
+from slime_opd.checkpoint.manifest import MANIFEST
+from slime_opd.checkpoint.whole import alternative, newest_whole, read_json, refusal, require_whole
+from slime_opd.config import Config
 from slime_opd.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-RUN_STATE = "run_state.json"
+# What a run leaves in a directory before its first checkpoint is complete. A directory that has none of it is not a run's.
+_TRACES = (LOCK, "run", "logs", "config.yaml", "metrics.jsonl", "*.log", "*.partial")
 
 
-@dataclass(frozen=True)
-class Location:
-    """One checkpoint on disk. `iteration` is None for a release or a Hugging Face directory."""
+def find(path: str, step: int | None = None, *, flag: str = "--load") -> Location | None:
+    """The checkpoint that `path` means, or None where there is none yet: no directory, an empty one, or a run's first.
 
-    directory: Path
-    iteration: int | None
-    is_hugging_face: bool = False
-
-
-def find(path: str, step: int | None = None) -> Location | None:
-    """The checkpoint that `path` means, or None where there is none yet.
-
-    `path` may be a directory with a tracker file, one iteration's directory, or a Hugging Face directory. Raises
-    CheckpointError when a step is asked for that is not there, or the tracker names one that is not there.
+    `path` may be a directory with a tracker file, one iteration's directory, or a Hugging Face directory. Raises CheckpointError
+    where `path` is a file or a directory of something else, a step is not there, the tracker file is missing beside checkpoints,
+    or it names one that is not there. `flag` is named in the message.
     """
     root = Path(path)
-    if (root / ".metadata").is_file():
-        return Location(root, _iteration_of(root.name))
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"{flag} {root} is a file, expected a directory of checkpoints")
+    is_one = iteration_of(root.name) is not None or any(root.glob("*.distcp"))
+    if (root / ".metadata").is_file() or (is_one and root.is_dir() and not (root / TRACKER).exists()):
+        location = Location(root, iteration_of(root.name))
+        if step not in (None, location.iteration):
+            raise CheckpointError(
+                f"{flag} {root} is one checkpoint, and step {step} another: give {flag} {root.parent}"
+            )
+        return _complete(location, flag)
     if step is not None:
-        return _existing(root, step)
-    if (root / TRACKER).is_file():
-        named = (root / TRACKER).read_text().strip()
-        if named == "release":
-            return Location(root / "release", None)
-        if not named.isdigit():
-            raise CheckpointError(f"{root / TRACKER} holds {named!r}, expected a step number or 'release'")
-        return _existing(root, int(named))
+        return _existing(root, step, flag)
+    if (root / TRACKER).exists():
+        tracked = read_tracker(root, flag)
+        return _complete(Location(root / "release", None), flag) if tracked is None else _existing(root, tracked, flag)
     if (root / "config.json").is_file():
         return Location(root, None, is_hugging_face=True)
+    if iterations(root):
+        newest = newest_whole(root)
+        choice = "none of them is whole" if newest is None else f"the newest whole one is step {newest.iteration}"
+        way = "" if newest is None else f": give --ckpt-step {newest.iteration}, or another directory to start anew"
+        raise CheckpointError(
+            f"{flag} {root} holds checkpoints but no {TRACKER}, which names the one to load; {choice}{way}"
+        )
+    if root.is_dir() and any(root.iterdir()) and not any(True for name in _TRACES for _ in root.glob(name)):
+        raise CheckpointError(
+            f"{flag} {root} is not empty and holds no checkpoint, nor anything else of a run; give a directory of checkpoints, or a new one to start in"
+        )
     return None
 
 
 def require(path: str, flag: str, step: int | None = None) -> Location:
     """`find`, where a missing checkpoint is an error that names the flag."""
-    location = find(path, step)
+    location = find(path, step, flag=flag)
     if location is None:
         raise CheckpointError(
             f"{flag} {path}: no checkpoint there; expected a {TRACKER}, an iter_… directory or a Hugging Face directory"
@@ -60,39 +80,149 @@ def require(path: str, flag: str, step: int | None = None) -> Location:
     return location
 
 
+def problems(config: Config) -> list[str]:
+    """What a short look finds wrong with the checkpoints that a run would load, a sentence each."""
+    options, opd = config.checkpoint, config.opd
+    named = [
+        ("--load", options.load, options.ckpt_step),
+        ("--ref-load", options.ref_load, options.ref_ckpt_step),
+        ("--opd-teacher-load", opd.opd_teacher_load, opd.opd_teacher_ckpt_step),
+        ("--hf-checkpoint", config.model.hf_checkpoint, None),
+    ]
+    found = []
+    for flag, path, step in named:
+        if path is None:
+            continue
+        try:
+            location = find(path, step, flag=flag)
+            if location is not None:
+                require_whole(location, flag, verify=not options.no_verify_checkpoint)
+                if flag == "--load" and not options.finetune:
+                    read_run_state(location)
+        except CheckpointError as error:
+            found.append(str(error))
+    return found
+
+
+def read_tracker(root: Path, flag: str = "--load") -> int | None:
+    """The step that the tracker file of `root` names; None for a release. Raises CheckpointError where it names neither."""
+    try:
+        named = (root / TRACKER).read_bytes()[:64].decode("ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        named = f"no text ({type(error).__name__})"
+    if named == "release":
+        return None
+    if not (named.isdigit() and len(named) < 10):
+        newest = newest_whole(root)
+        way = (
+            ""
+            if newest is None
+            else f"; the newest whole checkpoint is step {newest.iteration}: give --ckpt-step {newest.iteration}"
+        )
+        raise CheckpointError(f"{flag} {root / TRACKER} holds {named!r}, expected a step number or 'release'{way}")
+    return int(named)
+
+
 def read_run_state(location: Location) -> dict[str, Any]:
-    """The driver's state saved beside the weights: step and data cursor; empty where there is none."""
-    path = location.directory / RUN_STATE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The driver's state saved beside the weights: step and data cursor; {} for a release, which has none.
+
+    Raises CheckpointError where a run's checkpoint has none, or a damaged one: its step and data order are unknown.
+    """
+    if location.iteration is None:
+        return {}
+    if not (location.directory / RUN_STATE).is_file():
+        raise CheckpointError(
+            f"{location.directory}: {RUN_STATE} is missing, which has the step and the data order to continue with: --finetune takes its weights and starts at step 0; {alternative(location, '--load')}"
+        )
+    try:
+        state = read_json(location.directory / RUN_STATE)
+    except CheckpointError as error:
+        raise CheckpointError(refusal(location, "--load", [str(error)])) from None
+    return {key: value for key, value in state.items() if key != "manifest"}
+
+
+def tokenizer_dir(location: Location) -> Path | None:
+    """Where the tokenizer of a checkpoint's model is; None where it has none."""
+    if location.is_hugging_face:
+        return location.directory
+    directory = location.directory / TOKENIZER
+    return directory if directory.is_dir() else None
 
 
 def publish(partial: Path) -> Path:
-    """Give a complete `NAME.partial` its name, and name it in the tracker file."""
+    """Give a complete `NAME.partial` its name, and name it in the tracker file.
+
+    A checkpoint that has that name already is kept beside it as `NAME.replaced` until the new one can be found.
+    """
     root, final = partial.parent, partial.with_suffix("")
-    shutil.rmtree(final, ignore_errors=True)
+    replaced = final.with_name(final.name + REPLACED)
+    synchronize(partial)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
     partial.rename(final)
     tracker = root / f"{TRACKER}.partial"
-    iteration = _iteration_of(final.name)
+    iteration = iteration_of(final.name)
     tracker.write_text("release" if iteration is None else str(iteration))
+    _synchronize_one(root)
+    _synchronize_one(tracker)
     tracker.rename(root / TRACKER)
+    _synchronize_one(root)
+    shutil.rmtree(replaced, ignore_errors=True)
     return final
 
 
 def remove_old(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints; 0 keeps all."""
-    complete = sorted(path for path in root.glob("iter_*") if (path / ".metadata").is_file())
-    for path in complete[:-keep] if keep else []:
-        shutil.rmtree(path)
+    """Remove all but the newest `keep` of the checkpoints up to the one that the tracker names; 0 keeps all.
+
+    Later steps, of a run that was continued from an earlier one, are left alone: they are not this run's.
+    """
+    tracked = read_tracker(root, "--save") if (root / TRACKER).exists() else None
+    if not keep or tracked is None:
+        return
+    for location in [location for location in iterations(root) if location.iteration <= tracked][:-keep]:
+        shutil.rmtree(location.directory)
 
 
-def _iteration_of(name: str) -> int | None:
-    digits = name.removeprefix("iter_")
-    return int(digits) if digits.isdigit() else None
+def synchronize(directory: Path) -> None:
+    """Wait until every file of a directory, and the names of the files, are on the disk."""
+    for path in [*(path for path in directory.rglob("*") if path.is_file()), *directory.glob("*/"), directory]:
+        _synchronize_one(path)
 
 
-def _existing(root: Path, step: int) -> Location:
-    directory = root / f"iter_{step:07d}"
-    if not (directory / ".metadata").is_file():
-        found = sorted(path.name for path in root.glob("iter_*") if (path / ".metadata").is_file())
-        raise CheckpointError(f"{directory}: no complete checkpoint there; found {', '.join(found) or 'none'}")
-    return Location(directory, step)
+def _synchronize_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing(root: Path, step: int, flag: str) -> Location:
+    location = next((found for found in iterations(root) if found.iteration == step), None)
+    if location is None:
+        others = ", ".join(str(found.iteration) for found in iterations(root)) or "none"
+        newest = newest_whole(root)
+        way = (
+            ""
+            if newest is None
+            else f"; the newest whole one is step {newest.iteration}: give --ckpt-step {newest.iteration}"
+        )
+        raise CheckpointError(f"{flag} {root}: step {step} is not there; steps there are {others}{way}")
+    return _complete(location, flag)
+
+
+def _complete(location: Location, flag: str) -> Location:
+    if not location.directory.is_dir():
+        raise CheckpointError(f"{flag} {location.directory}: the directory that {TRACKER} names is not there")
+    if not (location.directory / ".metadata").is_file():
+        old = any(location.directory.glob("mp_rank_*"))
+        reason = "it is in Megatron-LM's older format 'torch', expected 'torch_dist'" if old else ".metadata is missing"
+        raise CheckpointError(refusal(location, flag, [reason]))
+    return location
+
+
+__all__ = [
+    "MANIFEST", "RUN_STATE", "TRACKER", "Location", "find", "iterations", "problems", "publish", "read_run_state",
+    "read_tracker", "remove_old", "require", "synchronize", "tokenizer_dir",
+]  # fmt: skip

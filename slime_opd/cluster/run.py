@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from slime_opd.checkpoint.lock import RunLock
 from slime_opd.cluster import session
 from slime_opd.cluster.engines import EngineGroup
 from slime_opd.cluster.trainers import TrainerGroup
@@ -57,6 +58,8 @@ class Run:
 
     def _start(self) -> None:
         config, keep = self.config, self._stack
+        if config.checkpoint.save is not None and (warning := keep.enter_context(RunLock(config.checkpoint.save))):
+            console.warn(warning)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / "config.yaml").write_text(to_yaml(config))
         self._sinks = MetricSinks(self._run_dir, config.observe, dataclasses.asdict(config))

@@ -181,6 +181,9 @@ class CheckpointConfig:
     no_save_optim: bool = option(False, help="save weights only")
     no_load_optim: bool = option(False, help="load weights only")
     finetune: bool = option(False, help="take the weights of --load and start from step 0")
+    no_verify_checkpoint: bool = option(
+        False, help="load checkpoints without comparing their files with the checksums in manifest.sha256"
+    )
     ref_load: str | None = option(
         None, help="checkpoint of the reference model, and of the first weights", metavar="DIR"
     )

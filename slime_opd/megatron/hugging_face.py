@@ -18,14 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from slime_opd.checkpoint import manifest
 from slime_opd.errors import CheckpointError
 from slime_opd.observe.progress import Progress
 
 # What makes a directory usable beside its weights.
 _COMPANIONS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*")
 INDEX = "model.safetensors.index.json"
-# The checksums of all files, as `sha256sum --check` reads them.
-MANIFEST = "manifest.sha256"
 # What is done of a directory that is being written; it goes when all is done.
 _JOURNAL = "conversion.partial.json"
 
@@ -53,7 +52,7 @@ def weights_dtype(directory: str | Path) -> torch.dtype:
 
     Raises CheckpointError where it has no safetensors files.
     """
-    with _opened(_files(directory)[0]) as weights:
+    with _opened(weight_files(directory)[0]) as weights:
         dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
     return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
@@ -63,7 +62,7 @@ class Weights:
 
     def __init__(self, directory: str, bridge: Bridge) -> None:
         self._directory = directory
-        _files(directory)
+        weight_files(directory)
         self._reader = bridge._get_safetensor_io(directory)
         self.names = set(self._reader.load_hf_weight_names())
 
@@ -154,7 +153,7 @@ def write(
         for name, shard, wanted in zip(names, shards, tensors, strict=True):
             if name not in done:
                 _write_shard(output / name, shard, wanted)
-                done[name] = sha256(output / name)
+                done[name] = manifest.sha256(output / name)
                 _replace(output / _JOURNAL, json.dumps({"plan": plan, "done": done}))
             progress.advance(1)
     if len(shards) > 1:
@@ -163,7 +162,7 @@ def write(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _replace(output / INDEX, json.dumps(index, indent=2) + "\n")
     _copy_companions(origin, output, next(iter(tensors[0].values()))[1])
-    write_manifest(output)
+    manifest.write(output, manifest.measure(output, manifest.listed_files(output, [_JOURNAL])))
     (output / _JOURNAL).unlink()
     return [name for name in names if name in done.reused]
 
@@ -180,13 +179,22 @@ def _begin(output: Path, plan: str, overwrite: bool) -> _Done:
         earlier = json.loads(journal.read_text()) if journal.is_file() else {}
         if earlier.get("plan") == plan:
             done.update(
-                {n: s for n, s in earlier["done"].items() if (output / n).is_file() and sha256(output / n) == s}
+                {
+                    n: s
+                    for n, s in earlier["done"].items()
+                    if (output / n).is_file() and manifest.sha256(output / n) == s
+                }
             )
             done.reused = frozenset(done)
             return done
         if not overwrite:
             raise CheckpointError(f"{output} is not empty; choose another --output-dir or say --force")
-        for stale in [*output.glob("*.safetensors"), *output.glob("*.partial"), output / INDEX, output / MANIFEST]:
+        for stale in [
+            *output.glob("*.safetensors"),
+            *output.glob("*.partial"),
+            output / INDEX,
+            output / manifest.MANIFEST,
+        ]:
             stale.unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     _replace(journal, json.dumps({"plan": plan, "done": {}}))
@@ -239,25 +247,14 @@ def _copy_companions(origin: Path, output: Path, dtype: torch.dtype) -> None:
     _replace(output / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def write_manifest(directory: Path) -> None:
-    """Write the checksums of all files of a directory beside them."""
-    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name not in (MANIFEST, _JOURNAL))
-    _replace(directory / MANIFEST, "".join(f"{sha256(file)}  {file.name}\n" for file in files))
-
-
-def sha256(file: Path) -> str:
-    """Of a file's bytes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
 
 
-def _files(directory: str | Path) -> list[Path]:
+def weight_files(directory: str | Path) -> list[Path]:
+    """The safetensors files of a Hugging Face directory. Raises CheckpointError where there are none: pickles (.bin) are not read."""
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory}: no .safetensors file there; expected a Hugging Face model directory")

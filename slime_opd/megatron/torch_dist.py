@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
+from slime_opd.checkpoint import trusted
+
 # Of one file. What is written to a file stays in memory until the file is closed.
 _FILE_BYTES = 2**30
 
@@ -53,9 +55,10 @@ class Piece:
 
 
 class Reader:
-    """Parts of the tensors of one checkpoint directory."""
+    """Parts of the tensors of one checkpoint directory. Raises CheckpointError where its `.metadata` cannot be trusted."""
 
     def __init__(self, directory: str | Path) -> None:
+        trusted.check_metadata(Path(directory))
         self._files = FileSystemReader(directory)
         self._metadata = self._files.read_metadata()
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)

@@ -37,6 +37,7 @@ from slime_opd.megatron.optimizer import make_optimizer, make_scheduler, wrap
 from slime_opd.megatron.output_layer import chunked_objective, score
 from slime_opd.megatron.scoring import ScoredBatch, head_settings, score_batch
 from slime_opd.megatron.snapshots import WeightSnapshots, fingerprint
+from slime_opd.megatron.verification import Verification
 from slime_opd.megatron.vocabulary import VocabularyShard
 from slime_opd.observe.metrics import Concentration, Last, Mean, Metric, Total
 from slime_opd.types import StartReport, TrainBatch
@@ -67,6 +68,7 @@ class Trainer:
     def _load(self) -> StartReport:
         """Load reference and teacher into their host copies, then the student, its optimizer and its place in the run."""
         options = self.config.checkpoint
+        self._verification = Verification(enabled=not options.no_verify_checkpoint)
         prints: dict[str, tuple[float, float]] = {}
         if self.config.algorithm.use_kl_loss:
             location = directory.require(options.ref_load, "--ref-load", options.ref_ckpt_step)
@@ -83,6 +85,7 @@ class Trainer:
                 # Student and teacher meet at their logits, long after the teacher's other weights have left.
                 self.teacher_weight = self.model.output_weight().detach().clone()
         location, flag = self._student_location()
+        self._verification.require(location, flag)
         checkpoint.load_weights(self.model, self.bridge, location, flag)
         prints["student"] = fingerprint(self.model)
         self.wrapped = wrap(self.config, self.model)
@@ -92,8 +95,8 @@ class Trainer:
         if location.iteration is not None and flag == "--load" and not options.finetune:
             run_state = directory.read_run_state(location)
             if not options.no_load_optim:
-                checkpoint.load_training_state(self._training_state(), location)
-        warnings = []
+                checkpoint.load_training_state(self._training_state(), location, flag)
+        warnings = self._verification.warnings
         if "teacher" in prints and prints["teacher"] == prints["student"]:
             warnings.append(
                 f"teacher and student are identical (weights' fingerprint {prints['student'][0]:.6g}): the penalty is 0 until the student moves"
@@ -116,6 +119,7 @@ class Trainer:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.zero_()
+        self._verification.require(location, flag)
         checkpoint.load_weights(self.model, self.bridge, location, flag, any_vocabulary=name == "teacher")
         # Norms and biases may be zero, and a rank's share of a small vocabulary; another matrix that still is was not loaded.
         untouched = [
@@ -268,7 +272,10 @@ class Trainer:
         """Write a checkpoint under --save."""
         options = self.config.checkpoint
         training = None if options.no_save_optim else self._training_state()
-        return checkpoint.save(options.save, iteration, self.model, training, run_state, options.keep_checkpoints)
+        tokenizer = self.config.model.hf_checkpoint
+        return checkpoint.save(
+            options.save, iteration, self.model, training, run_state, options.keep_checkpoints, tokenizer
+        )
 
 
 def _collect(objectives: list[Objective]) -> dict[str, Metric]:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from slime_opd.checkpoint.manifest import MANIFEST
 from slime_opd.errors import CheckpointError
 from slime_opd.megatron import hugging_face
 from slime_opd.megatron.families.deepseek_v3 import BlockScaledWeights
-from slime_opd.megatron.hugging_face import INDEX, MANIFEST, Group, untrained, write
+from slime_opd.megatron.hugging_face import INDEX, Group, untrained, write
 
 WEIGHTS = {f"model.layers.{n}.weight": torch.arange(16.0).reshape(4, 4) + n for n in range(5)}
 
