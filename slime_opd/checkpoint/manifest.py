@@ -81,7 +81,8 @@ def read(directory: Path) -> list[Entry] | None:
     """The entries of a directory's manifest; None where there is none. Raises CheckpointError where it is damaged."""
     path = directory / MANIFEST
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: other characters than a newline would end a line there.
+        lines = path.read_bytes().decode().removesuffix("\n").split("\n")
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
