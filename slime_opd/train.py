@@ -10,10 +10,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from slime_opd.checkpoint import directory
 from slime_opd.config.checks import notes, validate
 from slime_opd.config.parser import command_line, parse, parse_all
-from slime_opd.errors import ConfigError
 
 if TYPE_CHECKING:
     from slime_opd.cluster.run import Run
@@ -60,14 +58,12 @@ def main(arguments: list[str]) -> None:
         check([word for word in arguments if word != "--check"])
     config = parse(arguments)
     validate(config)
-    if damaged := directory.problems(config):
-        raise ConfigError("\n".join(damaged))
     # Heavy imports come after the checks: a wrong flag is answered at once, and without Ray.
     from transformers import AutoTokenizer
 
     from slime_opd.cluster.run import Run
     from slime_opd.data.source import PromptSource
-    from slime_opd.errors import SlimeOPDError
+    from slime_opd.errors import ConfigError, SlimeOPDError
     from slime_opd.observe import console
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -22,13 +22,13 @@ from slime_opd.checkpoint.location import (
 )
 from slime_opd.checkpoint.lock import LOCK
 from slime_opd.checkpoint.manifest import MANIFEST
-from slime_opd.checkpoint.whole import alternative, newest_whole, read_json, refusal, require_whole
+from slime_opd.checkpoint.whole import alternative, newest_whole, read_json, refusal, require_whole, step_flag
 from slime_opd.config import Config
 from slime_opd.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 # What a run leaves in a directory before its first checkpoint is complete. A directory that has none of it is not a run's.
-_TRACES = (LOCK, "run", "logs", "config.yaml", "metrics.jsonl", "*.log", "*.partial")
+_TRACES = ("run", "logs", "config.yaml", "metrics.jsonl", "*.log", "*.partial", "aside_*")
 
 
 def find(path: str, step: int | None = None, *, flag: str = "--load") -> Location | None:
@@ -59,11 +59,15 @@ def find(path: str, step: int | None = None, *, flag: str = "--load") -> Locatio
     if iterations(root):
         newest = newest_whole(root)
         choice = "none of them is whole" if newest is None else f"the newest whole one is step {newest.iteration}"
-        way = "" if newest is None else f": give --ckpt-step {newest.iteration}, or another directory to start anew"
+        way = "give another directory to start anew"
+        if newest is not None:
+            way = f"give {step_flag(flag)} {newest.iteration} or write {newest.iteration} into that file, or {way}"
         raise CheckpointError(
-            f"{flag} {root} holds checkpoints but no {TRACKER}, which names the one to load; {choice}{way}"
+            f"{flag} {root} holds checkpoints but no {TRACKER}, which names the one to load; {choice}: {way}"
         )
-    if root.is_dir() and any(root.iterdir()) and not any(True for name in _TRACES for _ in root.glob(name)):
+    # A lock alone is no trace: a run takes it before it looks.
+    others = [path for path in root.iterdir() if path.name != LOCK] if root.is_dir() else []
+    if others and not any(True for name in _TRACES for _ in root.glob(name)):
         raise CheckpointError(
             f"{flag} {root} is not empty and holds no checkpoint, nor anything else of a run; give a directory of checkpoints, or a new one to start in"
         )
@@ -117,7 +121,7 @@ def read_tracker(root: Path, flag: str = "--load") -> int | None:
         way = (
             ""
             if newest is None
-            else f"; the newest whole checkpoint is step {newest.iteration}: give --ckpt-step {newest.iteration}"
+            else f"; the newest whole checkpoint is step {newest.iteration}: give {step_flag(flag)} {newest.iteration}"
         )
         raise CheckpointError(f"{flag} {root / TRACKER} holds {named!r}, expected a step number or 'release'{way}")
     return int(named)
@@ -206,7 +210,7 @@ def _existing(root: Path, step: int, flag: str) -> Location:
         way = (
             ""
             if newest is None
-            else f"; the newest whole one is step {newest.iteration}: give --ckpt-step {newest.iteration}"
+            else f"; the newest whole one is step {newest.iteration}: give {step_flag(flag)} {newest.iteration}"
         )
         raise CheckpointError(f"{flag} {root}: step {step} is not there; steps there are {others}{way}")
     return _complete(location, flag)

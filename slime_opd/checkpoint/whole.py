@@ -102,11 +102,16 @@ def alternative(location: Location, flag: str) -> str:
     """What to do instead of loading a damaged checkpoint."""
     if location.iteration is None:
         return "copy or convert it again from its source"
-    root, step_flag = location.directory.parent, _STEP_FLAGS.get(flag, "--ckpt-step")
+    root = location.directory.parent
     other = newest_whole(root, before=location.iteration)
     if other is None:
         return f"no earlier checkpoint in {root} is whole"
-    return f"the newest earlier one that looks whole is step {other.iteration}: {flag} {root} {step_flag} {other.iteration}"
+    return f"the newest earlier one that looks whole is step {other.iteration}: {flag} {root} {step_flag(flag)} {other.iteration}"
+
+
+def step_flag(flag: str) -> str:
+    """The flag that chooses another step of the directory that `flag` names."""
+    return _STEP_FLAGS.get(flag, "--ckpt-step")
 
 
 def newest_whole(root: Path, before: int | None = None) -> Location | None:

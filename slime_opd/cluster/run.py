@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.lock import RunLock
 from slime_opd.cluster import session
 from slime_opd.cluster.engines import EngineGroup
@@ -21,7 +22,7 @@ from slime_opd.config import Config
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.assemble import assemble, split
 from slime_opd.data.source import PromptSource, read_eval_set
-from slime_opd.errors import CheckpointError
+from slime_opd.errors import CheckpointError, ConfigError
 from slime_opd.observe import console, metrics
 from slime_opd.observe.sinks import MetricSinks
 from slime_opd.rollout.evaluate import EvalSet
@@ -58,6 +59,8 @@ class Run:
 
     def _start(self) -> None:
         config, keep = self.config, self._stack
+        if damaged := directory.problems(config):
+            raise ConfigError("\n".join(damaged))
         if config.checkpoint.save is not None and (warning := keep.enter_context(RunLock(config.checkpoint.save))):
             console.warn(warning)
         self._run_dir.mkdir(parents=True, exist_ok=True)

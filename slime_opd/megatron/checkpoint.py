@@ -278,17 +278,17 @@ def _writing(partial_directory: Path, needed: int) -> Iterator[None]:
     try:
         with _quiet("megatron.core.dist_checkpointing"):
             yield
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
-        reason = _reason(error)
-        if isinstance(error, CheckpointException):
-            reason = gather(reason)[0]
-        _remove(partial_directory)
-        raise CheckpointError(disk.not_written(root, name, needed, reason)) from error
     except CheckpointError:
         _remove(partial_directory)
         raise
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        _remove(partial_directory)
+        sentence = disk.not_written(root, name, needed, _reason(error))
+        if isinstance(error, CheckpointException):
+            sentence = gather(sentence)[0]
+        raise CheckpointError(sentence) from error
 
 
 def _remove(directory: Path) -> None:

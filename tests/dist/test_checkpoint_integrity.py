@@ -36,9 +36,12 @@ class Laboratory:
     def __init__(self, rank, world_size, init_method, models, directory: str) -> None:
         import dataclasses
 
+        from slime_opd.checkpoint import whole
         from slime_opd.data.assemble import assemble, split
         from slime_opd.megatron.trainer import Trainer
 
+        # Large files are not read by a short look: leave all to the ranks.
+        whole._SMALL_BYTES = 0
         self.rank, self.directory, self.root = rank, Path(directory), Path(directory) / "saved"
         config = make_config(*models, world_size, 2, 1)
         options = dataclasses.replace(config.checkpoint, save=str(self.root))
@@ -88,7 +91,8 @@ class Laboratory:
         try:
             return str(self.trainer.save(step, {"step": step}))
         except CheckpointError as error:
-            return str(error).replace(str(self.root), "ROOT")
+            left = [path.name for path in self.root.glob("*.partial")] if self.rank == 0 else []
+            return str(error).replace(str(self.root), "ROOT") + "".join(left)
 
 
 def shard(directory: Path, number: int = 0) -> Path:
@@ -308,6 +312,7 @@ def test_what_cannot_be_written_is_a_sentence_and_the_last_checkpoint_is_intact(
     assert sentence == second[2][cause]
     assert sentence.startswith(f"--save ROOT/iter_0000003 was not written: {reason} (it needs about ")
     assert "are free); ROOT/iter_0000002 is intact" in sentence and "\n" not in sentence
+    assert sentence.endswith("the same command continues from it")  # and no file of it is left
     assert first[2]["there is room again"] == "ROOT/iter_0000003"
 
 
@@ -317,7 +322,9 @@ def test_a_full_file_system_is_a_sentence_and_nothing_is_left_on_it(outcomes, sm
     (first, second), _ = outcomes
     sentence = first[2]["a full file system"]
     assert sentence == second[2]["a full file system"]
-    assert "iter_0000003 was not written: No space left on device (it needs about" in sentence
+    # Which of the two depends on where the writer of a tensor finds no room: in Python's file or in torch's archive.
+    reasons = ("No space left on device", "the file system does not take all of it")
+    assert any(f"iter_0000003 was not written: {reason} (it needs about" in sentence for reason in reasons)
     assert sentence.endswith("no checkpoint was complete yet; once this is mended, the same command starts again")
     assert list(Path(small_disk).iterdir()) == []
 

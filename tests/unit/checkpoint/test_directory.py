@@ -67,7 +67,7 @@ def tracker(content: bytes):
 @pytest.mark.parametrize(
     ("harm", "step", "expected"),
     [
-        (remove_tracker, None, "--load RUN holds checkpoints but no latest_checkpointed_iteration.txt, which names the one to load; the newest whole one is step 6: give --ckpt-step 6, or another directory to start anew"),
+        (remove_tracker, None, "--load RUN holds checkpoints but no latest_checkpointed_iteration.txt, which names the one to load; the newest whole one is step 6: give --ckpt-step 6 or write 6 into that file, or give another directory to start anew"),
         (tracker(b"8"), None, "--load RUN: step 8 is not there; steps there are 2, 4, 6; the newest whole one is step 6: give --ckpt-step 6"),
         (tracker(b""), None, "--load RUN/latest_checkpointed_iteration.txt holds '', expected a step number or 'release'; the newest whole checkpoint is step 6: give --ckpt-step 6"),
         (tracker(b"\xff\xfe"), None, "--load RUN/latest_checkpointed_iteration.txt holds 'no text (UnicodeDecodeError)', expected a step number or 'release'; the newest whole checkpoint is step 6: give --ckpt-step 6"),
