@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
     for note in notes(config):
         console.say(note)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.hf_checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(config.model.hf_checkpoint, trust_remote_code=False)
         source = None
         if config.data.prompt_data:
             responses = config.divergence.opd_off_policy_key

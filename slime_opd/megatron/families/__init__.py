@@ -30,7 +30,8 @@ def bridge_of(directory: str, dtype: torch.dtype, layout: ParallelStates | None 
 
 def read_config(directory: str) -> PretrainedConfig:
     """The config of a Hugging Face directory, with what families are read from under its names of transformers 4."""
-    hf_config = AutoConfig.from_pretrained(directory)
+    # Where it is not refused, transformers asks at the terminal whether to run a directory's own code.
+    hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     # transformers 5 keeps all that is said of rotary embeddings in one place.
     rotary = getattr(hf_config, "rope_parameters", None) or {}
     for name in ("rope_theta", "partial_rotary_factor"):

@@ -184,3 +184,29 @@ def test_fp8_weights_are_read_times_the_scales_of_their_blocks(tmp_path):
     assert read["w"].dtype is torch.bfloat16 and read["w"].equal(expected)
     assert read["plain"].equal(plain)
     assert hugging_face.weights_dtype(tmp_path) is torch.bfloat16
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    for read in (hugging_face.weight_files, hugging_face.weights_dtype):
+        with pytest.raises(
+            CheckpointError, match=r"no \.safetensors file there; expected a Hugging Face model directory"
+        ):
+            read(tmp_path)
+
+
+def test_a_checkpoint_that_names_a_function_is_not_read_by_the_conversion(tmp_path):
+    import os
+    import pickle
+
+    from slime_opd.megatron import torch_dist
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'made'}",)
+
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(CheckpointError, match=r"\.metadata names posix\.system, which no checkpoint needs"):
+        torch_dist.Reader(tmp_path)
+    assert not (tmp_path / "made").exists()
