@@ -27,8 +27,8 @@ def train(run: Run) -> None:
         done = step + 1
         # Before the checkpoint: a run killed between the two does the step again, and no step is ever without metrics.
         run.log(done, run.train(step, run.generate(step)))
-        if is_due(done, config.checkpoint.save_interval, config, config.checkpoint.save is not None):
-            run.save(done)
+        if reason := run.save_reason(done):
+            run.save(done, reason)
         if is_due(done, config.evaluation.eval_interval, config, is_evaluated(config)):
             run.log(done, run.evaluate(done))
 

@@ -50,7 +50,7 @@ def convert(options: argparse.Namespace) -> list[str]:
     # Weights are moved from file to file; a GPU would only be in the way.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from slime_opd.checkpoint import directory
-    from slime_opd.megatron import conversion, hugging_face, torch_dist
+    from slime_opd.megatron import export
 
     location = directory.require(options.input_dir, "--input-dir")
     if location.is_hugging_face:
@@ -62,14 +62,12 @@ def convert(options: argparse.Namespace) -> list[str]:
         )
     if not options.no_verify_checkpoint:
         verify(location)
-    trained, hf_config = conversion.to_hugging_face(torch_dist.Reader(location.directory), options.origin_hf_dir)
-    return hugging_face.write(
-        [*trained, *hugging_face.untrained(options.origin_hf_dir, trained, hf_config)],
+    return export.write(
+        location.directory,
         options.output_dir,
         options.origin_hf_dir,
         shard_bytes=options.chunk_size,
         overwrite=options.force,
-        source=str(location.directory.resolve()),
     )
 
 

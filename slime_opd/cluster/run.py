@@ -15,22 +15,24 @@ import numpy as np
 
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.lock import RunLock
+from slime_opd.checkpoint.saves import BY_REQUEST
 from slime_opd.cluster import session
+from slime_opd.cluster.checkpoints import RunCheckpoints
 from slime_opd.cluster.engines import EngineGroup
 from slime_opd.cluster.trainers import TrainerGroup
 from slime_opd.config import Config
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.assemble import assemble, split
 from slime_opd.data.source import PromptSource, read_eval_set
-from slime_opd.errors import CheckpointError, ConfigError
-from slime_opd.observe import console, metrics
+from slime_opd.errors import ConfigError
+from slime_opd.observe import console, metrics, summary
 from slime_opd.observe.sinks import MetricSinks
 from slime_opd.rollout.evaluate import EvalSet
 from slime_opd.rollout.loop import BackgroundLoop
 from slime_opd.rollout.student import StudentRollouts
 from slime_opd.teacher.probe import probe
 from slime_opd.teacher.sglang import make_teacher
-from slime_opd.types import SampleGroup, StartReport
+from slime_opd.types import SampleGroup
 
 logger = logging.getLogger(__name__)
 
@@ -47,37 +49,54 @@ class Run:
         self._of_rollout: dict[str, metrics.Metric] = {}
         self._weights_version = 0
         self._weights_are_new = True
+        self._last: dict[str, float] = {}
 
     def __enter__(self) -> Run:
         with self._stack:
             self._start()
             self._stack = self._stack.pop_all()
+        self._started, self._done = time.monotonic(), self.first_step
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._stack.close()
+        finally:
+            console.say(self._ending(is_finished=kind is None))
+
+    def _ending(self, *, is_finished: bool) -> str:
+        config, latest = self.config, self._checkpoints.latest
+        seconds, total = time.monotonic() - self._started, config.rollout.num_rollout or 0
+        progress = summary.Progress(self._done, self.first_step, total, seconds)
+        if is_finished:
+            return summary.closing(progress, self._last, latest, config.model.hf_checkpoint)
+        return summary.stopped(progress, config.checkpoint.save, latest, self._checkpoints.start.path)
 
     def _start(self) -> None:
         config, keep = self.config, self._stack
-        if damaged := directory.problems(config):
-            raise ConfigError("\n".join(damaged))
+        # Held before anything in --save is looked at or moved.
         if config.checkpoint.save is not None and (warning := keep.enter_context(RunLock(config.checkpoint.save))):
             console.warn(warning)
+        self._checkpoints = RunCheckpoints(config, self._source)
+        if damaged := directory.problems(self._checkpoints.trainer_config):
+            raise ConfigError("\n".join(damaged))
+        self.first_step = self._checkpoints.start.step
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / "config.yaml").write_text(to_yaml(config))
-        self._sinks = MetricSinks(self._run_dir, config.observe, dataclasses.asdict(config))
+        self._sinks = MetricSinks(self._run_dir, config.observe, dataclasses.asdict(config), first_step=self.first_step)
         keep.callback(self._sinks.close)
+        console.say(summary.opening(self._places()))
         eval_sets = self._read_eval_sets()
         loop = keep.enter_context(BackgroundLoop())
         self._teacher = make_teacher(config) if config.has_sglang_teacher else None
         if self._teacher is not None:
             client, top_k = self._teacher.client, self._teacher.wanted.asked
             keep.callback(lambda: loop.run(client.aclose()))
-            console.say(loop.run(probe(client, self._tokenizer, config.model.hf_checkpoint, top_k)))
+            console.say(str(loop.run(probe(client, self._tokenizer, config.model.hf_checkpoint, top_k))))
         session.join(config.cluster.ray_address)
         placement = session.reserve(config)
         keep.callback(placement.release)
-        self._trainers = TrainerGroup(config, placement.trainers)
+        self._trainers = TrainerGroup(self._checkpoints.trainer_config, placement.trainers)
         keep.callback(self._trainers.stop)
         self._engines: EngineGroup | None = None
         starting = []
@@ -85,10 +104,13 @@ class Run:
             self._engines = EngineGroup(config, placement.engines, self._run_dir / "logs")
             keep.callback(self._engines.stop)
             starting = self._engines.begin_start(self._trainers.gpu_ids() if config.cluster.colocate else [])
+        console.say(summary.starting(len(placement.trainers), len(placement.engines)))
         report = self._trainers.finish_start(self._trainers.begin_start())
         if self._engines is not None:
             self._engines.finish_start(starting)
-        self._resume(report)
+        for warning in report.warnings:
+            console.warn(warning)
+        self._checkpoints.begin(self._trainers)
         self._rollouts = StudentRollouts(
             config,
             self._tokenizer,
@@ -108,21 +130,16 @@ class Run:
             for name, path in pairs
         ]
 
-    def _resume(self, report: StartReport) -> None:
-        self.first_step = int(report.run_state.get("step", 0))
-        for warning in report.warnings:
-            console.warn(warning)
-        if not report.run_state:
-            console.say(f"training starts from {report.loaded_from}")
-            return
-        if self._source is None:
-            raise CheckpointError(
-                f"{report.loaded_from}: the checkpoint has a data cursor, but no --prompt-data is given"
-            )
-        prompts = report.run_state["prompts"]
-        self._source.load_state(prompts)
-        console.say(
-            f"resumed {report.loaded_from}: continuing at rollout {self.first_step + 1}, epoch {prompts['epoch']}, prompt {prompts['offset']}"
+    def _places(self) -> summary.Places:
+        options = self.config.checkpoint
+        return summary.Places(
+            self._run_dir,
+            self._sinks.attempt,
+            has_tensorboard=not self.config.observe.no_tensorboard,
+            has_engines=session.needs_engines(self.config),
+            save=options.save,
+            saves=str(self._checkpoints.policy),
+            save_hf=options.save_hf,
         )
 
     @property
@@ -185,10 +202,14 @@ class Run:
         accuracies = self._rollouts.evaluate(f"evaluation after {step} rollouts")
         return {**accuracies, "perf/evaluate_time": metrics.Last(time.perf_counter() - started)}
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint that continues after `step` rollouts."""
+    def save_reason(self, done: int) -> str | None:
+        """Why a checkpoint is due after `done` rollouts; None where none is."""
+        return self._checkpoints.reason(done)
+
+    def save(self, step: int, reason: str = BY_REQUEST) -> None:
+        """Write a checkpoint that continues after `step` rollouts. `reason`: see slime_opd/checkpoint/saves.py."""
         started = time.perf_counter()
-        path = self._trainers.save(step, {"step": step, "prompts": self._source.state()})
+        path = self._checkpoints.save(self._trainers, {"step": step, "prompts": self._source.state()}, reason)
         seconds = time.perf_counter() - started
         self._sinks.log(step, {"perf/save_time": seconds})
         console.say(f"saved {path} in {seconds:.1f} s")
@@ -197,7 +218,11 @@ class Run:
         """Show one line for a step or an evaluation, and keep every metric of it."""
         record = metrics.values(values)
         self._sinks.log(step, record)
-        console.say(console.step_summary(step, self.config.rollout.num_rollout or 0, record))
+        self._last |= record
+        self._done, total = step, self.config.rollout.num_rollout or 0
+        here = step - self.first_step
+        left = (time.monotonic() - self._started) / here * (total - step) if here > 0 else 0.0
+        console.say(console.step_summary(step, total, record, seconds_left=left))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -27,6 +27,8 @@ class TrainerActor:
         # These say at INFO what only their authors want to know; the run prints what matters.
         for chatty in ("megatron", "httpx"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
+        # It warns that its own default is used.
+        logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
         self._config, self._rank, self._world_size = config, rank, world_size
         self._sender: Any = None
 
@@ -63,6 +65,10 @@ class TrainerActor:
     def save(self, iteration: int, run_state: dict[str, Any]) -> str:
         """Write a checkpoint."""
         return str(self._trainer.save(iteration, run_state))
+
+    def save_hugging_face(self, iteration_directory: str, path: str) -> None:
+        """Write a checkpoint as a Hugging Face directory."""
+        self._trainer.save_hugging_face(iteration_directory, path)
 
     def update_weights(self, urls: list[str], version: int, check: bool) -> None:
         """Send the weights to the engines at `urls`; all ranks gather, the first one sends."""
@@ -115,6 +121,10 @@ class TrainerGroup:
     def save(self, iteration: int, run_state: dict[str, Any]) -> str:
         """Write a checkpoint; returns its directory."""
         return self._all("save", iteration, run_state)[0]
+
+    def save_hugging_face(self, iteration_directory: str, path: str) -> None:
+        """Write the checkpoint in `iteration_directory` as a Hugging Face directory at `path`, on the first rank."""
+        ray.get(self._actors[0].save_hugging_face.remote(iteration_directory, path))
 
     def stop(self) -> None:
         """End every rank's process."""

@@ -75,6 +75,7 @@ NOT_NEGATIVE = [
     "clip_grad",
     "ckpt_step",
     "keep_checkpoints",
+    "save_interval_minutes",
     "ref_ckpt_step",
     "num_rollout",
     "rollout_request_retries",
@@ -289,12 +290,28 @@ def check_engines(config: Config) -> list[str]:
 def check_checkpoint(config: Config) -> list[str]:
     """Checkpoint flags that would do nothing."""
     checkpoint = config.checkpoint
-    pairs = (("save_interval", "save"), ("ckpt_step", "load"), ("ref_ckpt_step", "ref_load"))
+    pairs = [(name, "save") for name in ("save_interval", "save_interval_minutes", "save_hf")]
+    pairs.append(("ref_ckpt_step", "ref_load"))
+    # Of a run in --save that is to go back, no --load is needed.
+    if checkpoint.save is None:
+        pairs.append(("ckpt_step", "load"))
     return [
         f"{flag(name)} has no effect without {flag(needed)}"
         for name, needed in pairs
         if getattr(checkpoint, name) is not None and getattr(checkpoint, needed) is None
     ]
+
+
+def check_save_hf(config: Config) -> list[str]:
+    """A path of Hugging Face checkpoints that would be the same for every step, or cannot be filled in."""
+    path = config.checkpoint.save_hf
+    if path is None:
+        return []
+    try:
+        is_filled = path.format(rollout_id=1) != path.format(rollout_id=2)
+    except (IndexError, KeyError, ValueError, AttributeError):
+        is_filled = False
+    return [] if is_filled else [f"--save-hf: found {path!r}, expected a path with {{rollout_id}} in it, for the step"]
 
 
 def check_weight_transport(config: Config) -> list[str]:

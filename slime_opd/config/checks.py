@@ -30,6 +30,7 @@ COMBINATIONS: tuple[Check, ...] = (
     check_run.check_dynamic_batch,
     check_run.check_engines,
     check_run.check_checkpoint,
+    check_run.check_save_hf,
     check_run.check_weight_transport,
     check_learning.check_chat_template,
     check_learning.check_reward,
@@ -93,7 +94,10 @@ def notes(config: Config) -> list[str]:
         said.append(
             "--n-samples-per-prompt 1: group normalisation of a group of one gives 0, so only the teacher teaches"
         )
-    if checkpoint.load is not None and not _holds_checkpoint(checkpoint.load):
+    if checkpoint.save is None and rollout.num_rollout != 0:
+        said.append("no --save: no checkpoint is written, so a run that ends early is lost")
+    is_continued = checkpoint.save is not None and _holds_checkpoint(checkpoint.save)
+    if checkpoint.load is not None and not _holds_checkpoint(checkpoint.load) and not is_continued:
         start = "--ref-load" if checkpoint.ref_load is not None else "--hf-checkpoint"
         said.append(f"--load {checkpoint.load} holds no checkpoint yet: training starts from {start}")
     if config.reward.custom_reward_post_process_path is not None:

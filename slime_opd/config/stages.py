@@ -174,10 +174,22 @@ class CheckpointConfig:
         help="checkpoint to continue from; where it holds none yet, training starts from --ref-load or --hf-checkpoint",
         metavar="DIR",
     )
-    ckpt_step: int | None = option(None, help="step of --load; unset: the latest")
-    save: str | None = option(None, help="directory to save checkpoints in", metavar="DIR")
-    save_interval: int | None = option(None, help="rollouts between checkpoints; unset: only at the end")
-    keep_checkpoints: int = option(0, help="newest checkpoints to keep; 0: all")
+    ckpt_step: int | None = option(None, help="step of --load (or of --save, to go back in a run); unset: the latest")
+    save: str | None = option(
+        None, help="directory of the run's checkpoints; the same command continues from the newest in it", metavar="DIR"
+    )
+    save_interval: int | None = option(None, help="rollouts between checkpoints; unset: only by time and at the end")
+    save_interval_minutes: float | None = option(
+        None, help="minutes between checkpoints; 0: never; unset: 30, or 0 with --save-interval"
+    )
+    save_hf: str | None = option(
+        None,
+        help="also write each checkpoint as a Hugging Face directory, at this path with {rollout_id} as its step",
+        metavar="PATH",
+    )
+    keep_checkpoints: int = option(
+        0, help="newest checkpoints to keep; 0: all, but of those written by time the newest 2"
+    )
     no_save_optim: bool = option(False, help="save weights only")
     no_load_optim: bool = option(False, help="load weights only")
     finetune: bool = option(False, help="take the weights of --load and start from step 0")

@@ -89,9 +89,10 @@ class PromptSource:
 
     def state(self) -> dict[str, Any]:
         """Where the source stands, for `load_state`: plain JSON values."""
-        return {"epoch": self._epoch, "offset": self._offset, **self._identity()}
+        return {"epoch": self._epoch, "offset": self._offset, **self.identity()}
 
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """Which prompts these are, and in what order: plain JSON values."""
         return {
             "rows": len(self),
             "fingerprint": self._fingerprint,
@@ -104,7 +105,7 @@ class PromptSource:
 
         Raises CheckpointError where the prompts or their order are not those of the saved run.
         """
-        mine = self._identity()
+        mine = self.identity()
         if missing := [name for name in ("epoch", "offset", *mine) if name not in state]:
             raise CheckpointError(
                 f"the saved position in --prompt-data lacks {', '.join(missing)}: it is not of this version"

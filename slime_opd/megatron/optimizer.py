@@ -98,3 +98,23 @@ def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
         override_opt_param_scheduler=True,
         use_checkpoint_opt_param_scheduler=False,
     )
+
+
+def group_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
+    """What the options give each parameter group: learning rates, betas, weight decay; not its parameters and step count."""
+    return [
+        {name: value for name, value in group.items() if name not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
+
+
+def restore_settings(
+    optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, settings: list[dict[str, Any]]
+) -> None:
+    """Give the parameter groups `settings` back after a checkpoint was loaded, whose groups bring the saved run's.
+
+    The schedule stays at the step of the checkpoint; the learning rate there is that of the present options.
+    """
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
+    scheduler.step(increment=0)

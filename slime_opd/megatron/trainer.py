@@ -22,7 +22,7 @@ from slime_opd.checkpoint import directory
 from slime_opd.config import Config
 from slime_opd.distill.penalty import clamp_signal, discounted_sums, sampled_reverse_kl
 from slime_opd.errors import CheckpointError
-from slime_opd.megatron import checkpoint, device, parallel
+from slime_opd.megatron import checkpoint, device, export, parallel
 from slime_opd.megatron.batch import MicroBatch, micro_batches
 from slime_opd.megatron.head import HeadSettings, ObjectiveHead, TeacherStates
 from slime_opd.megatron.model import (
@@ -33,7 +33,7 @@ from slime_opd.megatron.model import (
     make_bridge,
     vocabulary_shard,
 )
-from slime_opd.megatron.optimizer import make_optimizer, make_scheduler, wrap
+from slime_opd.megatron.optimizer import group_settings, make_optimizer, make_scheduler, restore_settings, wrap
 from slime_opd.megatron.output_layer import chunked_objective, score
 from slime_opd.megatron.scoring import ScoredBatch, head_settings, score_batch
 from slime_opd.megatron.snapshots import WeightSnapshots, fingerprint
@@ -94,8 +94,12 @@ class Trainer:
         run_state: dict[str, Any] = {}
         if location.iteration is not None and flag == "--load" and not options.finetune:
             run_state = directory.read_run_state(location)
-            if not options.no_load_optim:
+            if options.no_load_optim:
+                self.scheduler.step(increment=int(run_state.get("step", 0)) * max(1, self.config.steps_per_rollout))
+            else:
+                settings = group_settings(self.optimizer)
                 checkpoint.load_training_state(self._training_state(), location, flag)
+                restore_settings(self.optimizer, self.scheduler, settings)
         warnings = self._verification.warnings
         if "teacher" in prints and prints["teacher"] == prints["student"]:
             warnings.append(
@@ -276,6 +280,11 @@ class Trainer:
         return checkpoint.save(
             options.save, iteration, self.model, training, run_state, options.keep_checkpoints, tokenizer
         )
+
+    def save_hugging_face(self, iteration_directory: str, path: str) -> None:
+        """Write the checkpoint in `iteration_directory` as a Hugging Face directory at `path`; for one rank alone."""
+        origin = self.config.model.hf_checkpoint
+        export.replace_directory(path, lambda partial: export.write(iteration_directory, partial, origin))
 
 
 def _collect(objectives: list[Objective]) -> dict[str, Metric]:

@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from slime_opd.observe.summary import duration
 from slime_opd.types import Sample
 
 # Lines are left whole. In a job log there is no terminal to ask for its width; only rules between samples have one.
@@ -50,8 +51,33 @@ def working(message: str) -> AbstractContextManager[object]:
     return CONSOLE.status(message) if CONSOLE.is_terminal else nullcontext()
 
 
-def step_summary(step: int, total: int, record: dict[str, float]) -> str:
-    """One readable line about a step or its evaluation: what it has of accuracy, reward, KL, loss, speed and time."""
+# What a narrow terminal goes without, in this order; metrics.jsonl has all of it.
+_DISPENSABLE = (
+    "train/lr",
+    "train/entropy",
+    "rollout/response_length",
+    "train/grad_norm",
+    *(f"perf/{name}_time" for name in _TIMES),
+    "perf/tokens_per_second",
+)
+
+
+def step_summary(step: int, total: int, record: dict[str, float], *, seconds_left: float = 0.0) -> str:
+    """One readable line about a step or its evaluation: accuracy, reward, KL, loss, speed, times, and the time left of the run.
+
+    In a terminal it is cut to the terminal's width by leaving metrics out, never in the middle of one.
+    """
+    left = f" │ {duration(seconds_left)} left" if seconds_left >= 60 else ""
+    line = _summary(step, total, record) + left
+    for name in _DISPENSABLE:
+        if not CONSOLE.is_terminal or len(line) <= CONSOLE.width:
+            break
+        record = {other: value for other, value in record.items() if other != name}
+        line = _summary(step, total, record) + left
+    return line
+
+
+def _summary(step: int, total: int, record: dict[str, float]) -> str:
     parts = [f"step {step}/{total}"]
     parts += [
         f"{name.removeprefix('eval/').removesuffix('/accuracy')} accuracy {value:.1%}"

@@ -17,26 +17,34 @@ from slime_opd.errors import DataError
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _LINES = ("-", "--", ":", "-.")
 _NOTHING = "—"
+_NOT_METRICS = {"step", "attempt", "time"}
 
 Curve = tuple[list[float], list[float]]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """What a run's metrics.jsonl has of each step, in order; of what was done again after a resume, the last counts.
+    """What a run's metrics.jsonl has of each step, in order.
 
-    A last line that a running process has not finished yet is left out, and so is a value that was not a finite number.
-    Raises DataError where the run has no metrics.
+    An attempt (a start of the run) supersedes what earlier ones logged of the steps after the one that it began at. A last
+    line that a running process has not finished yet is left out, and so is a value that was not a finite number. Raises
+    DataError where the run has no metrics.
     """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         raise DataError(f"{path}: not found; a run writes it in its --run-dir")
     records: dict[float, dict[str, float]] = {}
+    attempt = 0
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            record = json.loads(line)
-            of_step = records.setdefault(record["step"], {})
-            of_step |= {name: value for name, value in record.items() if value is not None}
-    return [records[step] for step in sorted(records)]
+        if not line.endswith("\n"):
+            continue
+        record = json.loads(line)
+        if record.get("attempt", attempt) != attempt:
+            attempt = record["attempt"]
+            # An attempt that starts over does its first evaluation again, too.
+            records = {step: values for step, values in records.items() if record["step"] and step <= record["step"]}
+        of_step = records.setdefault(record["step"], {})
+        of_step |= {name: value for name, value in record.items() if value is not None}
+    return [values for _, values in sorted(records.items()) if values.keys() - _NOT_METRICS]
 
 
 def curve(records: list[dict[str, float]], metric: str) -> Curve:

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -24,17 +25,31 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One line per record in metrics.jsonl; a resumed run appends. What is not a finite number is null, as JSON has none."""
+    """One line per record in metrics.jsonl; a resumed run appends. What is not a finite number is null, as JSON has none.
 
-    def __init__(self, run_dir: Path) -> None:
+    `attempt` counts the starts of the run in this directory that logged anything. The first line of each has no metrics: it
+    says after how many rollouts the attempt began, and so which lines of earlier attempts it supersedes.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
         path = run_dir / "metrics.jsonl"
         _drop_torn_line(path)
+        self.attempt = _last_attempt(path) + 1
         self._file = path.open("a", encoding="utf-8")
+        self._first_step: int | None = first_step
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Write one line, at once."""
+        if self._first_step is not None:
+            # Not at the start: one that fails before its first record supersedes nothing.
+            first_step, self._first_step = self._first_step, None
+            self._write(first_step, {})
+        self._write(step, record)
+
+    def _write(self, step: int, record: dict[str, float]) -> None:
         finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps({"step": step, "time": time.time(), **finite}, allow_nan=False) + "\n")
+        line = {"step": step, "attempt": self.attempt, "time": time.time(), **finite}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -43,29 +58,38 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files for `tensorboard --logdir RUN_DIR`."""
+    """Event files for `tensorboard --logdir RUN_DIR`; steps after `first_step` of earlier attempts are hidden."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, first_step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"))
+        # A resumed run does not evaluate its first step again; one that starts over does everything again.
+        purge_step = first_step + 1 if first_step else 0
+        self._make = partial(SummaryWriter, str(run_dir / "tensorboard"), purge_step=purge_step)
+        self._writer: SummaryWriter | None = None
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Add one point to the curve of every metric."""
+        if self._writer is None:
+            # Not at the start: one that fails before its first record hides nothing.
+            self._writer = self._make()
         for name, value in record.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
     def close(self) -> None:
         """Write what is buffered."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class WeightsAndBiases:
     """A run of wandb's; one that a resumed run continues, by the id that lies in its directory."""
 
-    def __init__(self, run_dir: Path, options: ObserveConfig, config: dict[str, object]) -> None:
+    def __init__(self, run_dir: Path, options: ObserveConfig, config: dict[str, object], attempt: int) -> None:
         import wandb
+
+        self._attempt = attempt
 
         directory = Path(options.wandb_dir or run_dir)
         directory.mkdir(parents=True, exist_ok=True)
@@ -90,7 +114,7 @@ class WeightsAndBiases:
     def log(self, step: int, record: dict[str, float]) -> None:
         """Add the record to its step."""
         # Not wandb's own step: an evaluation and a checkpoint are records of a step that was logged before.
-        self._run.log({"step": step, **record})
+        self._run.log({"step": step, "attempt": self._attempt, **record})
 
     def close(self) -> None:
         """Send what is left."""
@@ -100,14 +124,18 @@ class WeightsAndBiases:
 class MetricSinks:
     """Every sink at once. One that cannot start raises; one that fails later is dropped, and the run goes on."""
 
-    def __init__(self, run_dir: Path, options: ObserveConfig, config: dict[str, object] | None = None) -> None:
-        """`config` is what a service shows as the run's options."""
+    def __init__(
+        self, run_dir: Path, options: ObserveConfig, config: dict[str, object] | None = None, *, first_step: int = 0
+    ) -> None:
+        """`config` is what a service shows as the run's options; `first_step`, the rollouts that were done before."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._sinks: list[Sink] = [JsonLines(run_dir)]
+        lines = JsonLines(run_dir, first_step)
+        self.attempt = lines.attempt
+        self._sinks: list[Sink] = [lines]
         if not options.no_tensorboard:
-            self._sinks.append(TensorBoard(run_dir))
+            self._sinks.append(TensorBoard(run_dir, first_step))
         if options.use_wandb:
-            self._sinks.append(WeightsAndBiases(run_dir, options, config or {}))
+            self._sinks.append(WeightsAndBiases(run_dir, options, config or {}, self.attempt))
 
     def log(self, step: int, record: dict[str, float]) -> None:
         """Give the record to every sink."""
@@ -141,3 +169,9 @@ def _drop_torn_line(path: Path) -> None:
     if path.exists():
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _last_attempt(path: Path) -> int:
+    """The attempt of the last line; 1 for lines of a version that did not count them, 0 without a line."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return int(json.loads(lines[-1]).get("attempt", 1)) if lines else 0

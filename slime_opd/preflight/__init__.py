@@ -12,6 +12,7 @@ from slime_opd.memory_estimate import estimates, size_of
 from slime_opd.preflight.data import look_at_data
 from slime_opd.preflight.disk import look_at_disk
 from slime_opd.preflight.findings import Findings
+from slime_opd.preflight.start import look_at_start
 from slime_opd.preflight.teacher import ask_teacher
 from slime_opd.preflight.weights import load_tokenizer, look_at_checkpoints, read_json
 
@@ -27,6 +28,8 @@ def preflight(config: Config, problems_of_words: list[str]) -> Findings:
         look_at_data(config, tokenizer, found)
         ask_teacher(config, tokenizer, found)
     look_at_checkpoints(config, architecture, found)
+    if config.model.hf_checkpoint is not None:
+        look_at_start(config, found)
     if size := size_of(architecture):
         found.figures += estimates(config, architecture, size)
         look_at_disk(config, size, found)

@@ -15,6 +15,7 @@ from conftest import save_tiny_tokenizer
 from model_families import save_model
 
 from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.observe.report import read_metrics
 
 pytestmark = pytest.mark.e2e
 
@@ -208,10 +209,18 @@ def test_a_mixture_of_experts_is_distilled_over_two_ranks(prompts, tmp_path):
 
 
 def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, prompts, tmp_path):
+    """The very same command, without --load: nothing is lost, and what is done again is told apart."""
+
     def words(name: str) -> list[str]:
-        save = str(tmp_path / name)
         flags = ["--loss-type", "sft_loss", "--label-key", "response", "--num-rollout", "12", "--lr", "1e-3"]
-        flags += ["--save", save, "--load", save, "--save-interval", "2"]
+        flags += [
+            "--save",
+            str(tmp_path / name),
+            "--save-interval",
+            "2",
+            "--save-hf",
+            f"{tmp_path}/{name}_{{rollout_id}}",
+        ]
         return command(tiny_model_dir, prompts, tmp_path / f"{name}_run", *flags)
 
     code, output = run(words("whole"), tmp_path / "whole_log")
@@ -224,7 +233,15 @@ def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, pro
         process.wait()
     code, output = run(words("killed"), tmp_path / "resumed_log")
     assert code == 0, output[-3000:]
-    assert "resumed --load" in output
+    assert "resumed --save" in output and "options that differ" not in output
+    assert f"{tmp_path / 'killed_run'} (attempt 2)" in output
+    assert "finished: 12 rollouts" in output and str(tmp_path / "killed" / "iter_0000012") in output
+    assert len({record["attempt"] for record in records(tmp_path / "killed_run")}) == 2
+    read = read_metrics(tmp_path / "killed_run")
+    assert [record["step"] for record in read if "train/loss" in record] == list(range(1, 13))
+    for step in (2, 12):
+        checksums = {(tmp_path / f"{name}_{step}" / "manifest.sha256").read_text() for name in ("whole", "killed")}
+        assert len(checksums) == 1, f"the weights after step {step} differ"
     expected = {record["step"]: record["train/loss"] for record in records(tmp_path / "whole_run")}
     # The last word on a step is the resumed run's, where it did the step again.
     got = {record["step"]: record["train/loss"] for record in records(tmp_path / "killed_run")}

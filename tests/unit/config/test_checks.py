@@ -342,6 +342,9 @@ RULES = {
     "more engines than shared gpus": (f"{GOOD} --colocate --rollout-num-gpus 2", "more than the 1 training GPUs"),
     "saving to nowhere": (f"{GOOD} --save-interval 1", "--save-interval has no effect without --save"),
     "a step of nothing": (f"{GOOD} --ckpt-step 1", "--ckpt-step has no effect without --load"),
+    "minutes between nothing": (f"{GOOD} --save-interval-minutes 5", "--save-interval-minutes has no effect without"),
+    "one export for all steps": (f"{GOOD} --save s --save-hf out", "--save-hf: found 'out', expected a path with"),
+    "an export of an unknown name": (f"{GOOD} --save s --save-hf out_{{step}}", "--save-hf: found 'out_{step}'"),
     "shared memory of two nodes": (
         f"{GOOD} --actor-num-nodes 2 --update-weight-transport tensor",
         "--update-weight-transport tensor is shared memory on one node",
@@ -460,19 +463,27 @@ def test_no_configuration_makes_a_check_fail_with_anything_but_a_sentence():
     assert len(problems(Config())) > 5
 
 
+SAVED = f"{GOOD} --save s"
+
+
 def test_a_sensible_run_has_nothing_to_say():
-    assert notes(config_of(GOOD)) == []
+    assert notes(config_of(SAVED)) == []
+
+
+def test_a_run_that_keeps_nothing_is_told_so():
+    (note,) = notes(config_of(GOOD))
+    assert note.startswith("no --save")
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (f"{GOOD} --rollout-temperature 0.8", "an SGLang teacher scores at temperature 1"),
-        (f"{GOOD} --rm-type math --n-samples-per-prompt 1", "only the teacher teaches"),
-        (f"{GOOD} --load nowhere", "--load nowhere holds no checkpoint yet: training starts from --hf-checkpoint"),
-        (f"{GOOD} --load nowhere --ref-load r", "training starts from --ref-load"),
+        (f"{SAVED} --rollout-temperature 0.8", "an SGLang teacher scores at temperature 1"),
+        (f"{SAVED} --rm-type math --n-samples-per-prompt 1", "only the teacher teaches"),
+        (f"{SAVED} --load nowhere", "--load nowhere holds no checkpoint yet: training starts from --hf-checkpoint"),
+        (f"{SAVED} --load nowhere --ref-load r", "training starts from --ref-load"),
         (
-            f"{GOOD} --custom-reward-post-process-path slime.rollout.on_policy_distillation.post_process_rewards",
+            f"{SAVED} --custom-reward-post-process-path slime.rollout.on_policy_distillation.post_process_rewards",
             "is built in",
         ),
     ],
@@ -484,4 +495,5 @@ def test_what_is_worth_knowing_is_said(words, sentence):
 
 def test_a_checkpoint_to_continue_from_needs_no_note(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    assert notes(config_of(f"{GOOD} --load {tmp_path}")) == []
+    assert notes(config_of(f"{SAVED} --load {tmp_path}")) == []
+    assert notes(config_of(f"{GOOD} --load nowhere --save {tmp_path}")) == []

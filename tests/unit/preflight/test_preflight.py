@@ -102,3 +102,15 @@ def test_without_a_tokenizer_it_says_what_it_could_not_look_at(place):
 
 def test_a_place_without_a_checkpoint_has_no_shapes(tmp_path):
     assert shapes_at(str(tmp_path)) == {}
+
+
+def test_what_the_run_would_start_from_is_told_and_a_refused_start_is_a_problem(place, tmp_path):
+    words = f"{good(place)} --use-opd --opd-type megatron --opd-teacher-load {place}/student --save {tmp_path}"
+    assert any(f"start: --hf-checkpoint {place}/student" in line for line in findings(words).fine)
+    step = tmp_path / "iter_0000002"
+    step.mkdir()
+    (step / ".metadata").touch()
+    (step / "run_state.json").write_text('{"step": 2}')
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    (problem,) = findings(words).problems
+    assert "holds checkpoints of another run" in problem and "give another --save" in problem

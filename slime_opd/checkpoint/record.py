@@ -1,0 +1,94 @@
+"""What a checkpoint records of the run that wrote it, as JSON: the command's start, who the run is, and its options."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from slime_opd.checkpoint.start import Request
+from slime_opd.config import Config
+from slime_opd.config.options import options_of
+from slime_opd.errors import ConfigError
+
+# Raised when the meaning of a recorded value changes.
+FORMAT = 1
+
+HIDDEN = "(hidden)"
+
+# Keys of a model's config.json that tell architectures apart.
+_ARCHITECTURE = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "num_experts",
+    "n_routed_experts",
+    "num_local_experts",
+    "moe_intermediate_size",
+)
+_SECRET = re.compile(r"(^|[-_])(api[-_]key|wandb[-_]key|password|secret|auth[-_]token)$")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=\?)\S+$")
+
+
+def identity_of(config: Config, prompts: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes two runs the same run: the model's architecture, the kind of loss, and the prompts.
+
+    `prompts`: `PromptSource.identity()`; {} where the prompts are not read.
+    """
+    identity: dict[str, Any] = {
+        "architecture": _architecture(config.model.hf_checkpoint),
+        "loss_type": config.training.loss_type,
+    }
+    if prompts:
+        identity["prompts"] = {name: prompts[name] for name in ("rows", "fingerprint")}
+    return identity
+
+
+def _architecture(hf_checkpoint: str | None) -> dict[str, Any]:
+    file = Path(hf_checkpoint or "") / "config.json"
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"--hf-checkpoint: {file} is not JSON ({error})") from error
+    config = config.get("text_config", config) if isinstance(config, dict) else {}
+    return {key: config[key] for key in _ARCHITECTURE if key in config}
+
+
+def public_values(config: Config) -> dict[str, Any]:
+    """Every option's value as JSON by its name, without passwords and keys. Unset options of Megatron and SGLang are left out."""
+    values: dict[str, Any] = {}
+    for option in options_of(Config).values():
+        value = option.read(config)
+        if option.stage != "megatron" or value not in (None, ()):
+            values[option.name] = list(value) if isinstance(value, tuple) else value
+    values |= {f"sglang-{name}": list(arguments) for name, arguments in config.sglang.items()}
+    return {name: _hide(name, value) for name, value in values.items()}
+
+
+def _hide(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_hide(name, item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return HIDDEN if _SECRET.search(name) else _CREDENTIALS.sub(HIDDEN, value) if "://" in value else value
+
+
+def run_record(config: Config, request: Request, identity: Mapping[str, Any], made_by: str) -> dict[str, Any]:
+    """The `run` section of run_state.json. `made_by`: why the checkpoint was written (see `saves.py`)."""
+    return {
+        "format": FORMAT,
+        "made_by": made_by,
+        "request": request.recorded(),
+        "identity": dict(identity),
+        "options": public_values(config),
+    }

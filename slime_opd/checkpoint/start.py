@@ -1,0 +1,383 @@
+"""Where a run starts from: one table of --save, --load, --ref-load, --ckpt-step and --finetune, read by code and docs.
+
+`choose_start` is pure: it is given what the command line requests and what the directories hold. `read_facts` looks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from slime_opd.checkpoint import aside, directory
+from slime_opd.config import Config
+from slime_opd.errors import CheckpointError, ConfigError
+
+
+class Saved(Enum):
+    """What --save holds, under the table's names; MEANINGS explains them."""
+
+    NOTHING = "nothing"
+    RESTART = "this command's"
+    OWN = "this run's"
+    OTHER = "another run's"
+    FOREIGN = "foreign"
+    WEIGHTS = "weights"
+    ASIDE = "set aside"
+
+
+class Loaded(Enum):
+    """What --load is, under the table's names."""
+
+    NONE = "not given"
+    SAVE = "`--save`"
+    EMPTY = "elsewhere: nothing"
+    RUN = "elsewhere: a run's"
+    FOREIGN = "elsewhere: foreign"
+    WEIGHTS = "elsewhere: weights"
+
+
+MEANINGS: dict[str, str] = {
+    "nothing": "no checkpoint, or no such directory",
+    "this command's": "checkpoints of this run, whose command gave the same start: `--load`, `--ref-load`, `--ckpt-step`, `--finetune`, `--hf-checkpoint`",
+    "this run's": "checkpoints of this run, whose command gave another `--ckpt-step` or `--finetune`",
+    "another run's": "checkpoints of a run with another start, architecture, loss type or prompts, or of a version that recorded none of that",
+    "foreign": "iterations without `run_state.json`, as Megatron-LM and slime write them",
+    "weights": "a `release` (a converted model), or a Hugging Face directory",
+    "set aside": "only checkpoints that were set aside, by a `--finetune` that has not saved yet",
+}
+
+
+class Outcome(Enum):
+    """What the run does, as the table and the log say it."""
+
+    CONTINUE_NEWEST = "continues from the newest checkpoint of `--save`"
+    CONTINUE_STEP = "continues from that step of `--save`; later ones are set aside"
+    CONTINUE_LOAD = "continues from `--load`, and saves to `--save`"
+    WEIGHTS_OF_SAVE = "starts at step 0 with the weights of `--save`; all its checkpoints are set aside"
+    WEIGHTS_OF_ASIDE = "starts at step 0 with the weights that were set aside last"
+    WEIGHTS_OF_LOAD = "starts at step 0 with the weights of `--load`"
+    WEIGHTS_OF_REFERENCE = "starts at step 0 with the weights of `--ref-load`"
+    WEIGHTS_OF_HUGGING_FACE = "starts at step 0 with the weights of `--hf-checkpoint`"
+    REFUSE_OTHER = "is refused: give another `--save`, or `--load` that directory"
+    REFUSE_FOREIGN = "is refused: where it was in the prompts is unknown; `--finetune` takes the weights"
+    REFUSE_ASIDE = "is refused: `--load` the directory that was set aside, or give another `--save`"
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether no run starts."""
+        return self.name.startswith("REFUSE")
+
+    @property
+    def continues(self) -> bool:
+        """Whether step, data cursor and optimizer continue, beside the weights."""
+        return self.name.startswith("CONTINUE")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: what --save holds, what --load means (empty: anything), a flag that is given (None: any), the outcome."""
+
+    saved: tuple[Saved, ...]
+    loaded: tuple[Loaded, ...]
+    flag: str | None
+    outcome: Outcome
+
+    def matches(self, request: Request, saved: Saved, loaded: Loaded) -> bool:
+        """Whether this row decides."""
+        value = True if self.flag is None else getattr(request, self.flag)
+        is_given = value is not None and value is not False
+        return is_given and (not self.saved or saved in self.saved) and (not self.loaded or loaded in self.loaded)
+
+
+_HERE = (Loaded.SAVE, Loaded.NONE)
+_ELSEWHERE = (Loaded.EMPTY, Loaded.RUN, Loaded.FOREIGN, Loaded.WEIGHTS)
+_RUNS = (Saved.OWN, Saved.OTHER)
+
+# The first row that matches decides.
+RULES: tuple[Rule, ...] = (
+    Rule((Saved.RESTART,), (), None, Outcome.CONTINUE_NEWEST),
+    Rule((Saved.OTHER, Saved.FOREIGN, Saved.WEIGHTS), (Loaded.NONE,), None, Outcome.REFUSE_OTHER),
+    Rule((Saved.OWN, Saved.OTHER, Saved.FOREIGN, Saved.WEIGHTS), _ELSEWHERE, None, Outcome.REFUSE_OTHER),
+    Rule((*_RUNS, Saved.FOREIGN), _HERE, "finetune", Outcome.WEIGHTS_OF_SAVE),
+    Rule((Saved.FOREIGN,), _HERE, None, Outcome.REFUSE_FOREIGN),
+    Rule(_RUNS, _HERE, "ckpt_step", Outcome.CONTINUE_STEP),
+    Rule(_RUNS, _HERE, None, Outcome.CONTINUE_NEWEST),
+    Rule((Saved.WEIGHTS,), (Loaded.SAVE,), None, Outcome.WEIGHTS_OF_LOAD),
+    Rule((Saved.ASIDE,), _HERE, "finetune", Outcome.WEIGHTS_OF_ASIDE),
+    Rule((Saved.ASIDE,), _HERE, None, Outcome.REFUSE_ASIDE),
+    Rule((), (Loaded.RUN, Loaded.FOREIGN, Loaded.WEIGHTS), "finetune", Outcome.WEIGHTS_OF_LOAD),
+    Rule((), (Loaded.FOREIGN,), None, Outcome.REFUSE_FOREIGN),
+    Rule((), (Loaded.RUN,), None, Outcome.CONTINUE_LOAD),
+    Rule((), (Loaded.WEIGHTS,), None, Outcome.WEIGHTS_OF_LOAD),
+    Rule((), (), "ref_load", Outcome.WEIGHTS_OF_REFERENCE),
+    Rule((), (), None, Outcome.WEIGHTS_OF_HUGGING_FACE),
+)
+
+
+def rules_as_markdown() -> str:
+    """The table, as docs/checkpoints.md shows it."""
+    lines = ["| `--save` holds | `--load` is | given | the run |", "| --- | --- | --- | --- |"]
+    for rule in RULES:
+        saved = " or ".join(kind.value for kind in rule.saved) or "anything"
+        loaded = " or ".join(kind.value for kind in rule.loaded) or "anything"
+        loaded = "elsewhere" if rule.loaded == _ELSEWHERE else loaded
+        given = "" if rule.flag is None else f"`--{rule.flag.replace('_', '-')}`"
+        lines.append(f"| {saved} | {loaded} | {given} | {rule.outcome.value} |")
+    return "\n".join(lines)
+
+
+def meanings_as_markdown() -> str:
+    """What the names in the table mean, as docs/checkpoints.md shows it."""
+    rows = [f"| {name} | {meaning} |" for name, meaning in MEANINGS.items()]
+    return "\n".join(["| name | what the directory holds |", "| --- | --- |", *rows])
+
+
+@dataclass(frozen=True)
+class Request:
+    """The start that a command line requests. Paths are absolute; `loads_save`: --load is --save."""
+
+    save: str | None
+    load: str | None
+    loads_save: bool
+    ckpt_step: int | None
+    finetune: bool
+    ref_load: str | None
+    ref_ckpt_step: int | None
+    hf_checkpoint: str | None
+
+    def recorded(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, as JSON values. `--load SAVE` and no --load are the same start."""
+        return {
+            "load": None if self.loads_save else self.load,
+            "ckpt_step": self.ckpt_step,
+            "finetune": self.finetune,
+            "ref_load": self.ref_load,
+            "ref_ckpt_step": self.ref_ckpt_step,
+            "hf_checkpoint": self.hf_checkpoint,
+        }
+
+
+def request_of(config: Config) -> Request:
+    """The start that the options request."""
+    options = config.checkpoint
+    save, load, step = _absolute(options.save), _absolute(options.load), options.ckpt_step
+    if save is not None and load is not None and os.path.dirname(load) == save:
+        # One checkpoint of --save, by its own directory.
+        name = os.path.basename(load)
+        if name.startswith("iter_") and name.removeprefix("iter_").isdigit():
+            load, step = save, int(name.removeprefix("iter_"))
+        elif name == "release":
+            load = save
+    return Request(
+        save=save,
+        load=load,
+        loads_save=save is not None and load == save,
+        ckpt_step=step,
+        finetune=options.finetune,
+        ref_load=_absolute(options.ref_load),
+        ref_ckpt_step=options.ref_ckpt_step,
+        hf_checkpoint=_absolute(config.model.hf_checkpoint),
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.realpath(path)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a directory of checkpoints holds.
+
+    `location`: the newest checkpoint, or the requested one; None where there is none. `run_state`: the driver's state beside
+    it; None where there is no such file. `aside`: the directory that was set aside last.
+    """
+
+    location: directory.Location | None = None
+    run_state: Mapping[str, Any] | None = None
+    steps: tuple[int, ...] = ()
+    aside: str | None = None
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """The run that wrote the checkpoint (see `record.py`); {} where none is recorded."""
+        return (self.run_state or {}).get("run", {})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What --save and --load hold, and who this run is (`record.identity_of`)."""
+
+    save: Contents = Contents()
+    load: Contents = Contents()
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def read_facts(request: Request, identity: Mapping[str, Any]) -> Facts:
+    """Look into --save and --load. Raises CheckpointError for a directory that contradicts itself."""
+    if request.load is not None and not request.loads_save:
+        save = Contents() if request.save is None else _contents(request.save)
+        return Facts(save, _contents(request.load, request.ckpt_step), identity)
+    return Facts(Contents() if request.save is None else _own_contents(request), Contents(), identity)
+
+
+def _own_contents(request: Request) -> Contents:
+    try:
+        return _contents(request.save)
+    except CheckpointError:
+        # The newest is damaged: --ckpt-step is the way past it.
+        if request.ckpt_step is None:
+            raise
+        return _contents(request.save, request.ckpt_step)
+
+
+def _contents(path: str, step: int | None = None) -> Contents:
+    root = Path(path)
+    location = directory.find(path, step)
+    steps, moved = tuple(aside.complete_steps(root)), aside.aside_directories(root)
+    if steps and (location is None or location.is_hugging_face):
+        raise CheckpointError(
+            f"{path} holds {len(steps)} checkpoints and no {directory.TRACKER}: write the step to continue from into that file, such as {steps[-1]}"
+        )
+    has_state = location is not None and (location.directory / directory.RUN_STATE).is_file()
+    run_state = directory.read_run_state(location) if has_state else None
+    return Contents(location, run_state, steps, str(moved[-1]) if moved else None)
+
+
+def saved_kind(request: Request, facts: Facts) -> Saved:
+    """What --save holds."""
+    held = facts.save
+    if held.location is None:
+        return Saved.NOTHING if held.aside is None else Saved.ASIDE
+    if held.location.iteration is None:
+        return Saved.WEIGHTS
+    if held.run_state is None:
+        return Saved.FOREIGN
+    if not held.record or not (request.loads_save or not differing_identity(held.record, facts.identity)):
+        return Saved.OTHER
+    differing = differing_request(held.record, request)
+    if not differing:
+        return Saved.RESTART
+    return Saved.OWN if set(differing) <= {"ckpt_step", "finetune"} else Saved.OTHER
+
+
+def loaded_kind(request: Request, facts: Facts) -> Loaded:
+    """What --load means."""
+    if request.load is None:
+        return Loaded.NONE
+    if request.loads_save:
+        return Loaded.SAVE
+    held = facts.load
+    if held.location is None:
+        return Loaded.EMPTY
+    if held.location.iteration is None:
+        return Loaded.WEIGHTS
+    return Loaded.FOREIGN if held.run_state is None else Loaded.RUN
+
+
+def differing_identity(record: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Names of what tells the recorded run from this one; only what both have is compared."""
+    saved = record.get("identity", {})
+    return [name for name in identity if name in saved and saved[name] != identity[name]]
+
+
+def differing_request(record: Mapping[str, Any], request: Request) -> list[str]:
+    """Names of the options of the start that the recorded command gave otherwise."""
+    now, saved = request.recorded(), record.get("request", {})
+    return [name for name in now if now[name] != saved.get(name)]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: the checkpoint in `path`, which `flag` means; `step` rollouts of the run are done."""
+
+    outcome: Outcome
+    flag: str
+    path: str | None
+    step: int = 0
+
+    @property
+    def newest_kept(self) -> int | None:
+        """The step of --save after which checkpoints are set aside before the first new one; None: all are."""
+        return self.step if self.outcome in (Outcome.CONTINUE_NEWEST, Outcome.CONTINUE_STEP) else None
+
+    def resolve(self, config: Config) -> Config:
+        """The configuration of the trainers: --load is the one checkpoint to load, or None."""
+        loads = self.flag in ("--save", "--load")
+        resolved = dataclasses.replace(
+            config.checkpoint,
+            load=self.path if loads else None,
+            ckpt_step=None,
+            finetune=loads and not self.outcome.continues,
+        )
+        return dataclasses.replace(config, checkpoint=resolved)
+
+
+def choose_start(request: Request, facts: Facts) -> Start:
+    """The start that the table gives.
+
+    Raises ConfigError where the table refuses, and where --ckpt-step is not among the checkpoints.
+    """
+    saved, loaded = saved_kind(request, facts), loaded_kind(request, facts)
+    outcome = next(rule.outcome for rule in RULES if rule.matches(request, saved, loaded))
+    if outcome.is_refusal:
+        raise ConfigError(_refusal(outcome, saved, request, facts))
+    if outcome in (Outcome.CONTINUE_STEP, Outcome.WEIGHTS_OF_SAVE) and request.ckpt_step is not None:
+        return Start(outcome, "--save", *_requested(request, facts, outcome))
+    if outcome in (Outcome.CONTINUE_NEWEST, Outcome.WEIGHTS_OF_SAVE):
+        return _from(outcome, "--save", facts.save)
+    if outcome is Outcome.WEIGHTS_OF_ASIDE:
+        return Start(outcome, "--save", facts.save.aside)
+    if outcome in (Outcome.CONTINUE_LOAD, Outcome.WEIGHTS_OF_LOAD):
+        return _from(outcome, "--load", facts.save if request.loads_save else facts.load)
+    if outcome is Outcome.WEIGHTS_OF_REFERENCE:
+        return Start(outcome, "--ref-load", request.ref_load)
+    return Start(outcome, "--hf-checkpoint", request.hf_checkpoint)
+
+
+def _from(outcome: Outcome, flag: str, held: Contents) -> Start:
+    step = held.location.iteration if outcome.continues else 0
+    return Start(outcome, flag, str(held.location.directory), step or 0)
+
+
+def _requested(request: Request, facts: Facts, outcome: Outcome) -> tuple[str, int]:
+    step, steps = request.ckpt_step, facts.save.steps
+    if step not in steps:
+        raise ConfigError(
+            f"--ckpt-step {step}: {request.save} holds no complete checkpoint of that step; found {', '.join(map(str, steps)) or 'none'}"
+        )
+    return str(aside.iteration_path(Path(request.save), step)), step if outcome.continues else 0
+
+
+def _refusal(outcome: Outcome, saved: Saved, request: Request, facts: Facts) -> str:
+    if outcome is Outcome.REFUSE_ASIDE:
+        return f"--save {request.save} holds only checkpoints that were set aside: continue from them with --load {facts.save.aside}, start from their weights with --finetune, or give another --save"
+    if outcome is Outcome.REFUSE_FOREIGN:
+        held = facts.save if request.loads_save else facts.load
+        return f"--load {held.location.directory} has no {directory.RUN_STATE}, so its step and place in the prompts are unknown: take its weights and start at step 0 with --finetune"
+    start_over = f"--load {request.save} --finetune to start at step 0 with its weights (its checkpoints are set aside)"
+    if saved is Saved.WEIGHTS:
+        return f"--save {request.save} holds weights that this command does not start from: give another --save, or --load {request.save} to start from them"
+    if saved is Saved.FOREIGN:
+        return f"--save {request.save} holds checkpoints that are not this run's: give another --save, or {start_over}"
+    return f"--save {request.save} holds checkpoints of another run ({_reason(request, facts)}): give another --save, --load {request.save} to continue that run, or {start_over}"
+
+
+def _reason(request: Request, facts: Facts) -> str:
+    record = facts.save.record
+    if not record:
+        return "the command that wrote them is not recorded"
+    if names := differing_identity(record, facts.identity):
+        what = {"architecture": "of another architecture", "loss_type": "with another --loss-type"}
+        return " and ".join(what.get(name, f"on other {name}") for name in names)
+    now = request.recorded()
+    parts = [
+        f"{'--' + name.replace('_', '-')} was {'not given' if saved in (None, False) else saved}, now {'not given' if now[name] in (None, False) else now[name]}"
+        for name in differing_request(record, request)
+        for saved in [record.get("request", {}).get(name)]
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,130 @@
+"""The checkpoints of a run, on the driver: what it starts from, when it saves, and what it keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slime_opd.checkpoint import aside, differences, directory, saves
+from slime_opd.checkpoint.record import identity_of, public_values, run_record
+from slime_opd.checkpoint.start import choose_start, read_facts, request_of
+from slime_opd.config import Config
+from slime_opd.data.source import PromptSource
+from slime_opd.errors import CheckpointError, ConfigError
+from slime_opd.observe import console
+
+if TYPE_CHECKING:
+    from slime_opd.cluster.trainers import TrainerGroup
+
+
+class RunCheckpoints:
+    """Chooses the start when it is made, before any process runs; then saves what the trainers hold."""
+
+    def __init__(self, config: Config, source: PromptSource | None) -> None:
+        """Raises ConfigError where the table of starts refuses, or an option differs that may not."""
+        self._config, self._source = config, source
+        self._root = Path(config.checkpoint.save) if config.checkpoint.save else None
+        if self._root is not None and self._root.is_dir():
+            aside.finish_set_aside(self._root)
+        self._request = request_of(config)
+        self._identity = identity_of(config, {} if source is None else source.identity())
+        self.start = choose_start(self._request, read_facts(self._request, self._identity))
+        self.policy = saves.save_policy(config)
+        self.latest: str | None = None
+        self._saved_step, self._saved_at = None, time.monotonic()
+        # The trainers' configuration: --load is the one checkpoint that they load.
+        self.trainer_config = self.start.resolve(config)
+        if self.start.outcome.continues:
+            self._continue(directory.read_run_state(directory.require(self.start.path, self.start.flag)))
+        else:
+            console.say(f"training starts from {self.start.flag} {self.start.path}")
+
+    def _continue(self, run_state: dict[str, Any]) -> None:
+        start, source = self.start, self._source
+        if source is None:
+            raise ConfigError(f"{start.flag} {start.path} has a place in the prompts, but no --prompt-data is given")
+        saved = run_state.get("run", {}).get("options")
+        found = differences.differences(saved, public_values(self._config)) if saved is not None else []
+        if found:
+            console.say("options that differ from the checkpoint's:\n  " + "\n  ".join(differences.table(found)))
+        if problems := differences.refusals(found):
+            raise ConfigError("\n".join(problems))
+        prompts = run_state.get("prompts", {})
+        try:
+            source.load_state(prompts)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
+        console.say(
+            f"resumed {start.flag} {start.path} at rollout {start.step + 1} (epoch {prompts['epoch']}, prompt {prompts['offset']}): the run {start.outcome.value.replace('`', '')}"
+        )
+        if start.flag == "--save":
+            self.latest, self._saved_step = start.path, start.step
+        if saved is not None and saved.get("no_save_optim") and not self._config.checkpoint.no_load_optim:
+            console.warn("the checkpoint was saved with --no-save-optim: the optimizer's state starts afresh")
+            options = dataclasses.replace(self.trainer_config.checkpoint, no_load_optim=True)
+            self.trainer_config = dataclasses.replace(self.trainer_config, checkpoint=options)
+
+    def begin(self, trainers: TrainerGroup) -> None:
+        """Make --save ready for the first new checkpoint; call it once the trainers have loaded the start."""
+        self._saved_at = time.monotonic()
+        if self._root is None or not self._root.is_dir() or self.start.step >= self.policy.total:
+            return
+        moved = aside.set_aside(self._root, self.start.newest_kept)
+        if moved is not None:
+            steps = ", ".join(map(str, aside.complete_steps(moved)))
+            console.say(f"set aside: the checkpoints of steps {steps} are now in {moved}")
+        if self.latest is not None:
+            # A kill may have come between a checkpoint and its Hugging Face form.
+            self._save_hugging_face(trainers, self.start.step, self.latest, is_missing=True)
+
+    def reason(self, done: int) -> str | None:
+        """Why a checkpoint is due after `done` rollouts; None where none is."""
+        if self._root is None:
+            return None
+        return self.policy.reason(done, time.monotonic() - self._saved_at)
+
+    def save(self, trainers: TrainerGroup, run_state: dict[str, Any], reason: str) -> str:
+        """Write a checkpoint that continues from `run_state` (at its `step`), unless it is there; returns its directory."""
+        step = run_state["step"]
+        if step == self._saved_step:
+            return str(self.latest)
+        record = run_record(self._config, self._request, self._identity, reason)
+        self.latest = trainers.save(step, {**run_state, "run": record})
+        self._saved_step, self._saved_at = step, time.monotonic()
+        # A run that was told to end has seconds; its restart makes up for what is left out.
+        if reason != saves.BY_REQUEST:
+            self._save_hugging_face(trainers, step, self.latest)
+        self._thin()
+        return self.latest
+
+    def _save_hugging_face(
+        self, trainers: TrainerGroup, step: int, checkpoint: str, *, is_missing: bool = False
+    ) -> None:
+        template = self._config.checkpoint.save_hf
+        if template is None:
+            return
+        path = template.format(rollout_id=step)
+        if is_missing and Path(path).exists():
+            return
+        trainers.save_hugging_face(checkpoint, path)
+        console.say(f"saved {path} for Hugging Face")
+
+    def _thin(self) -> None:
+        if self._config.checkpoint.keep_checkpoints:
+            return
+        root = Path(self._root)
+        made_by = {step: _made_by(aside.iteration_path(root, step)) for step in aside.complete_steps(root)}
+        for step in saves.superfluous(made_by, aside.latest_step(root)):
+            shutil.rmtree(aside.iteration_path(root, step))
+
+
+def _made_by(iteration: Path) -> str | None:
+    """Why a checkpoint was written; None where it does not tell, which keeps it."""
+    try:
+        return json.loads((iteration / directory.RUN_STATE).read_text()).get("run", {}).get("made_by")
+    except (OSError, ValueError):
+        return None
