@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 from slime_opd.checkpoint.start import Request
 from slime_opd.config import Config
 from slime_opd.config.options import options_of
+from slime_opd.config.redact import redact_value
 from slime_opd.errors import ConfigError
 
 # Raised when the meaning of a recorded value changes.
 FORMAT = 1
-
-HIDDEN = "(hidden)"
 
 # Keys of a model's config.json that tell architectures apart.
 _ARCHITECTURE = (
@@ -34,8 +32,6 @@ _ARCHITECTURE = (
     "num_local_experts",
     "moe_intermediate_size",
 )
-_SECRET = re.compile(r"(^|[-_])(api[-_]key|wandb[-_]key|password|secret|auth[-_]token)$")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=\?)\S+$")
 
 
 def identity_of(config: Config, prompts: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,15 +68,7 @@ def public_values(config: Config) -> dict[str, Any]:
         if option.stage != "megatron" or value not in (None, ()):
             values[option.name] = list(value) if isinstance(value, tuple) else value
     values |= {f"sglang-{name}": list(arguments) for name, arguments in config.sglang.items()}
-    return {name: _hide(name, value) for name, value in values.items()}
-
-
-def _hide(name: str, value: Any) -> Any:
-    if isinstance(value, list):
-        return [_hide(name, item) for item in value]
-    if not isinstance(value, str):
-        return value
-    return HIDDEN if _SECRET.search(name) else _CREDENTIALS.sub(HIDDEN, value) if "://" in value else value
+    return {name: redact_value(name, value) for name, value in values.items()}
 
 
 def run_record(config: Config, request: Request, identity: Mapping[str, Any], made_by: str) -> dict[str, Any]:

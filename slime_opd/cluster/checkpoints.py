@@ -38,8 +38,11 @@ class RunCheckpoints:
         self._saved_step, self._saved_at = None, time.monotonic()
         # The trainers' configuration: --load is the one checkpoint that they load.
         self.trainer_config = self.start.resolve(config)
+        # The driver's state beside the checkpoint that the run continues from; {} where it starts anew.
+        self.run_state: dict[str, Any] = {}
         if self.start.outcome.continues:
-            self._continue(directory.read_run_state(directory.require(self.start.path, self.start.flag)))
+            self.run_state = directory.read_run_state(directory.require(self.start.path, self.start.flag))
+            self._continue(self.run_state)
         else:
             console.say(f"training starts from {self.start.flag} {self.start.path}")
 

@@ -21,6 +21,7 @@ from slime_opd.cluster.checkpoints import RunCheckpoints
 from slime_opd.cluster.engines import EngineGroup
 from slime_opd.cluster.trainers import TrainerGroup
 from slime_opd.config import Config
+from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.assemble import assemble, split
 from slime_opd.data.source import PromptSource, read_eval_set
@@ -31,6 +32,7 @@ from slime_opd.rollout.evaluate import EvalSet
 from slime_opd.rollout.loop import BackgroundLoop
 from slime_opd.rollout.student import StudentRollouts
 from slime_opd.teacher.probe import probe
+from slime_opd.teacher.recheck import TeacherRecheck
 from slime_opd.teacher.sglang import make_teacher
 from slime_opd.types import SampleGroup
 
@@ -83,16 +85,23 @@ class Run:
         self.first_step = self._checkpoints.start.step
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / "config.yaml").write_text(to_yaml(config))
-        self._sinks = MetricSinks(self._run_dir, config.observe, dataclasses.asdict(config), first_step=self.first_step)
+        options = dataclasses.asdict(redacted(config))
+        self._sinks = MetricSinks(self._run_dir, config.observe, options, first_step=self.first_step)
         keep.callback(self._sinks.close)
         console.say(summary.opening(self._places()))
         eval_sets = self._read_eval_sets()
         loop = keep.enter_context(BackgroundLoop())
         self._teacher = make_teacher(config) if config.has_sglang_teacher else None
+        self._recheck: TeacherRecheck | None = None
         if self._teacher is not None:
             client, top_k = self._teacher.client, self._teacher.wanted.asked
             keep.callback(lambda: loop.run(client.aclose()))
-            console.say(str(loop.run(probe(client, self._tokenizer, config.model.hf_checkpoint, top_k))))
+            facts = loop.run(probe(client, self._tokenizer, config.model.hf_checkpoint, top_k))
+            console.say(str(facts))
+            interval = config.opd.opd_teacher_check_interval
+            self._recheck = TeacherRecheck(self._teacher, facts.fingerprint, interval, loop.submit)
+            keep.callback(self._recheck.close)
+            loop.run(self._recheck.compare_saved(self._checkpoints.run_state.get("teacher")))
         session.join(config.cluster.ray_address)
         placement = session.reserve(config)
         keep.callback(placement.release)
@@ -151,6 +160,8 @@ class Run:
         """The samples of one rollout."""
         if self._weights_are_new and not self.config.is_sft:
             self.update_weights()
+        if self._recheck is not None:
+            self._recheck.begin(step)
         with self._timed("rollout"):
             before = 0 if self._teacher is None else self._teacher.client.bytes_moved
             groups = self._rollouts.generate(self._source, f"rollout {step + 1}/{self.config.rollout.num_rollout}")
@@ -158,6 +169,10 @@ class Run:
             tokens = sum(sample.response_length for group in groups for sample in group.samples)
             moved = self._teacher.client.bytes_moved - before
             self._of_rollout["perf/teacher_bytes_per_token"] = metrics.Mean(moved, tokens)
+        if self._recheck is not None:
+            self._recheck.finish()
+            if self._recheck.drift is not None:
+                self._of_rollout["opd/teacher_drift"] = metrics.Last(self._recheck.drift)
         if self._rollouts.groups_left_out is not None:
             self._of_rollout["rollout/groups_left_out"] = metrics.Last(self._rollouts.groups_left_out)
         return groups
@@ -209,7 +224,10 @@ class Run:
     def save(self, step: int, reason: str = BY_REQUEST) -> None:
         """Write a checkpoint that continues after `step` rollouts. `reason`: see slime_opd/checkpoint/saves.py."""
         started = time.perf_counter()
-        path = self._checkpoints.save(self._trainers, {"step": step, "prompts": self._source.state()}, reason)
+        run_state = {"step": step, "prompts": self._source.state()}
+        if self._recheck is not None:
+            run_state["teacher"] = self._recheck.state()
+        path = self._checkpoints.save(self._trainers, run_state, reason)
         seconds = time.perf_counter() - started
         self._sinks.log(step, {"perf/save_time": seconds})
         console.say(f"saved {path} in {seconds:.1f} s")

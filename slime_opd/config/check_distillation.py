@@ -12,6 +12,7 @@ from slime_opd import schedule
 from slime_opd.config.check_learning import has_reward
 from slime_opd.config.config import Config
 from slime_opd.config.options import flag, options_of
+from slime_opd.config.redact import redact_urls
 
 # Options that only a divergence, or only one over top-k tokens, reads.
 _OF_DIVERGENCE = (
@@ -74,8 +75,10 @@ def check_sglang_teacher(config: Config) -> list[str]:
         return []
     if not config.opd.use_opd or config.has_megatron_teacher:
         return ["--rm-url is the endpoint of an SGLang teacher: it has no effect without --use-opd --opd-type sglang"]
-    if not _is_generate_endpoint(url):
-        return [f"--rm-url: found {url!r}, expected http://HOST:PORT/generate"]
+    if not _is_server_address(url):
+        return [
+            f"--rm-url: found {redact_urls(url.partition('?')[0])!r}, expected the server's address, http://HOST:PORT or http://HOST:PORT/generate"
+        ]
     return []
 
 
@@ -235,11 +238,12 @@ def _problems_of_text(name: str, text: str | None, parse: Callable[[str], object
     return []
 
 
-def _is_generate_endpoint(url: str) -> bool:
+def _is_server_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
         return False
     has_address = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
-    return has_address and parts.path.rstrip("/").endswith("/generate") and not any(map(str.isspace, url))
+    is_plain = not parts.query and not parts.fragment and not any(map(str.isspace, url))
+    return has_address and is_plain and (not parts.path.strip("/") or parts.path.rstrip("/").endswith("/generate"))

@@ -88,6 +88,7 @@ NOT_NEGATIVE = [
     "opd_metrics_top_k",
     "opd_teacher_ckpt_step",
     "opd_teacher_retries",
+    "opd_teacher_check_interval",
     "print_samples_interval",
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from slime_opd.config import check_distillation, check_learning, check_machine, check_run
+from slime_opd.config import check_distillation, check_learning, check_machine, check_run, redact
 from slime_opd.config.config import Config
 from slime_opd.errors import ConfigError
 
@@ -32,6 +32,7 @@ COMBINATIONS: tuple[Check, ...] = (
     check_run.check_checkpoint,
     check_run.check_save_hf,
     check_run.check_weight_transport,
+    redact.check_no_mask,
     check_learning.check_chat_template,
     check_learning.check_reward,
     check_learning.check_signal,

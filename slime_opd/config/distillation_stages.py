@@ -39,6 +39,10 @@ class OPDConfig:
     opd_teacher_timeout_s: float = option(30.0, help="seconds per teacher request")
     opd_teacher_retries: int = option(2, help="times a failed teacher request is sent again")
     opd_teacher_concurrency: int = option(64, help="teacher requests in flight")
+    opd_teacher_check_interval: int = option(
+        10,
+        help="rollouts between checks that the teacher's server still has the same model, by its log-probs of fixed sequences; 0: never",
+    )
     opd_max_fallback_fraction: float = option(
         0.1, help="largest share of a rollout's samples that may go without teacher scores; above it the run stops"
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from slime_opd.config.config import Config
 from slime_opd.config.options import Option, options_of, stages_of
+from slime_opd.config.redact import redacted
 from slime_opd.errors import ConfigError
 
 WIDTH = 44  # of the column of flags
@@ -50,7 +51,7 @@ def help_text(config_class: type, groups: Sequence[str] = ()) -> str:
 
 def difference_to_defaults(config: Config) -> str:
     """One line per option that differs from its default: `--flag value (default …)`."""
-    lines = []
+    lines, config = [], redacted(config)
     for option in options_of(Config).values():
         value = option.read(config)
         if value != option.default:

@@ -17,6 +17,7 @@ from slime_opd.config import megatron_options, yaml_file
 from slime_opd.config.config import Config
 from slime_opd.config.help import help_text
 from slime_opd.config.options import Option, options_of, stages_of, suggestion
+from slime_opd.config.redact import redact_urls
 from slime_opd.errors import ConfigError
 
 SGLANG = "sglang-"
@@ -85,7 +86,7 @@ def command_line(main: Callable[[list[str]], object]) -> NoReturn:
     try:
         main(sys.argv[1:])
     except ConfigError as error:
-        for line in str(error).splitlines():
+        for line in redact_urls(str(error)).splitlines():
             print(f"slime_opd: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(0)

@@ -13,6 +13,7 @@ import yaml
 
 from slime_opd.config.config import Config
 from slime_opd.config.options import Option, options_of, stages_of
+from slime_opd.config.redact import redacted
 from slime_opd.errors import ConfigError
 
 
@@ -86,8 +87,8 @@ def words_of(entry: Entry) -> tuple[str, ...] | None:
 
 
 def to_yaml(config: Config) -> str:
-    """Every option with its value, by stage; `--config` of this text gives an equal Config."""
-    options = options_of(Config).values()
+    """Every option with its value, by stage, without secrets; `--config` of this text gives an equal Config, but for those."""
+    options, config = options_of(Config).values(), redacted(config)
     parts = []
     for stage, stage_class in stages_of(Config).items():
         values = {option.name: option.read(config) for option in options if option.stage == stage}

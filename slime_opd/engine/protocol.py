@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from slime_opd.engine import rows as log_prob_rows
+from slime_opd.engine.rows import brief
 from slime_opd.errors import EngineError
 
 
@@ -63,7 +65,7 @@ class Generation:
     log_probs: np.ndarray
     finish_reason: str
     weight_version: str | None
-    top_rows: Sequence[Any] | None = None
+    top_rows: Any = None
 
 
 @dataclass(frozen=True)
@@ -85,24 +87,27 @@ def generate_payload(input_ids: Sequence[int], sampling: SamplingParams, top_k: 
     return payload | ({"top_logprobs_num": top_k} if top_k else {})
 
 
-def parse_generation(answer: Mapping[str, Any]) -> Generation:
-    """The response in an answer of `/generate`.
+def parse_generation(answer: Any, vocabulary_size: int | None = None) -> Generation:
+    """The response in an answer of `/generate`; an aborted one has no tokens, as it is asked for again.
 
-    Raises EngineError where a part is missing, or a log-prob is not a finite number (an
-    aborted response is returned as it is, without that check).
+    Raises EngineError where a part is missing, a token is not in the vocabulary, or a log-prob cannot be one.
     """
     meta = meta_info(answer)
-    reason = (meta.get("finish_reason") or {}).get("type")
+    reason, version = finish_type(meta), meta.get("weight_version")
     if reason not in ("stop", "length", "abort"):
         raise EngineError(
-            f"the engine ended a response with finish_reason {meta.get('finish_reason')!r}; expected type stop, length or abort"
+            f"the engine ended a response with finish_reason {brief(meta.get('finish_reason'))}; expected type stop, length or abort"
         )
-    if reason != "abort" and "output_token_logprobs" not in meta:
+    if version is not None and not isinstance(version, str):
+        raise EngineError(f"the engine's weight_version is {brief(version)}, expected a string")
+    if reason == "abort":
+        return Generation((), np.empty(0, np.float32), reason, version)
+    if "output_token_logprobs" not in meta:
         raise EngineError("the engine returned no output_token_logprobs although return_logprob was set")
-    token_ids, log_probs = _columns(meta.get("output_token_logprobs") or ())
-    if reason != "abort":
-        _check_finite(log_probs, "response")
-    return Generation(token_ids, log_probs, reason, meta.get("weight_version"), meta.get("output_top_logprobs"))
+    ids, log_probs = log_prob_rows.columns(meta["output_token_logprobs"])
+    log_prob_rows.check_ids(ids, vocabulary_size)
+    log_probs = log_prob_rows.checked_log_probs(log_probs, "response")
+    return Generation(tuple(ids.tolist()), log_probs, reason, version, meta.get("output_top_logprobs"))
 
 
 def score_payload(tokens: Sequence[int], prompt_length: int, top_k: int = 0) -> dict[str, Any]:
@@ -120,74 +125,72 @@ def score_payload(tokens: Sequence[int], prompt_length: int, top_k: int = 0) -> 
     } | ({"top_logprobs_num": top_k} if top_k else {})
 
 
-def parse_scores(answer: Mapping[str, Any], tokens: Sequence[int], prompt_length: int) -> np.ndarray:
+def parse_scores(
+    answer: Any, tokens: Sequence[int], prompt_length: int, vocabulary_size: int | None = None
+) -> np.ndarray:
     """Log-probs of `tokens[prompt_length:]` at temperature 1, float32 [response_length].
 
     Raises EngineError unless the rows are about exactly the tokens that were sent, each
-    with a finite log-prob.
+    with a log-prob that can be one.
     """
     if prompt_length < 1:
         raise EngineError("a response without a prompt cannot be scored: nothing comes before its first token")
     rows = meta_info(answer).get("input_token_logprobs")
-    sent = tuple(tokens[prompt_length - 1 :])
-    if rows is None or len(rows) != len(sent):
-        received = "none" if rows is None else str(len(rows))
+    sent = np.array(tokens[prompt_length - 1 :], dtype=np.int64)
+    if type(rows) is not list or len(rows) != len(sent):
+        received = str(len(rows)) if type(rows) is list else "none"
         raise EngineError(
             f"the engine returned {received} of the {len(sent)} log-prob rows asked for (sequence of {len(tokens)} tokens, prompt {prompt_length})"
         )
-    token_ids, log_probs = _columns(rows)
-    differing = [i for i, (got, want) in enumerate(zip(token_ids, sent, strict=True)) if got != want]
-    # SGLang (to 0.5.9 at least) echoes the last id of the vocabulary as 0; its log-prob is the right one.
-    echoed_as_zero = {sent[i] for i in differing} == {max(sent)} and all(token_ids[i] == 0 for i in differing)
-    if differing and not echoed_as_zero:
-        place = differing[0]
+    ids, log_probs = log_prob_rows.columns(rows)
+    differs = ids != sent
+    if vocabulary_size is not None:
+        # SGLang (to 0.5.9 at least) echoes the last id of the vocabulary as 0; its log-prob is the right one.
+        differs &= (sent != vocabulary_size - 1) | (ids != 0)
+    if differs.any():
+        first = int(differs.argmax())
         raise EngineError(
-            f"the engine scored other tokens than were sent: id {token_ids[place]} instead of {sent[place]} at position {prompt_length - 1 + place}"
+            f"the engine scored other tokens than were sent: id {ids[first]} instead of {sent[first]} at position {prompt_length - 1 + first}"
         )
-    _check_finite(log_probs[1:], "scored response")
-    return log_probs[1:]
+    return log_prob_rows.checked_log_probs(log_probs[1:], "scored response")
 
 
-def parse_model_info(model: Mapping[str, Any], server: Mapping[str, Any]) -> ModelInfo:
-    """From the answers of `/model_info` and `/server_info`. Raises EngineError without a model path."""
-    model_path = model.get("model_path")
-    if not isinstance(model_path, str):
+def parse_model_info(model: Any, server: Any) -> ModelInfo:
+    """From the answers of `/model_info` and `/server_info`. Raises EngineError without a model path, or where a value has another type."""
+    if not isinstance(model, dict) or not isinstance(server, dict):
+        raise EngineError(f"the server's model info is {brief(model)} and {brief(server)}: is it an SGLang server?")
+    if not isinstance(model.get("model_path"), str):
         raise EngineError(
-            f"the server's model info has no model_path (its keys: {', '.join(sorted(model))}): is it an SGLang server?"
+            f"the server's model info has no model_path (its keys: {', '.join(sorted(model))[:200]}): is it an SGLang server?"
         )
     return ModelInfo(
-        model_path=model_path,
-        tokenizer_path=model.get("tokenizer_path"),
+        model_path=model["model_path"],
+        tokenizer_path=_optional(model, "tokenizer_path", str),
         has_tokenizer=not server.get("skip_tokenizer_init", False),
-        weight_version=model.get("weight_version"),
-        max_input_length=server.get("max_req_input_len"),
-        vocab_size=model.get("vocab_size") or server.get("vocab_size"),
-        version=server.get("version"),
+        weight_version=_optional(model, "weight_version", str),
+        max_input_length=_optional(server, "max_req_input_len", int),
+        vocab_size=_optional(model, "vocab_size", int) or _optional(server, "vocab_size", int),
+        version=_optional(server, "version", str),
     )
 
 
 def meta_info(answer: Any) -> Mapping[str, Any]:
     """What an answer says beside its text. Raises EngineError where it has nothing."""
-    meta = answer.get("meta_info") if isinstance(answer, Mapping) else None
-    if not isinstance(meta, Mapping):
-        raise EngineError(f"the engine's answer has no meta_info: {str(answer)[:200]}")
+    meta = answer.get("meta_info") if isinstance(answer, dict) else None
+    if not isinstance(meta, dict):
+        raise EngineError(f"the engine's answer has no meta_info: {brief(answer)}")
     return meta
 
 
-def _columns(rows: Sequence[Sequence[Any]]) -> tuple[tuple[int, ...], np.ndarray]:
-    """Token ids and log-probs (float32; null becomes NaN) of log-prob rows."""
-    try:
-        log_probs = np.array([row[0] for row in rows], dtype=np.float32)
-        return tuple(int(row[1]) for row in rows), log_probs
-    except (TypeError, ValueError, IndexError) as error:
-        raise EngineError(
-            f"the engine returned log-prob rows that are not [log_prob, token_id, …]: {str(rows[:2])[:200]}"
-        ) from error
+def finish_type(meta: Mapping[str, Any]) -> Any:
+    """The type of the finish_reason, None where it has none."""
+    reason = meta.get("finish_reason")
+    return reason.get("type") if isinstance(reason, dict) else None
 
 
-def _check_finite(log_probs: np.ndarray, what: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(log_probs))
-    if len(bad):
-        raise EngineError(
-            f"the engine returned no finite log-prob for {len(bad)} of {len(log_probs)} tokens of a {what} (first at {bad[0]})"
-        )
+def _optional(answer: Mapping[str, Any], name: str, kind: type) -> Any:
+    """A value of the server's description, None where it is not there."""
+    value = answer.get(name)
+    if value is not None and type(value) is not kind:
+        raise EngineError(f"the server's {name} is {brief(value)}, expected a {kind.__name__}")
+    return value

@@ -11,13 +11,22 @@ Notation: R response tokens, K candidates, N most likely tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from slime_opd.engine.protocol import meta_info, parse_scores, score_payload
+from slime_opd.engine.rows import (
+    MAX_LOG_PROB,
+    MAX_PROBABILITY,
+    MIN_LOG_PROB,
+    check_ids,
+    checked_log_probs,
+    columns,
+    flatten,
+)
 from slime_opd.errors import EngineError
 
 # Positions that share a list of missing ids: fewer send the prefix more often, more get ids that others asked for.
@@ -41,31 +50,43 @@ class Segment:
     ids: np.ndarray
 
 
-def parse_rows(rows: Sequence[Any] | None, length: int, k: int) -> TopK:
+def parse_rows(
+    rows: Any, length: int, k: int, *, smallest: float = MIN_LOG_PROB, vocabulary_size: int | None = None
+) -> TopK:
     """Rows of `[log_prob, id, text or null]`, k for each of `length` positions.
 
-    Raises EngineError where there are fewer or more, or a log-prob is not a finite number.
+    Raises EngineError where there are fewer or more, an id is not in the vocabulary, a log-prob cannot be one (`smallest` as
+    for `checked_log_probs`), or those of one position add up to more than 1.
     """
     if not length:
         return TopK(np.empty((0, k), np.int32), np.empty((0, k), np.float32))
-    try:
-        table = np.array(rows, dtype=object)
-        if table.shape[:2] != (length, k):
-            raise EngineError(f"the engine returned {table.shape[:2]} top-k log-probs, expected {(length, k)}")
-        found = TopK(table[:, :, 1].astype(np.int32), table[:, :, 0].astype(np.float32))
-    except (TypeError, ValueError, IndexError) as error:
-        raise EngineError(
-            f"the engine returned top-k rows that are not {length} lists of {k} [log_prob, token_id, …]: {str(rows)[:200]}"
-        ) from error
-    if not np.isfinite(found.log_probs).all():
-        raise EngineError("the engine returned a top-k log-prob that is not a finite number")
-    return found
+    ids, log_probs = columns(flatten(rows, length, k))
+    check_ids(ids, vocabulary_size)
+    top = TopK(
+        ids.astype(np.int32).reshape(length, k), checked_log_probs(log_probs, "top-k", smallest).reshape(length, k)
+    )
+    total = np.exp(top.log_probs).sum(axis=1).max()
+    if total > MAX_PROBABILITY:
+        raise EngineError(f"the engine returned top-k log-probs whose probabilities add up to {total:g}, more than 1")
+    return top
 
 
-def parse_top_k(answer: Mapping[str, Any], length: int, k: int) -> TopK:
-    """The server's own k most likely tokens at each of `length` response tokens, from the answer to `score_payload`."""
-    # As with the sampled tokens' rows, the first is of the token before the response, and null.
-    return parse_rows((meta_info(answer).get("input_top_logprobs") or [None])[1:], length, k)
+def parse_top_k(answer: Any, log_probs: np.ndarray, k: int, vocabulary_size: int | None = None) -> TopK:
+    """The server's own k most likely tokens at each response token, from the answer to `score_payload`.
+
+    `log_probs` [R] are those of the response tokens themselves, none of which is likelier than the most likely. Raises
+    EngineError as `parse_rows` does.
+    """
+    top = parse_rows(_after_first(answer, "input_top_logprobs"), len(log_probs), k, vocabulary_size=vocabulary_size)
+    if k and (log_probs > top.log_probs.max(axis=1) + MAX_LOG_PROB).any():
+        raise EngineError("the engine returned a token's log-prob that is above its most likely token's")
+    return top
+
+
+def _after_first(answer: Any, name: str) -> Any:
+    """As with the sampled tokens' rows, the first is of the token before the response, and null."""
+    rows = meta_info(answer).get(name)
+    return rows[1:] if isinstance(rows, list) else rows
 
 
 def find(candidates: np.ndarray, top: TopK) -> np.ndarray:
@@ -105,6 +126,11 @@ def segments_payload(tokens: Sequence[int], prompt_length: int, segments: Sequen
     return payload
 
 
+def num_rows(segments: Sequence[Segment]) -> int:
+    """Log-prob rows in the answers to `segments_payload`."""
+    return sum((1 + segment.end - segment.start) * (1 + len(segment.ids)) for segment in segments)
+
+
 def fill(
     known: np.ndarray,
     candidates: np.ndarray,
@@ -112,6 +138,7 @@ def fill(
     answers: Any,
     tokens: Sequence[int],
     prompt_length: int,
+    vocabulary_size: int | None = None,
 ) -> np.ndarray:
     """`known` [R, K] with its NaN filled from the answers to `segments_payload`. Raises EngineError as `parse_rows` does."""
     answers = answers if isinstance(answers, list) else [answers]
@@ -120,9 +147,10 @@ def fill(
     filled = known.copy()
     for segment, answer in zip(segments, answers, strict=True):
         # The tokens themselves are scored again, which tells that the rows are about this segment.
-        parse_scores(answer, tokens[: prompt_length + segment.end], prompt_length + segment.start)
-        rows = (meta_info(answer).get("input_token_ids_logprobs") or [None])[1:]
-        asked = parse_rows(rows, segment.end - segment.start, len(segment.ids))
+        parse_scores(answer, tokens[: prompt_length + segment.end], prompt_length + segment.start, vocabulary_size)
+        asked = parse_rows(
+            _after_first(answer, "input_token_ids_logprobs"), segment.end - segment.start, len(segment.ids)
+        )
         if (asked.ids != segment.ids).any():
             raise EngineError("the engine returned log-probs of other candidates than were asked for")
         here = slice(segment.start, segment.end)

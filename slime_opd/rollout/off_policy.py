@@ -6,9 +6,8 @@ from typing import Any, Protocol
 
 from slime_opd import schedule
 from slime_opd.config import Config
-from slime_opd.engine.client import EngineClient
 from slime_opd.rollout.sampling import Sampler, training_sampler
-from slime_opd.teacher.sglang import teacher_url
+from slime_opd.teacher.sglang import teacher_client
 from slime_opd.types import Prompt, Sample, Status
 
 
@@ -56,12 +55,7 @@ class TeacherWriter:
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         # A response takes longer than a score: the time limit is that of the student's.
-        self._client = EngineClient(
-            teacher_url(config),
-            concurrency=config.opd.opd_teacher_concurrency,
-            timeout_s=config.rollout.rollout_request_timeout_s,
-            retries=config.opd.opd_teacher_retries,
-        )
+        self._client = teacher_client(config, timeout_s=config.rollout.rollout_request_timeout_s)
         self._sampler = training_sampler(self._client, tokenizer, config, purpose="teacher")
 
     async def write(self, prompt: Prompt, number: int) -> Sample:

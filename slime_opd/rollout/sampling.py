@@ -15,6 +15,7 @@ import numpy as np
 from slime_opd.config import Config
 from slime_opd.engine.client import EngineClient
 from slime_opd.engine.protocol import SamplingParams
+from slime_opd.engine.rows import SMALLEST_FLOAT32
 from slime_opd.engine.top_k import parse_rows
 from slime_opd.errors import ConfigError, DataError, EngineError
 from slime_opd.types import Prompt, Sample, Status
@@ -75,7 +76,9 @@ class Sampler:
         sample = self.finished(prompt, tokens, _STATUS[generation.finish_reason])
         sample.set("rollout_log_probs", generation.log_probs)
         if self._most_likely:
-            sample.set("student_top_ids", parse_rows(generation.top_rows, len(tokens), self._most_likely).ids)
+            # SGLang writes the log-prob of a probability that is 0 at a low temperature as the smallest float32.
+            top = parse_rows(generation.top_rows, len(tokens), self._most_likely, smallest=SMALLEST_FLOAT32)
+            sample.set("student_top_ids", top.ids)
         return sample
 
     def finished(self, prompt: Prompt, tokens: tuple[int, ...], status: Status) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -13,10 +14,12 @@ import numpy as np
 from slime_opd.config import Config
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import ConfigError, EngineError, EngineTimeout
-from slime_opd.teacher.probe import student_facts
+from slime_opd.teacher.facts import student_facts
 from slime_opd.types import Sample, TeacherScores
 
 logger = logging.getLogger(__name__)
+
+API_KEY_VARIABLE = "SLIME_OPD_TEACHER_API_KEY"
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class SGLangTeacher:
 
     def failed(self, sample: Sample, error: EngineError) -> TeacherScores:
         """The scores of a response that there are none of."""
-        self._note(error)
+        self.note(error)
         return self.wanted.missing(sample.response_length, str(error))
 
     async def _scored(self, sample: Sample) -> TeacherScores:
@@ -91,7 +94,8 @@ class SGLangTeacher:
             scores = replace(scores, student_log_probs=of_student.astype(wanted.dtype))
         return scores
 
-    def _note(self, error: EngineError) -> None:
+    def note(self, error: EngineError) -> None:
+        """Count a failure, and log the first of its kind."""
         self.latest_failure = str(error)
         kind = _kind(error)
         self.failures[kind] += 1
@@ -112,13 +116,19 @@ def teacher_url(config: Config) -> str:
     return config.reward.rm_url.rstrip("/").removesuffix("/generate")
 
 
-def teacher_client(config: Config) -> EngineClient:
-    """The client of the server at --rm-url."""
+def teacher_client(config: Config, timeout_s: float | None = None) -> EngineClient:
+    """A client of the server at --rm-url, by default with the time limit of a score.
+
+    A key comes from the environment, as a flag's value would be seen in process lists.
+    """
+    checkpoint = config.model.hf_checkpoint
     return EngineClient(
         teacher_url(config),
         concurrency=config.opd.opd_teacher_concurrency,
-        timeout_s=config.opd.opd_teacher_timeout_s,
+        timeout_s=timeout_s or config.opd.opd_teacher_timeout_s,
         retries=config.opd.opd_teacher_retries,
+        api_key=os.environ.get(API_KEY_VARIABLE) or None,
+        vocabulary_size=None if checkpoint is None else student_facts(Path(checkpoint))[0],
     )
 
 

@@ -53,11 +53,14 @@ def test_the_last_id_of_the_vocabulary_is_recognised_although_sglang_echoes_it_a
     answer = recorded("scores_last_id")
     sent = (3, 40, 63, 38, 63)
     assert [row[1] for row in answer["meta_info"]["input_token_logprobs"]] == [40, 0, 38, 0]
-    scores = protocol.parse_scores(answer, sent, 2)
+    scores = protocol.parse_scores(answer, sent, 2, vocabulary_size=64)
     assert np.isfinite(scores).all()
     for lie in ((3, 40, 62, 38, 63), (3, 40, 5, 38, 63), (3, 41, 63, 38, 63)):
         with pytest.raises(EngineError, match="scored other tokens than were sent"):
-            protocol.parse_scores(answer, lie, 2)
+            protocol.parse_scores(answer, lie, 2, vocabulary_size=64)
+    for size in (None, 63, 65):  # no other id may come back as 0
+        with pytest.raises(EngineError, match="id 0 instead of 63 at position 2"):
+            protocol.parse_scores(answer, sent, 2, vocabulary_size=size)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +72,18 @@ def test_the_last_id_of_the_vocabulary_is_recognised_although_sglang_echoes_it_a
         (lambda rows: rows[2].__setitem__(0, None), "no finite log-prob for 1 of 3 tokens"),
         (lambda rows: rows[1].__setitem__(0, float("-inf")), "no finite log-prob"),
         (lambda rows: rows.__setitem__(1, "x"), "log-prob rows that are not"),
+        (lambda rows: rows.__setitem__(1, {"log_prob": -1.0}), "log-prob rows that are not"),
+        (lambda rows: rows.__setitem__(1, 5), "log-prob rows that are not"),
+        (lambda rows: rows.__setitem__(1, [-1.0]), "log-prob rows that are not"),
+        (lambda rows: rows[1].__setitem__(0, "-1.0"), "log-prob rows that are not"),
+        (lambda rows: rows[1].__setitem__(0, True), "log-prob rows that are not"),
+        (lambda rows: rows[1].__setitem__(0, -(10**400)), "log-prob rows that are not"),
+        (lambda rows: rows[1].__setitem__(1, "5"), "log-prob rows that are not"),
+        (lambda rows: rows[1].__setitem__(1, 5.0), "log-prob rows that are not"),
+        (lambda rows: rows[1].__setitem__(1, float("inf")), "log-prob rows that are not"),
+        (lambda rows: rows[1].__setitem__(1, 10**30), "log-prob rows that are not"),
+        (lambda rows: rows[1].__setitem__(0, 0.3), "log-prob 0.3, expected at most 0, for 1 of 3 tokens"),
+        (lambda rows: rows[1].__setitem__(0, -1e30), r"log-prob -1e\+30, expected at least -1000, for 1 of 3 tokens"),
     ],
 )
 def test_scores_that_are_not_about_the_sent_tokens_are_errors(damage, message):
@@ -93,6 +108,20 @@ def test_a_generation_with_a_log_prob_that_is_not_a_number_is_an_error():
     answer["meta_info"]["output_token_logprobs"][1][0] = None
     with pytest.raises(EngineError, match="no finite log-prob for 1 of 4 tokens of a response"):
         protocol.parse_generation(answer)
+
+
+def test_rounding_above_zero_is_zero():
+    answer = recorded("scores")
+    answer["meta_info"]["input_token_logprobs"][1][0] = 1.2e-7
+    assert protocol.parse_scores(answer, SEQUENCE, 2)[0] == 0
+
+
+def test_a_generation_with_an_id_outside_the_vocabulary_is_an_error():
+    answer = recorded("generation_length")
+    largest = max(answer["output_ids"])
+    assert protocol.parse_generation(answer, largest + 1).token_ids == tuple(answer["output_ids"])
+    with pytest.raises(EngineError, match=f"token id {largest}, expected 0 to {largest - 1}"):
+        protocol.parse_generation(answer, largest)
 
 
 def test_what_a_server_says_about_itself():
@@ -149,7 +178,7 @@ def test_a_response_without_a_prompt_cannot_be_scored():
 def test_the_servers_most_likely_tokens_begin_with_the_first_response_token():
     answer = recorded("top_k")
     assert answer["meta_info"]["input_top_logprobs"][0] is None
-    found = top_k.parse_top_k(answer, 3, 3)
+    found = top_k.parse_top_k(answer, protocol.parse_scores(answer, SEQUENCE, 2), 3)
     assert found.ids.shape == found.log_probs.shape == (3, 3)
     assert (np.diff(found.log_probs, axis=1) <= 0).all()
     rows = answer["meta_info"]["input_top_logprobs"][1:]

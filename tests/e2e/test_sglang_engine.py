@@ -26,6 +26,7 @@ from slime_opd.engine.router import RouterProcess
 from slime_opd.engine.server import EngineProcess, free_port
 from slime_opd.engine.top_k import parse_rows
 from slime_opd.errors import EngineError, EngineTimeout, TeacherMismatch
+from slime_opd.teacher.fingerprint import distance, read
 from slime_opd.teacher.probe import probe, probe_teacher
 
 pytestmark = pytest.mark.e2e
@@ -46,7 +47,9 @@ def ask(server: EngineProcess | RouterProcess, *calls, timeout_s: float = 60.0, 
     """The results of `call(client)` for each of `calls`, asked at one time."""
 
     async def run():
-        client = EngineClient(server.url, concurrency=16, timeout_s=timeout_s, retries=retries)
+        client = EngineClient(
+            server.url, concurrency=16, timeout_s=timeout_s, retries=retries, vocabulary_size=len(TINY_VOCABULARY)
+        )
         try:
             return await asyncio.gather(*(call(client) for call in calls))
         finally:
@@ -270,6 +273,33 @@ def test_the_probe_finds_a_fitting_teacher_and_refuses_others(engine_server, tin
     with pytest.raises(TeacherMismatch, match=r"end-of-sequence ids \[7\]"):
         ask(engine_server, lambda client: probe_teacher(client, tokenizer, 64, {7}))
     score(engine_server)  # none of the questions harmed the server
+
+
+def test_an_honest_teacher_passes_every_check_idle_and_under_load(engine_server, tiny_model_dir, other_weights):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    others = [TOKENS[:2] + tuple(range(2, 2 + length)) for length in range(1, 33)]
+
+    async def twenty_readings(client):
+        report = await probe(client, tokenizer, tiny_model_dir, 8)
+        fingerprint, distances = report.fingerprint, []
+        for number in range(20):
+            requests = [client.score(other, 2) for other in others] if number % 2 else []
+            reading, *_ = await asyncio.gather(read(client, fingerprint.sequences, fingerprint.start), *requests)
+            distances.append(distance(reading, fingerprint.log_probs))
+        return report, distances
+
+    [(report, distances)] = ask(engine_server, twenty_readings)
+    assert report.unchecked == ()
+    assert max(distances) < 1e-4 < report.fingerprint.tolerance  # float32: what is seen is rounding alone
+    with EngineControl(engine_server.url) as control:
+        control.update_weights_from_disk(str(other_weights), weight_version="other")
+
+    async def another_model(client):
+        fingerprint = report.fingerprint
+        return distance(await read(client, fingerprint.sequences, fingerprint.start), fingerprint.log_probs)
+
+    [changed] = ask(engine_server, another_model)
+    assert changed > 10 * report.fingerprint.tolerance
 
 
 def test_a_router_spreads_requests_over_its_engines(engine_server, tiny_model_dir, tmp_path):

@@ -83,7 +83,9 @@ def test_a_teacher_server_that_is_the_student_has_no_reverse_kl(tiny_model_dir, 
         "--opd-type",
         "sglang",
         "--rm-url",
-        f"{engine_server.url}/generate",
+        f"{engine_server.url}/generate".replace("http://", "http://me:hunter2@"),
+        "--opd-teacher-check-interval",
+        "1",
         "--num-rollout",
         "2",
         "--lr",
@@ -103,6 +105,12 @@ def test_a_teacher_server_that_is_the_student_has_no_reverse_kl(tiny_model_dir, 
         assert record["train/grad_norm"] < 0.05
         assert record["opd/teacher_fallback_fraction"] == 0
         assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
+    assert "opd/teacher_drift" not in steps[0]  # the start has just looked at the teacher
+    assert steps[1]["opd/teacher_drift"] < 1e-4
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert (tmp_path / "run" / "config.yaml") in files
+    assert [path for path in files if b"hunter2" in path.read_bytes()] == []
+    assert "hunter2" not in output and "teacher " in output and "http://***@" in output
 
 
 def test_top_k_of_a_teacher_server_that_is_the_student_has_no_divergence(

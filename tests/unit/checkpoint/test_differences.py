@@ -8,11 +8,12 @@ import json
 import pytest
 
 from slime_opd.checkpoint.differences import HONOURED, REFUSED, differences, effect_of, refusals, table
-from slime_opd.checkpoint.record import HIDDEN, identity_of, public_values, run_record
+from slime_opd.checkpoint.record import identity_of, public_values, run_record
 from slime_opd.checkpoint.start import request_of
 from slime_opd.config import Config
 from slime_opd.config.options import options_of
 from slime_opd.config.parser import parse
+from slime_opd.config.redact import MASK
 
 
 @pytest.mark.parametrize("name", list(options_of(Config)))
@@ -84,4 +85,4 @@ def test_no_secret_is_recorded(tmp_path):
     config = parse(["--rm-url", "http://user:hunter2@host:1/generate", "--save", str(tmp_path)])
     config = dataclasses.replace(config, sglang={"api-key": ("hunter2",), "tp-size": ("2",)})
     text = json.dumps(run_record(config, request_of(config), identity_of(config, {}), "last"))
-    assert "hunter2" not in text and HIDDEN in text and "host:1/generate" in text and '"2"' in text
+    assert "hunter2" not in text and MASK in text and "host:1/generate" in text and '"2"' in text

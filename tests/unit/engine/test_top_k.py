@@ -38,21 +38,28 @@ def test_rows_become_compact_arrays():
 def test_the_first_row_is_of_the_token_before_the_response():
     given_rows = rows(np.array([[1], [2]]), table_of(2, 4))
     answer = {"meta_info": {"input_top_logprobs": [None, *given_rows]}}
-    assert parse_top_k(answer, 2, 1).ids.tolist() == [[1], [2]]
-    with pytest.raises(EngineError, match="expected"):
-        parse_top_k({"meta_info": {"input_top_logprobs": given_rows}}, 2, 1)
+    own = np.full(2, -9, np.float32)
+    assert parse_top_k(answer, own, 1).ids.tolist() == [[1], [2]]
+    with pytest.raises(EngineError, match="not 2 lists of 1 rows"):
+        parse_top_k({"meta_info": {"input_top_logprobs": given_rows}}, own, 1)
+    with pytest.raises(EngineError, match="above its most likely token's"):
+        parse_top_k(answer, np.float32([-9, 0]), 1)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda table: table.pop(), "expected"),
+        (lambda table: table.pop(), "top-k"),
         (lambda table: table[1].pop(), "top-k"),
         (lambda table: table[1].append([-1.0, 3, None]), "top-k"),
         (lambda table: table.__setitem__(1, None), "top-k"),
         (lambda table: table[0].__setitem__(0, [None, 3, None]), "finite"),
         (lambda table: table[0].__setitem__(0, [float("-inf"), 3, None]), "finite"),
-        (lambda table: table[0].__setitem__(0, ["x", 3, None]), "top-k rows that are not"),
+        (lambda table: table[0].__setitem__(0, ["x", 3, None]), "rows that are not"),
+        (lambda table: table.__setitem__(0, {"a": 1, "b": 2}), "rows that are not"),
+        (lambda table: table[0].__setitem__(0, [-1.0, -3, None]), "token id -3, expected 0 to"),
+        (lambda table: table[0].__setitem__(0, [-1.0, 2**31, None]), "token id 2147483648, expected 0 to"),
+        (lambda table: table[2].__setitem__(slice(None), [[-0.3, 3, None], [-0.4, 1, None]]), "add up to 1.41"),
     ],
 )
 def test_rows_that_are_not_what_was_asked_for_are_errors(damage, message):

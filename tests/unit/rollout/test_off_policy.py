@@ -87,7 +87,7 @@ class WithTop(ScoringClient):
 
     async def generate(self, input_ids, sampling, most_likely=0):
         made = await super().generate(input_ids, sampling)
-        rows = [[[-0.1, 2, None], [-0.3, 6, None]][:most_likely] for _ in made.token_ids]
+        rows = [[[-0.5, 2, None], [-1.5, 6, None]][:most_likely] for _ in made.token_ids]
         return dataclasses.replace(made, top_rows=rows)
 
 

@@ -11,8 +11,9 @@ import httpx
 import numpy as np
 import pytest
 
+from slime_opd.config import to_yaml
 from slime_opd.config.config import Config
-from slime_opd.config.stages import OPDConfig, RewardConfig
+from slime_opd.config.stages import ModelConfig, OPDConfig, RewardConfig
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import ConfigError, TooManyFallbacks
 from slime_opd.teacher.fallback import check_fallback
@@ -199,6 +200,28 @@ def test_scores_that_are_missing_have_the_shapes_of_those_that_are_there():
 def test_the_address_may_name_the_endpoint_or_the_server(url):
     config = Config(reward=RewardConfig(rm_url=url), opd=OPDConfig(use_opd=True, opd_type="sglang"))
     assert make_teacher(config).client.url == "http://h:5"
+
+
+def test_the_teachers_key_comes_from_the_environment_and_its_vocabulary_from_the_student(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"vocab_size": 40}')
+    seen = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return honest(request)
+
+    monkeypatch.setenv("SLIME_OPD_TEACHER_API_KEY", "hunter2")
+    config = Config(
+        reward=RewardConfig(rm_url="http://h:5/generate"),
+        opd=OPDConfig(use_opd=True, opd_type="sglang"),
+        model=ModelConfig(hf_checkpoint=str(tmp_path)),
+    )
+    teacher = make_teacher(config)
+    teacher.client._transport = httpx.MockTransport(answer)
+    assert asyncio.run(teacher.score(sample((7, 8)))).failure is None
+    assert seen[0].headers["authorization"] == "Bearer hunter2"
+    assert teacher.client.vocabulary_size == 40
+    assert "hunter2" not in to_yaml(config)
 
 
 def test_a_teacher_without_an_address_is_a_config_error():

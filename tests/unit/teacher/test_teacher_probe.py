@@ -3,73 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Sequence
 
 import httpx
+import numpy as np
 import pytest
+from scripted_teacher import SIZE, TEXTS, Characters, ScriptedTeacher, each, one, shifted
 
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import DataError, TeacherError, TeacherMismatch
-from slime_opd.teacher.probe import probe_teacher, spread_of_ids, student_facts
-
-
-class Characters:
-    """A tokenizer whose id i is the character `texts[i]`."""
-
-    def __init__(self, texts: Sequence[str], special: Sequence[int] = (0, 1)) -> None:
-        self._texts = texts
-        self.all_special_ids = list(special)
-        self.added_tokens_decoder = {}
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def batch_decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
-        return ["".join(self._texts[i] for i in sequence) for sequence in sequences]
-
-
-TEXTS = [f"<{i}>" for i in range(90)]
-SIZE = 100
-
-
-class Teacher:
-    """A server; `largest_id` records the largest id that was given to the model."""
-
-    def __init__(
-        self, *, texts: Sequence[str] | None = TEXTS, size: int = SIZE, eos: tuple[int, ...] = (1,), top_k: int = SIZE
-    ) -> None:
-        self.texts, self.size, self.eos, self.top_k, self.largest_id = texts, size, eos, top_k, 0
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/get_model_info":
-            return httpx.Response(200, json={"model_path": "big", "tokenizer_path": None})
-        if request.url.path == "/get_server_info":
-            return httpx.Response(200, json={"max_req_input_len": 64})
-        body = json.loads(request.content)
-        ids, sampling = body["input_ids"], body["sampling_params"]
-        for biased in map(int, sampling.get("logit_bias", {})):
-            if biased >= self.size:
-                message = f"logit_bias must has keys in [0, {self.size - 1}], got {biased}."
-                return httpx.Response(400, json={"error": {"message": message}})
-            end = "stop" if biased in self.eos else "length"
-            return httpx.Response(200, json={"meta_info": {"finish_reason": {"type": end}}})
-        self.largest_id = max(self.largest_id, *ids)
-        rows = [[-0.1 if i else None, token, self.texts and self.texts[token]] for i, token in enumerate(ids)]
-        meta = {"input_token_logprobs": rows}
-        if self.top_k and "top_logprobs_num" in body:
-            top = [[-0.1, i, None] for i in range(min(self.top_k, body["top_logprobs_num"]))]
-            meta["input_top_logprobs"] = [None, *[top] * (len(ids) - 1)]
-        return httpx.Response(200, json={"meta_info": meta})
+from slime_opd.teacher.facts import student_facts
+from slime_opd.teacher.probe import probe_teacher
+from slime_opd.teacher.tokenizers import spread_of_ids, tokenizers_differ
 
 
 def probed(teacher, *, tokenizer: Characters | None = None, eos_ids=(1,), top_k=0):
     async def main():
         client = EngineClient(
-            "http://t:1", concurrency=4, timeout_s=5, retries=0, transport=httpx.MockTransport(teacher)
+            "http://me:pw@t:1", concurrency=4, timeout_s=5, retries=0, transport=httpx.MockTransport(teacher)
         )
         try:
-            return await probe_teacher(client, tokenizer or Characters(TEXTS), SIZE, eos_ids, top_k)
+            return await probe_teacher(client, tokenizer or Characters(), SIZE, eos_ids, top_k)
         finally:
             await client.aclose()
 
@@ -77,19 +30,23 @@ def probed(teacher, *, tokenizer: Characters | None = None, eos_ids=(1,), top_k=
 
 
 def test_a_fitting_teacher_is_reported():
-    teacher = Teacher()
+    teacher = ScriptedTeacher()
     report = probed(teacher)
     assert report.vocabulary_size == SIZE
     assert 60 <= report.checked_tokens <= 64  # as many as the server takes at once, less those chosen twice
     assert report.eos_ids == (1,)
     assert report.unchecked == ()
-    assert teacher.largest_id == 89
-    assert f"vocabulary 100, {report.checked_tokens} tokens compared, ends at 1" in str(report)
+    assert 89 <= teacher.largest_id < SIZE
+    assert str(report) == (
+        f"teacher big at http://***@t:1, 100 tokens in its vocabulary, {report.checked_tokens} of them compared, ends at 1, log-probs repeat to 0 nats"
+    )
+    assert report.fingerprint.sequences[0] != report.fingerprint.sequences[1]
+    assert not {0, 1, 99} & {token for sequence in report.fingerprint.sequences for token in sequence}
 
 
 @pytest.mark.parametrize("size", [99, 101])
 def test_another_vocabulary_size_is_refused_before_the_model_sees_a_token(size):
-    teacher = Teacher(size=size)
+    teacher = ScriptedTeacher(size=size)
     with pytest.raises(TeacherMismatch, match=f"{size} tokens, the student of 100"):
         probed(teacher)
     assert teacher.largest_id == 0
@@ -100,17 +57,17 @@ def test_another_tokenizer_is_refused_with_both_texts():
     with pytest.raises(
         TeacherMismatch, match=r"1 of \d+ ids compared differ: id 89 is 'other' to the teacher and '<89>'"
     ):
-        probed(Teacher(texts=other))
+        probed(ScriptedTeacher(texts=other))
 
 
 def test_another_end_of_sequence_is_refused_and_a_shared_one_suffices():
     with pytest.raises(TeacherMismatch, match=r"end-of-sequence ids \[1\]"):
-        probed(Teacher(eos=(5,)))
-    assert probed(Teacher(eos=(1, 5)), eos_ids=(1, 7)).eos_ids == (1,)
+        probed(ScriptedTeacher(eos=(5,)))
+    assert probed(ScriptedTeacher(eos=(1, 5)), eos_ids=(1, 7)).eos_ids == (1,)
 
 
 def test_what_cannot_be_checked_is_said():
-    report = probed(Teacher(texts=None), eos_ids=())
+    report = probed(ScriptedTeacher(texts=None), eos_ids=())
     assert report.checked_tokens == 0
     assert [gap.split(" (")[0] for gap in report.unchecked] == ["tokenizer", "end-of-sequence"]
 
@@ -122,7 +79,7 @@ def test_a_teacher_that_is_not_there_or_does_not_score_is_an_error():
     with pytest.raises(TeacherError, match=r"--rm-url.*ConnectError: refused"):
         probed(gone)
 
-    class Silent(Teacher):
+    class Silent(ScriptedTeacher):
         def __call__(self, request):
             answer = super().__call__(request)
             if b"input_token_logprobs" in answer.content:
@@ -153,7 +110,86 @@ def test_the_students_facts_come_from_its_directory(tmp_path):
 
 @pytest.mark.parametrize("told", [0, 4])
 def test_a_server_that_does_not_tell_its_most_likely_tokens_is_refused_where_they_are_wanted(told):
-    assert probed(Teacher(top_k=told)).vocabulary_size == SIZE
+    assert probed(ScriptedTeacher(top_k=told)).vocabulary_size == SIZE
     with pytest.raises(TeacherError, match=r"does not score: the engine returned .*top-k"):
-        probed(Teacher(top_k=told), top_k=8)
-    assert probed(Teacher(), top_k=8).vocabulary_size == SIZE
+        probed(ScriptedTeacher(top_k=told), top_k=8)
+    assert probed(ScriptedTeacher(), top_k=8).vocabulary_size == SIZE
+
+
+def test_a_server_for_short_inputs_is_used_without_a_check_of_its_log_probs():
+    report = probed(ScriptedTeacher(max_input=8))
+    assert report.fingerprint is None
+    assert report.unchecked == ("log-probs (the server takes 8 tokens only)",)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.2])
+@pytest.mark.parametrize("model", range(5))
+def test_an_honest_teacher_passes_whatever_its_noise(model, noise):
+    report = probed(ScriptedTeacher(model=model, noise=noise), top_k=8 if not noise else 0)
+    assert noise / 2 <= report.fingerprint.spread <= 2 * noise
+
+
+LIES = {
+    "raised by 5": (
+        each(lambda value: value + 5),
+        "expected at most 0|nats away from those it returns as it generates",
+    ),
+    "lowered by 5": (each(lambda value: value - 5), "nats away from those it returns as it generates"),
+    "probabilities": (each(np.exp), "expected at most 0"),
+    "at another temperature": (each(lambda value: 2 * value), "nats away from those it returns as it generates"),
+    "without a sign": (each(abs), "expected at most 0"),
+    "constant": (
+        each(lambda value: -1.0),
+        "with another token at a position, the log-prob at that position stays the same",
+    ),
+    "a token late": (shifted(1), "constant, or shifted"),
+    "two tokens late": (shifted(2), "constant, or shifted"),
+    "a token early": (shifted(-1), "the log-prob 1 before it changes"),
+    "two tokens early": (shifted(-2), r"the log-prob [12] before it changes"),
+    "a placeholder": (one(-1, -1e30), r"log-prob -1e\+30, expected at least -1000"),
+    "a null": (one(5, None), "no finite log-prob"),
+    "a string": (one(5, "-1.0"), "rows that are not"),
+}
+
+
+@pytest.mark.parametrize(("lie", "reason"), LIES.values(), ids=LIES)
+def test_a_teacher_that_lies_from_the_start_is_refused(lie, reason):
+    with pytest.raises(TeacherError, match=reason):
+        probed(ScriptedTeacher(lie=lie))
+
+
+def test_a_model_that_sees_later_tokens_is_refused():
+    class Bidirectional(ScriptedTeacher):
+        def _scored(self, body):
+            meta, total = super()._scored(body), sum(body["input_ids"])
+            return meta | {"input_token_logprobs": each(lambda value: value - total % 7)(meta["input_token_logprobs"])}
+
+    with pytest.raises(TeacherError, match="its model sees later tokens"):
+        probed(Bidirectional())
+
+
+def test_an_address_with_two_models_behind_it_is_refused():
+    replicas, random = [ScriptedTeacher(), ScriptedTeacher(model=1)], np.random.default_rng(0)
+    with pytest.raises(TeacherError, match="do the servers behind this address serve different models"):
+        probed(lambda request: replicas[random.integers(2)](request))
+
+
+def test_equal_tokenizers_do_not_differ_and_others_do_by_a_sentence_each():
+    assert tokenizers_differ(Characters(), Characters()) == []
+    [missing] = tokenizers_differ(Characters(TEXTS[:-1]), Characters())
+    assert missing == "the teacher's tokenizer has 89 ids, the student's 90: 1 are in one alone, such as 89"
+    other = Characters([*TEXTS[:5], "x", *TEXTS[6:]])
+    other.eos_token_id = 3
+    text, eos = tokenizers_differ(other, Characters())
+    assert (
+        text == "1 of the 90 ids mean another text to the teacher: id 5 is 'x' to the teacher and '<5>' to the student"
+    )
+    assert eos == "the teacher's end-of-sequence id is 3, the student's 1"
+
+
+def test_another_spelling_of_the_same_text_is_no_difference():
+    class Spelled(Characters):
+        def get_vocab(self):
+            return {f"\u2581{text}": i for text, i in super().get_vocab().items()}
+
+    assert tokenizers_differ(Spelled(), Characters()) == []

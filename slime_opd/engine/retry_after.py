@@ -1,0 +1,24 @@
+"""How long a server that is busy asks its clients to wait. Pure."""
+
+from __future__ import annotations
+
+import email.utils
+import re
+
+LONGEST_WAIT_S = 60.0
+
+
+def retry_after_s(header: str | None, now: float) -> float | None:
+    """Seconds to wait by a `Retry-After` header (seconds, or an HTTP date), at most LONGEST_WAIT_S; None where it has neither.
+
+    `now` is the time since the epoch, in seconds.
+    """
+    text = (header or "").strip()
+    if re.fullmatch("[0-9]+", text):
+        seconds = float(text[:9])
+    else:
+        try:
+            seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
+        except (ValueError, TypeError, IndexError, OverflowError):
+            return None
+    return min(max(seconds, 0.0), LONGEST_WAIT_S)

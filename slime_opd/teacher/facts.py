@@ -1,0 +1,63 @@
+"""What a teacher must share with the student: the size of the vocabulary and the ids that end a response."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from slime_opd.engine import protocol
+from slime_opd.engine.client import EngineClient
+from slime_opd.errors import DataError, EngineError
+
+_BEYOND_ANY_VOCABULARY = 1 << 30
+# More than any logit: the id it is added to is the one that is generated.
+_CERTAIN = 1e6
+
+
+def student_facts(checkpoint: Path) -> tuple[int, set[int]]:
+    """Vocabulary size and end-of-sequence ids of a Hugging Face directory. Raises DataError without the former."""
+    config = _json_file(checkpoint / "config.json")
+    text_config = config.get("text_config", config)
+    if not isinstance(text_config.get("vocab_size"), int):
+        raise DataError(
+            f"{checkpoint / 'config.json'}: no vocab_size; is it the Hugging Face directory of a language model?"
+        )
+    eos_ids: set[int] = set()
+    for source in (text_config, config, _json_file(checkpoint / "generation_config.json")):
+        named = source.get("eos_token_id")
+        eos_ids.update([named] if isinstance(named, int) else named or [])
+    return text_config["vocab_size"], eos_ids
+
+
+async def ask_vocabulary_size(client: EngineClient) -> int | None:
+    """From SGLang's refusal of a bias on an impossible id: "logit_bias must has keys in [0, 151935], got …"."""
+    sampling = {"max_new_tokens": 0, "logit_bias": {str(_BEYOND_ANY_VOCABULARY): 0.0}}
+    try:
+        await client.post_generate({"input_ids": [0], "sampling_params": sampling})
+    except EngineError as refusal:
+        if (found := re.search(r"logit_bias.*?\[0, (\d{1,9})\]", str(refusal))) is not None:
+            return int(found[1]) + 1
+        if "HTTP 4" not in str(refusal):
+            raise
+    return None
+
+
+async def ask_ending_ids(client: EngineClient, ids: Collection[int]) -> tuple[int, ...]:
+    """Those of `ids` after which the teacher's server ends a response."""
+
+    async def ends_at(token_id: int) -> bool:
+        sampling = {"temperature": 0.0, "max_new_tokens": 2, "logit_bias": {str(token_id): _CERTAIN}}
+        answer = await client.post_generate({"input_ids": [0], "sampling_params": sampling})
+        return protocol.finish_type(protocol.meta_info(answer)) == "stop"
+
+    ordered = sorted(ids)
+    ends = await asyncio.gather(*(ends_at(i) for i in ordered))
+    return tuple(i for i, end in zip(ordered, ends, strict=True) if end)
+
+
+def _json_file(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
