@@ -9,7 +9,9 @@
     │   ├── TeacherMismatch              teacher and student do not share a vocabulary or tokenizer
     │   └── TooManyFallbacks             more samples than `--opd-max-fallback-fraction` went unscored
     ├── CheckpointError (RuntimeError)   a checkpoint that is missing, broken or of another model
-    └── WeightSyncError (RuntimeError)   an engine that does not serve the trainer's weights
+    ├── WeightSyncError (RuntimeError)   an engine that does not serve the trainer's weights
+    ├── NonFiniteError (RuntimeError)    a loss or gradient that stays infinite or NaN
+    └── ProcessDied (RuntimeError)       a process of the run that is dead, or does not answer
 
 Each also inherits the standard exception a caller would expect to catch. Each is built from
 one message string, so it survives pickling across processes and Ray.
@@ -54,3 +56,11 @@ class CheckpointError(SlimeOPDError, RuntimeError):
 
 class WeightSyncError(SlimeOPDError, RuntimeError):
     """An engine does not serve the trainer's weights."""
+
+
+class NonFiniteError(SlimeOPDError, RuntimeError):
+    """The loss or the gradient was not finite for more steps in a row than `--max-skipped-steps`."""
+
+
+class ProcessDied(SlimeOPDError, RuntimeError):
+    """A process of the run is dead, ran out of memory, or has not answered for too long."""

@@ -61,9 +61,9 @@ def main(arguments: list[str]) -> None:
     # Heavy imports come after the checks: a wrong flag is answered at once, and without Ray.
     from transformers import AutoTokenizer
 
+    from slime_opd.cluster import deaths
     from slime_opd.cluster.run import Run
     from slime_opd.data.source import PromptSource
-    from slime_opd.errors import ConfigError, SlimeOPDError
     from slime_opd.observe import console
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -72,20 +72,19 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for note in notes(config):
         console.say(note)
+    run = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model.hf_checkpoint, trust_remote_code=False)
         source = None
         if config.data.prompt_data:
             responses = config.divergence.opd_off_policy_key
             source = PromptSource(config.data, tokenizer, is_sft=config.is_sft, response_key=responses)
-        with Run(config, tokenizer, source) as run:
+        run = Run(config, tokenizer, source)
+        with run:
             train(run)
-    except SlimeOPDError as error:
-        # Ray wraps what an actor raised, with its traceback for a message; the cause says it in a sentence.
-        cause = getattr(error, "cause", error)
-        if isinstance(cause, ConfigError):
-            raise cause from None
-        sys.exit(f"slime_opd: error: {cause}")
+    except Exception as error:
+        log, activity = (None, None) if run is None else (run.log_dir / "traceback.log", run.watchdog.failed_in)
+        sys.exit(deaths.exit_message(error, config, log, activity))
 
 
 if __name__ == "__main__":

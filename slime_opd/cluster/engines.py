@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,17 @@ from typing import Any
 import ray
 
 from slime_opd.cluster.session import Slot
+from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
+from slime_opd.engine.health import unhealthy, workers_of
 from slime_opd.engine.router import RouterProcess
 from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.observe.watch import ProcessView, Status
 
 START_TIMEOUT_S = 1800
+# Seconds that one look waits for one engine's actor, and after which an actor that has not answered is reported.
+LOOK_TIMEOUT_S = 0.5
+SILENT_AFTER_S = 20.0
 
 
 @ray.remote
@@ -31,7 +38,15 @@ class EngineActor:
         self._server = EngineProcess(model, host=host, port=free_port(host), options=options, log_path=Path(log))
         self._server.start()
         self._server.wait_ready(START_TIMEOUT_S)
+        self._workers = workers_of(self._server.pid)
         return self._server.url
+
+    def look(self) -> tuple[str, str]:
+        """Whether the server's processes run: "running", "stopped" or "dead", and which are not running."""
+        code = self._server.exit_code()
+        if code is not None:
+            return "dead", f"its server ended with exit code {code}"
+        return unhealthy(self._workers)
 
     def stop(self) -> None:
         """Stop the server."""
@@ -41,8 +56,11 @@ class EngineActor:
 class EngineGroup:
     """All engines of a run. `url` is where requests go: the engine, or the router in front of several."""
 
-    def __init__(self, config: Config, slots: list[Slot], log_dir: Path) -> None:
-        self._config, self._log_dir = config, log_dir
+    def __init__(self, config: Config, slots: list[Slot], log_dir: Path, watchdog: Watchdog) -> None:
+        self._config, self._log_dir, self._watchdog = config, log_dir, watchdog
+        self._names = [f"engine {index}" for index in range(len(slots))]
+        self._looks: dict[int, tuple[Any, float]] = {}
+        self._is_stopping = False
         self._actors = [EngineActor.options(**slot.options).remote() for slot in slots]
         self._router: RouterProcess | None = None
 
@@ -59,7 +77,8 @@ class EngineGroup:
 
     def finish_start(self, pending: list[Any]) -> None:
         """Wait for every engine; put the router in front of more than one."""
-        self.urls: list[str] = ray.get(pending)
+        with self._watchdog.waiting_for("starting the engines"):
+            self.urls: list[str] = self._watchdog.get(pending, self._names)
         self.url = self.urls[0]
         if len(self.urls) > 1:
             host = ray.util.get_node_ip_address()
@@ -68,6 +87,37 @@ class EngineGroup:
             ).start()
             self._router.wait_ready(START_TIMEOUT_S)
             self.url = self._router.url
+        self._watchdog.add(self._look)
+
+    def _look(self) -> list[ProcessView]:
+        """The engines, for the watchdog, by what their actors answered since they were last asked."""
+        views = [self._view(index) for index in range(len(self._actors))]
+        if self._router is not None:
+            code = self._router.exit_code()
+            views.append(
+                ProcessView("the router", Status.ALIVE)
+                if code is None
+                else ProcessView("the router", Status.DEAD, f"exit code {code}; its log is {self._router.log_path}")
+            )
+        # An engine that was stopped while this looked is not to be taken for dead.
+        return [] if self._is_stopping else views
+
+    def _view(self, index: int) -> ProcessView:
+        name, log = self._names[index], self._log_dir / f"engine_{index}.log"
+        call, asked_at = self._looks.pop(index, (None, 0.0))
+        if call is None:
+            call, asked_at = self._actors[index].look.remote(), time.monotonic()
+        try:
+            status, which = ray.get(call, timeout=LOOK_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:
+            self._looks[index] = call, asked_at
+            is_silent = time.monotonic() - asked_at > SILENT_AFTER_S
+            return ProcessView(name, Status.SILENT if is_silent else Status.ALIVE, "its actor" if is_silent else "")
+        except ray.exceptions.RayActorError:
+            return ProcessView(name, Status.DEAD, f"its actor ended; its log is {log}")
+        if status == "dead":
+            return ProcessView(name, Status.DEAD, f"{which}, killed by a signal or crashed; its log is {log}")
+        return ProcessView(name, Status.STOPPED if status == "stopped" else Status.ALIVE, which)
 
     def _options(self) -> dict[str, tuple[str, ...]]:
         options = dict(self._config.sglang)
@@ -80,6 +130,7 @@ class EngineGroup:
 
     def stop(self) -> None:
         """Stop the router and every server, and end their actors."""
+        self._is_stopping = True
         if self._router is not None:
             self._router.stop()
         for actor in self._actors:

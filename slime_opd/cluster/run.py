@@ -16,10 +16,11 @@ import numpy as np
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.lock import RunLock
 from slime_opd.checkpoint.saves import BY_REQUEST
-from slime_opd.cluster import session
+from slime_opd.cluster import ray_processes, session
 from slime_opd.cluster.checkpoints import RunCheckpoints
 from slime_opd.cluster.engines import EngineGroup
 from slime_opd.cluster.trainers import TrainerGroup
+from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
 from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
@@ -46,15 +47,17 @@ class Run:
         self.config = with_epochs(config, source)
         self._tokenizer, self._source = tokenizer, source
         self._run_dir = run_dir(config)
+        self.log_dir = self._run_dir / "logs"
         self._stack = ExitStack()
         self._timings: dict[str, float] = {}
         self._of_rollout: dict[str, metrics.Metric] = {}
         self._weights_version = 0
         self._weights_are_new = True
         self._last: dict[str, float] = {}
+        self.watchdog = Watchdog(config.cluster.watchdog_interval_s, config.cluster.watchdog_timeout_s)
 
     def __enter__(self) -> Run:
-        with self._stack:
+        with self._stack, self.watchdog.waiting_for("starting"):
             self._start()
             self._stack = self._stack.pop_all()
         self._started, self._done = time.monotonic(), self.first_step
@@ -90,27 +93,31 @@ class Run:
         keep.callback(self._sinks.close)
         console.say(summary.opening(self._places()))
         eval_sets = self._read_eval_sets()
-        loop = keep.enter_context(BackgroundLoop())
+        keep.enter_context(self.watchdog)
+        loop = keep.enter_context(BackgroundLoop(check=self.watchdog.check))
         self._teacher = make_teacher(config) if config.has_sglang_teacher else None
         self._recheck: TeacherRecheck | None = None
         if self._teacher is not None:
             client, top_k = self._teacher.client, self._teacher.wanted.asked
             keep.callback(lambda: loop.run(client.aclose()))
+            self.watchdog.add_server("the teacher", client.url)
             facts = loop.run(probe(client, self._tokenizer, config.model.hf_checkpoint, top_k))
             console.say(str(facts))
             interval = config.opd.opd_teacher_check_interval
             self._recheck = TeacherRecheck(self._teacher, facts.fingerprint, interval, loop.submit)
             keep.callback(self._recheck.close)
             loop.run(self._recheck.compare_saved(self._checkpoints.run_state.get("teacher")))
+        self.log_dir.mkdir(exist_ok=True)
+        ray_processes.write_messages_to(self.log_dir / "ray.log")
         session.join(config.cluster.ray_address)
         placement = session.reserve(config)
         keep.callback(placement.release)
-        self._trainers = TrainerGroup(self._checkpoints.trainer_config, placement.trainers)
+        self._trainers = TrainerGroup(self._checkpoints.trainer_config, placement.trainers, self.watchdog)
         keep.callback(self._trainers.stop)
         self._engines: EngineGroup | None = None
         starting = []
         if placement.engines:
-            self._engines = EngineGroup(config, placement.engines, self._run_dir / "logs")
+            self._engines = EngineGroup(config, placement.engines, self.log_dir, self.watchdog)
             keep.callback(self._engines.stop)
             starting = self._engines.begin_start(self._trainers.gpu_ids() if config.cluster.colocate else [])
         console.say(summary.starting(len(placement.trainers), len(placement.engines)))
@@ -128,6 +135,7 @@ class Run:
             num_engines=config.num_engines,
             teacher=self._teacher,
             eval_sets=eval_sets,
+            on_sample=lambda sample: self.watchdog.advance(1, "samples"),
         )
         keep.callback(self._rollouts.close)
 
@@ -162,9 +170,10 @@ class Run:
             self.update_weights()
         if self._recheck is not None:
             self._recheck.begin(step)
-        with self._timed("rollout"):
+        label = f"rollout {step + 1}/{self.config.rollout.num_rollout}"
+        with self._timed("rollout"), self.watchdog.waiting_for(label):
             before = 0 if self._teacher is None else self._teacher.client.bytes_moved
-            groups = self._rollouts.generate(self._source, f"rollout {step + 1}/{self.config.rollout.num_rollout}")
+            groups = self._rollouts.generate(self._source, label)
         if self._teacher is not None:
             tokens = sum(sample.response_length for group in groups for sample in group.samples)
             moved = self._teacher.client.bytes_moved - before
@@ -183,7 +192,8 @@ class Run:
         interval = self.config.observe.print_samples_interval
         if interval and not self.config.is_sft and step % interval == 0:
             console.print_samples(samples[:2], self._tokenizer.decode)
-        with self._timed("train"), console.working(f"training {step + 1}/{self.config.rollout.num_rollout}"):
+        label = f"training {step + 1}/{self.config.rollout.num_rollout}"
+        with self._timed("train"), console.working(label), self.watchdog.waiting_for(label):
             batch = assemble(samples, self.config)
             trained = self._trainers.train(split(batch, self.config), step / self.config.rollout.num_rollout)
         self._weights_are_new = True
@@ -202,7 +212,7 @@ class Run:
         """Bring the engines to the trainer's weights."""
         if self._engines is None:
             return
-        with self._timed("update_weights"):
+        with self._timed("update_weights"), self.watchdog.waiting_for("sending weights to the engines"):
             self._weights_version += 1
             self._trainers.update_weights(
                 self._engines.urls, self._weights_version, check=self.config.weights.check_weight_update_equal
@@ -214,7 +224,9 @@ class Run:
         if self._weights_are_new:
             self.update_weights()
         started = time.perf_counter()
-        accuracies = self._rollouts.evaluate(f"evaluation after {step} rollouts")
+        label = f"evaluation after {step} rollouts"
+        with self.watchdog.waiting_for(label):
+            accuracies = self._rollouts.evaluate(label)
         return {**accuracies, "perf/evaluate_time": metrics.Last(time.perf_counter() - started)}
 
     def save_reason(self, done: int) -> str | None:
@@ -227,7 +239,8 @@ class Run:
         run_state = {"step": step, "prompts": self._source.state()}
         if self._recheck is not None:
             run_state["teacher"] = self._recheck.state()
-        path = self._checkpoints.save(self._trainers, run_state, reason)
+        with self.watchdog.waiting_for(f"saving after {step} rollouts"):
+            path = self._checkpoints.save(self._trainers, run_state, reason)
         seconds = time.perf_counter() - started
         self._sinks.log(step, {"perf/save_time": seconds})
         console.say(f"saved {path} in {seconds:.1f} s")

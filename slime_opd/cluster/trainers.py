@@ -5,13 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
+import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 
+from slime_opd.cluster import heartbeat
 from slime_opd.cluster.session import Slot
+from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
+from slime_opd.engine.health import process_status
 from slime_opd.observe import metrics
+from slime_opd.observe.watch import ProcessView, Status
 from slime_opd.types import StartReport, TrainBatch
 
 # Seconds for all ranks to start: imports, a checkpoint from a slow disk, and the first collective.
@@ -31,6 +38,11 @@ class TrainerActor:
         logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
         self._config, self._rank, self._world_size = config, rank, world_size
         self._sender: Any = None
+        self._trainer: Any = None
+
+    def report_under(self, key: str) -> None:
+        """Report from now on, under `key`, that this rank lives, and its micro-batches."""
+        heartbeat.Heartbeat(key, lambda: 0 if self._trainer is None else self._trainer.micro_batches_done)
 
     def address(self) -> str:
         """A rendezvous address on this actor's node."""
@@ -82,11 +94,17 @@ class TrainerActor:
 class TrainerGroup:
     """All trainer ranks; every verb runs on all of them and waits."""
 
-    def __init__(self, config: Config, slots: list[Slot]) -> None:
+    def __init__(self, config: Config, slots: list[Slot], watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
+        self._names = [f"trainer rank {rank}" for rank in range(len(slots))]
         self._actors = [
             TrainerActor.options(**slot.options, runtime_env=_environment()).remote(config, rank, len(slots))
             for rank, slot in enumerate(slots)
         ]
+        self._reports = RankReports(self._names)
+        watchdog.add(self._look)
+        for actor, key in zip(self._actors, self._reports.keys, strict=True):
+            actor.report_under.remote(key)
 
     def gpu_ids(self) -> list[list[str]]:
         """The GPUs of each rank."""
@@ -94,23 +112,25 @@ class TrainerGroup:
 
     def begin_start(self) -> list[Any]:
         """Start every rank without waiting; `finish_start` takes what this returns."""
-        address = ray.get(self._actors[0].address.remote())
+        (address,) = self._watchdog.get([self._actors[0].address.remote()], self._names[:1])
         return [actor.start.remote(address) for actor in self._actors]
 
     def finish_start(self, pending: list[Any]) -> StartReport:
         """Wait for every rank; returns the first rank's StartReport."""
-        report = ray.get(pending, timeout=START_TIMEOUT_S)[0]
+        with self._watchdog.waiting_for("loading the models into the trainer"):
+            report = self._watchdog.get(pending, self._names, START_TIMEOUT_S)[0]
         self._data_ranks = self._all("data_rank")
         return report
 
     def train(self, batches: list[TrainBatch], progress: float) -> dict[str, metrics.Metric]:
         """Train on a rollout, one TrainBatch per data-parallel rank, `progress` (0 to 1) into the run; returns the metrics."""
         shared = [ray.put(batch) for batch in batches]
-        of_ranks = ray.get(
+        of_ranks = self._watchdog.get(
             [
                 actor.train.remote(shared[rank], progress)
                 for actor, rank in zip(self._actors, self._data_ranks, strict=True)
-            ]
+            ],
+            self._names,
         )
         return metrics.merge([one for one in of_ranks if one])
 
@@ -128,11 +148,56 @@ class TrainerGroup:
 
     def stop(self) -> None:
         """End every rank's process."""
+        self._reports.close()
         for actor in self._actors:
             ray.kill(actor)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return ray.get([getattr(actor, method).remote(*arguments) for actor in self._actors])
+        return self._watchdog.get([getattr(actor, method).remote(*arguments) for actor in self._actors], self._names)
+
+    def _look(self) -> list[ProcessView]:
+        """The ranks as their reports show them, for the watchdog, which hears of their progress."""
+        views, advanced = self._reports.look()
+        if advanced:
+            self._watchdog.advance(advanced, "micro-batches")
+        return views
+
+
+class RankReports:
+    """What is known of the ranks from their heartbeats, and of those on this machine from the kernel."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        run = uuid.uuid4().hex
+        self.keys = [f"{run}/{rank}" for rank in range(len(names))]
+        self._node = ray.util.get_node_ip_address()
+        self._latest: dict[str, tuple[heartbeat.Beat, float]] = {}
+        self._is_closed = False
+
+    def look(self) -> tuple[list[ProcessView], int]:
+        """Each rank that has reported, and the micro-batches that are done since the last look."""
+        views, advanced = [], 0
+        for name, key in zip(self._names, self.keys, strict=True):
+            beat = heartbeat.latest(key)
+            if beat is None:
+                continue
+            before, seen_at = self._latest.get(key, (None, 0.0))
+            if beat != before:
+                self._latest[key] = beat, (seen_at := time.monotonic())
+                # Ranks that share a sample count it each: the largest count is the rollout's.
+                advanced = max(advanced, beat.done - (before.done if before else 0))
+            views.append(ProcessView(name, self._status(beat, time.monotonic() - seen_at), f"process {beat.pid}"))
+        # A rank that was ended while this looked is not to be taken for dead.
+        return ([], 0) if self._is_closed else (views, advanced)
+
+    def close(self) -> None:
+        """Nothing is reported any more: the ranks are about to be ended."""
+        self._is_closed = True
+
+    def _status(self, beat: heartbeat.Beat, age_s: float) -> Status:
+        if beat.node == self._node:
+            return {"dead": Status.DEAD, "stopped": Status.STOPPED}.get(process_status(beat.pid), Status.ALIVE)
+        return Status.SILENT if age_s > heartbeat.SILENT_AFTER_S else Status.ALIVE
 
 
 def _environment() -> dict[str, Any]:

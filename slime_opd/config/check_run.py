@@ -90,6 +90,9 @@ NOT_NEGATIVE = [
     "opd_teacher_retries",
     "opd_teacher_check_interval",
     "print_samples_interval",
+    "max_skipped_steps",
+    "watchdog_interval_s",
+    "watchdog_timeout_s",
 ]
 
 AT_MOST_ONE = [

@@ -73,6 +73,9 @@ NAMES: dict[str, tuple[str, str | None]] = {
     "--microbatch-group-size-per-virtual-pipeline-stage": ("microbatch_group_size_per_vp_stage", None),
     "--ddp-bucket-size": ("bucket_size", None),
     "--ddp-average-in-collective": ("average_in_collective", "true"),
+    # Megatron-LM's one flag for both; here both are one check, which skips the step instead of ending the run.
+    "--check-for-nan-in-loss-and-grad": ("check_for_nan_in_grad", "true"),
+    "--no-check-for-nan-in-loss-and-grad": ("check_for_nan_in_grad", "false"),
     "--no-masked-softmax-fusion": ("masked_softmax_fusion", "false"),
     "--no-rope-fusion": ("apply_rope_fusion", "false"),
     "--no-bias-gelu-fusion": ("bias_activation_fusion", "false"),

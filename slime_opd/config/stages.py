@@ -30,6 +30,12 @@ class ClusterConfig:
     num_gpus_per_node: int = option(8, help="GPUs of a node")
     colocate: bool = option(False, help="engines share the training GPUs")
     ray_address: str = option("auto", help="Ray cluster to join; 'local' starts one for this run alone")
+    watchdog_interval_s: float = option(
+        60.0, help="seconds without progress after which a line says who is waited for, then ever more rarely; 0: never"
+    )
+    watchdog_timeout_s: float = option(
+        1800.0, help="seconds without progress (a sample, a micro-batch, a save) that end the run; 0: never"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +149,10 @@ class TrainingConfig:
     log_probs_chunk_size: int = option(1024, help="tokens whose logits exist at one time")
     seed: int = option(1234, help="seed of the trainer")
     distributed_timeout_minutes: int = option(10, help="minutes before a stuck collective ends the run")
+    max_skipped_steps: int = option(
+        3,
+        help="optimizer steps in a row that may be skipped for a loss or gradient that is not finite; 0: the first ends the run",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 
@@ -33,9 +34,9 @@ def wrap(config: Config, model: HiddenStatesModel) -> DistributedDataParallel:
             **{
                 "use_distributed_optimizer": True,
                 "grad_reduce_in_fp32": config.training.accumulate_allreduce_grads_in_fp32 or dtype is torch.float32,
-                # With float16 an overflow is how the loss scale is found.
-                "check_for_nan_in_grad": dtype is not torch.float16,
                 **settings(config, "gradients"),
+                # Megatron's check ends the run on the rank that fails it; `finite.py` checks all ranks and skips the step.
+                "check_for_nan_in_grad": False,
             }
         ),
         module=inner,
@@ -71,6 +72,18 @@ def make_optimizer(config: Config, wrapped: DistributedDataParallel) -> Megatron
     )
     wrapped.module.config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def gradients(wrapped: DistributedDataParallel) -> list[torch.Tensor]:
+    """This rank's gradient buffers, flat; after a step's backward its own share of them is reduced over the ranks."""
+    return [buffer.grad_data for buffer in wrapped.buffers + wrapped.expert_parallel_buffers]
+
+
+def loss_scale_can_fall(optimizer: MegatronOptimizer) -> bool:
+    """Whether an overflow lowers the loss scale: float16's dynamic scale, above its minimum (--min-loss-scale)."""
+    one = getattr(optimizer, "chained_optimizers", [optimizer])[0]
+    scaler = getattr(one, "grad_scaler", None)
+    return isinstance(scaler, DynamicGradScaler) and bool(scaler.scale > scaler.min_scale)
 
 
 def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -22,7 +22,7 @@ from slime_opd.checkpoint import directory
 from slime_opd.config import Config
 from slime_opd.distill.penalty import clamp_signal, discounted_sums, sampled_reverse_kl
 from slime_opd.errors import CheckpointError
-from slime_opd.megatron import checkpoint, device, export, parallel
+from slime_opd.megatron import checkpoint, device, export, finite, parallel
 from slime_opd.megatron.batch import MicroBatch, micro_batches
 from slime_opd.megatron.head import HeadSettings, ObjectiveHead, TeacherStates
 from slime_opd.megatron.model import (
@@ -33,7 +33,15 @@ from slime_opd.megatron.model import (
     make_bridge,
     vocabulary_shard,
 )
-from slime_opd.megatron.optimizer import group_settings, make_optimizer, make_scheduler, restore_settings, wrap
+from slime_opd.megatron.optimizer import (
+    gradients,
+    group_settings,
+    loss_scale_can_fall,
+    make_optimizer,
+    make_scheduler,
+    restore_settings,
+    wrap,
+)
 from slime_opd.megatron.output_layer import chunked_objective, score
 from slime_opd.megatron.scoring import ScoredBatch, head_settings, score_batch
 from slime_opd.megatron.snapshots import WeightSnapshots, fingerprint
@@ -48,6 +56,8 @@ class Trainer:
 
     def __init__(self, config: Config, *, rank: int, world_size: int, init_method: str) -> None:
         self.config = config
+        # Counted up by every pass, forward-only ones too; another thread reads it to see that the rank advances.
+        self.micro_batches_done = 0
         self.layout = parallel.initialize(
             config.parallel,
             rank=rank,
@@ -63,6 +73,9 @@ class Trainer:
         self.teacher_weight: Tensor | None = None
         # The ids that both models have: on them they are compared.
         self.teacher_shard = self.shard
+        # None where the user turned Megatron's check off.
+        self._checks_finite = config.megatron.check_for_nan_in_grad is not False
+        self.skipped = finite.SkippedSteps(config.training.max_skipped_steps if self._checks_finite else None)
         self.start_report = self._load()
 
     def _load(self) -> StartReport:
@@ -150,10 +163,12 @@ class Trainer:
         settings = head_settings(self.config, progress)
         scored = score_batch(self, batch, settings)
         self.wrapped.train()
+        self.skipped.start_rollout()
         metrics: dict[str, Metric] = {}
         for step in range(len(scored.batch.steps)):
             # A rollout of several steps reports its last one, the same way whether it has one or many.
             metrics = self._step(scored, step, settings)
+        metrics |= {name: Last(count) for name, count in self.skipped.counts().items()}
         return metrics if self.layout.reports else {}
 
     def _step(self, scored: ScoredBatch, step: int, settings: HeadSettings) -> dict[str, Metric]:
@@ -166,17 +181,31 @@ class Trainer:
             return total.loss, total
 
         objectives = self.run(scored.batch, slice(step, step + 1), objective, forward_only=False)
-        succeeded, grad_norm, _ = self.optimizer.step()
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.scheduler.step(increment=1)
+        losses, learning_rate = [one.loss for one in objectives], self.optimizer.param_groups[0]["lr"]
+        cause, grad_norm = self._take_step(losses)
+        self.skipped.note(cause, lambda: finite.describe_step(scored.batch, step, losses))
         return {
             **_collect(objectives),
             **scored.weight_metrics(step),
-            # A step whose gradient overflowed float16 has none.
-            **({} if grad_norm is None else {"train/grad_norm": Last(float(grad_norm))}),
+            # A skipped step has none.
+            **({} if grad_norm is None else {"train/grad_norm": Last(grad_norm)}),
             "train/lr": Last(float(learning_rate)),
-            "train/skipped_steps": Last(0.0 if succeeded else 1.0),
         }
+
+    def _take_step(self, losses: list[Tensor]) -> tuple[finite.Cause | None, float | None]:
+        """Step optimizer and schedule, unless a number of any rank is not finite; returns why not, and the gradient's norm."""
+        # While float16's loss scale can fall, a gradient that overflows is how it is found.
+        is_scaling = loss_scale_can_fall(self.optimizer)
+        if self._checks_finite:
+            cause = finite.non_finite(losses, [] if is_scaling else gradients(self.wrapped))
+            if cause is not None:
+                return cause, None
+        succeeded, grad_norm, _ = self.optimizer.step()
+        if not succeeded:
+            return "overflow" if is_scaling else "gradient", None
+        # As in Megatron-LM the schedule counts the steps that were taken.
+        self.scheduler.step(increment=1)
+        return None, float(grad_norm)
 
     def head(
         self, batch: MicroBatch, settings: HeadSettings, teacher: TeacherStates | None, hidden: Tensor
@@ -234,6 +263,7 @@ class Trainer:
 
         def forward_step(batches: Iterator[MicroBatch], model: torch.nn.Module):
             micro_batch = next(batches)
+            self.micro_batches_done += 1
             hidden = model(micro_batch.tokens, micro_batch.position_ids, None, packed_seq_params=micro_batch.packed)
             return hidden, partial(finish, micro_batch)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -17,10 +17,11 @@ class BackgroundLoop:
     """Runs coroutines for the driver: `run` waits, `submit` does not, so prefetching is the same loop.
 
     An exception in a coroutine is raised where its result is asked for. Usable as a context
-    manager; `close` cancels whatever still runs.
+    manager; `close` cancels whatever still runs. `check` is called every second of a wait, and ends it by raising.
     """
 
-    def __init__(self, name: str = "rollout-loop") -> None:
+    def __init__(self, name: str = "rollout-loop", check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         started: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(started)), name=name, daemon=True)
         self._thread.start()
@@ -41,12 +42,12 @@ class BackgroundLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def run(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        """The result of `coroutine`. An interrupt while waiting (Ctrl-C) cancels it."""
+        """The result of `coroutine`. An interrupt while waiting (Ctrl-C), or what `check` raises, cancels it."""
         future = self.submit(coroutine)
         try:
             # In slices: Python notices a signal that comes just before a wait only when the wait ends.
             while not concurrent.futures.wait([future], timeout=_SIGNAL_CHECK_S).done:
-                pass
+                self._check()
             return future.result()
         finally:
             future.cancel()

@@ -14,10 +14,10 @@ from slime_opd.reward.reward import make_eval_reward, make_reward
 from slime_opd.rollout.dataset import dataset_groups
 from slime_opd.rollout.dynamic_sampling import kept_groups, load_filter
 from slime_opd.rollout.evaluate import EvalSet, evaluate
-from slime_opd.rollout.generate import Generator, Teacher
+from slime_opd.rollout.generate import Generator, OnSample, Teacher
 from slime_opd.rollout.loop import BackgroundLoop
 from slime_opd.teacher.fallback import check_fallback
-from slime_opd.types import SampleGroup
+from slime_opd.types import Sample, SampleGroup
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,10 @@ class StudentRollouts:
         num_engines: int,
         teacher: Teacher | None,
         eval_sets: list[EvalSet],
+        on_sample: OnSample = lambda sample: None,
     ) -> None:
+        """`on_sample` is called as each sample is finished, scores and reward included."""
+        self._on_sample = on_sample
         self._config, self._tokenizer, self._loop, self._teacher = config, tokenizer, loop, teacher
         self._eval_sets = eval_sets
         path = config.rollout.dynamic_sampling_filter_path
@@ -63,7 +66,7 @@ class StudentRollouts:
         if self._config.is_sft:
             return dataset_groups(source.take(rollout.rollout_batch_size), self._tokenizer)
         with Progress(label, self._config.samples_per_rollout, unit="samples") as progress:
-            on_sample = progress_of(progress)
+            on_sample = self._count(progress)
             if self._keep is None:
                 prompts = source.take(rollout.rollout_batch_size)
                 groups = self._loop.run(self._generator.generate(prompts, on_sample))
@@ -99,9 +102,18 @@ class StudentRollouts:
                     self._config,
                     self._eval_sets,
                     self._eval_reward,
-                    progress_of(progress),
+                    self._count(progress),
                 )
             )
+
+    def _count(self, progress: Progress) -> OnSample:
+        """A callback that moves `progress` by one sample and its tokens."""
+
+        def count(sample: Sample) -> None:
+            progress.advance(1, tokens=sample.response_length)
+            self._on_sample(sample)
+
+        return count
 
     def close(self) -> None:
         """Close connections and the workers of the rewards."""
@@ -111,8 +123,3 @@ class StudentRollouts:
         for reward in (self._reward, self._eval_reward):
             if reward is not None:
                 reward.close()
-
-
-def progress_of(progress: Progress):
-    """A callback that moves `progress` by one sample and its tokens."""
-    return lambda sample: progress.advance(1, tokens=sample.response_length)

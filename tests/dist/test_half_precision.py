@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from conftest import save_tiny_model
 from model_families import save_model
@@ -97,7 +98,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(outcomes, case):
 
 
 def overflow(rank, world_size, init_method, models):
-    """Metrics of a step whose loss scale is too large, and whether it changed a weight."""
+    """Metrics of a step whose loss scale is too large and of one that no scale mends, and whether they changed a weight."""
     from slime_opd.data.assemble import assemble, split
     from slime_opd.megatron.trainer import Trainer
     from slime_opd.observe.metrics import values
@@ -106,11 +107,20 @@ def overflow(rank, world_size, init_method, models):
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, fp16=True))
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
     before = {name: weight.clone() for name, weight in trainer.exported_weights()}
-    metrics = values(trainer.train(split(assemble(make_samples(), config), config)[0]))
+    batch = assemble(make_samples(), config)
+    metrics = [values(trainer.train(split(batch, config)[0]))]
+    scaler = trainer.optimizer.chained_optimizers[0].grad_scaler
+    scaler._scale = scaler.min_scale.clone()
+    advantages = batch.columns["advantages"].copy()
+    advantages[np.flatnonzero(batch.columns["policy_weights"])[0]] = 1e30
+    metrics.append(values(trainer.train(split(batch.with_column("advantages", advantages), config)[0])))
     return metrics, all(weight.equal(before[name]) for name, weight in trainer.exported_weights())
 
 
 def test_a_step_that_overflows_float16_is_skipped_and_counted(tiny_model_dir, tmp_path):
-    metrics, unchanged = run_ranks(overflow, 1, tmp_path, (str(tiny_model_dir), str(tiny_model_dir)))[0]
-    assert metrics["train/skipped_steps"] == 1 and "train/grad_norm" not in metrics
+    (first, second), unchanged = run_ranks(overflow, 1, tmp_path, (str(tiny_model_dir), str(tiny_model_dir)))[0]
+    assert first["train/skipped_steps"] == 1 and "train/grad_norm" not in first
     assert unchanged
+    # How the scale is found is no fault; at its minimum, or where the loss itself is not finite, it is.
+    assert first["train/skipped_steps/overflow"] == 1 and first["train/skipped_in_a_row"] == 0
+    assert second["train/skipped_steps/overflow"] == 0 and second["train/skipped_in_a_row"] == 1

@@ -85,14 +85,52 @@ def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save
     if save_dir is not None:
         trainer.save(1, {"step": 1})
     second = values(trainer.train(mine))
-    weights = {name: tensor.numpy() for name, tensor in trainer.exported_weights()}
+    weights = {name: tensor.clone().numpy() for name, tensor in trainer.exported_weights()}
     return {
+        "non-finite": non_finite_steps(trainer, batch, config),
         "scores": scores,
         "steps": [first, second],
         "first_weights": first_weights,
         "weights": weights,
         "run_state": trainer.start_report.run_state,
     }
+
+
+def non_finite_steps(trainer, batch, config) -> dict:
+    """Steps with a NaN and with a gradient too large for float32 in one sample, then a good one, then NaN until it is refused."""
+    import torch
+
+    from slime_opd.data.assemble import split
+    from slime_opd.errors import NonFiniteError
+    from slime_opd.observe.metrics import values
+
+    def with_advantage(value: float):
+        advantages = batch.columns["advantages"].copy()
+        advantages[int(batch.response_lengths[:5].sum()) + 1] = value
+        spoiled = batch.with_column("advantages", advantages).with_column("group", np.arange(SAMPLES))
+        return split(spoiled, config)[trainer.layout.data_rank]
+
+    def state() -> list[torch.Tensor]:
+        optimizers = [one.optimizer for one in trainer.optimizer.chained_optimizers]
+        tensors = [tensor for one in optimizers for values_of in one.state.values() for tensor in values_of.values()]
+        tensors += [parameter.data for parameter in trainer.model.parameters()]
+        tensors += [p.data for one in optimizers for group in one.param_groups for p in group["params"]]
+        return [tensor.clone() for tensor in [*tensors, torch.tensor(trainer.scheduler.num_steps)]]
+
+    found: dict = {}
+    before = state()
+    for name, value in (("nan", np.nan), ("huge", 1e30)):
+        found[name] = values(trainer.train(with_advantage(value)))
+        found[f"{name} changed"] = [i for i, (old, new) in enumerate(zip(before, state(), strict=True)) if not old.equal(new)]
+    found["good"] = values(trainer.train(with_advantage(1.0)))
+    found["good changed"] = any(not old.equal(new) for old, new in zip(before, state(), strict=True))
+    try:
+        for _ in range(config.training.max_skipped_steps + 1):
+            found["skipped before the end"] = trainer.skipped.in_a_row
+            trainer.train(with_advantage(np.nan))
+    except NonFiniteError as error:
+        found["refusal"] = str(error)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +166,24 @@ def test_two_steps_end_in_the_weights_of_one_process(outcomes, layout):
     for name, values in outcomes[layout][0]["weights"].items():
         # Adam divides by the gradient's size, so a gradient near zero turns rounding into up to one learning rate (1e-3).
         np.testing.assert_allclose(values, expected[name], atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_a_nan_in_one_sample_skips_the_step_on_every_rank_and_the_next_step_trains(outcomes, layout):
+    for rank in outcomes[layout]:
+        found = rank["non-finite"]
+        assert found["nan changed"] == found["huge changed"] == [], "weights, optimizer or schedule moved in a skipped step"
+        assert found["good changed"]
+        # The rows of one run: a NaN, a gradient past float32, a good step, and then one more NaN than is tolerated.
+        assert found["skipped before the end"] == 3
+        assert "--max-skipped-steps 3" in found["refusal"] and "4 optimizer steps in a row" in found["refusal"]
+        assert "prompt 5: advantages is nan at response token 1" in found["refusal"]
+        if found["nan"]:  # a rank that reports
+            counted = ["train/skipped_steps", "train/skipped_steps/loss", "train/skipped_steps/gradient"]
+            assert [found["nan"][name] for name in counted] == [1, 1, 0] and "train/grad_norm" not in found["nan"]
+            assert [found["huge"][name] for name in counted] == [1, 0, 1]
+            assert [found["good"][name] for name in counted] == [0, 0, 0] and found["good"]["train/grad_norm"] > 0
+            assert [found[name]["train/skipped_in_a_row"] for name in ("nan", "huge", "good")] == [1, 2, 0]
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))

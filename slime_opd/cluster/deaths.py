@@ -1,0 +1,200 @@
+"""Failures as sentences: what Ray raises when a process of the run dies, told as who died, of what, and what to do."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import ray
+
+from slime_opd.checkpoint import directory
+from slime_opd.config import Config
+from slime_opd.errors import CheckpointError, ConfigError, ProcessDied, SlimeOPDError
+
+_GIB = 1024**3
+_VMSTAT = Path("/proc/vmstat")
+
+# How the collectives of a living rank fail when another rank is gone.
+_LOST_CONNECTION = re.compile(
+    r"connection closed by peer|connection reset by peer|broken pipe|ncclRemoteError|NCCL communicator was aborted|"
+    r"Timed out waiting \d+ms for (?:recv|send) operation|Socket Timeout|DistNetworkError",
+    re.IGNORECASE,
+)
+_GPU_MEMORY = re.compile(r"CUDA out of memory|CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
+_HOST_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory")
+_RAY_KILLED_FOR_MEMORY = re.compile(r"running low on memory|memory monitor|memory pressure", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of this machine, in bytes, and how many processes the kernel has killed for want of it since it booted."""
+
+    available: int
+    total: int
+    kernel_kills: int | None
+
+    @staticmethod
+    def now() -> Memory:
+        """As it is."""
+        memory = psutil.virtual_memory()
+        return Memory(memory.available, memory.total, _kernel_kills())
+
+    def since(self, before: Memory) -> str:
+        """What there is to say of a process that died between `before` and now."""
+        free = f"{self.available / _GIB:.1f} of {self.total / _GIB:.1f} GiB of memory are free on the driver's machine"
+        kills = 0 if None in (self.kernel_kills, before.kernel_kills) else self.kernel_kills - before.kernel_kills
+        if kills > 0:
+            return f"the kernel's out-of-memory killer ended {kills} process{'es'[: 2 * (kills > 1)]} there since the run started; {free}"
+        return free
+
+
+def _kernel_kills() -> int | None:
+    found = re.search(r"^oom_kill (\d+)$", _VMSTAT.read_text(), re.MULTILINE) if _VMSTAT.exists() else None
+    return int(found[1]) if found else None
+
+
+def root_cause(failures: Sequence[tuple[str, Exception]]) -> tuple[str, Exception]:
+    """Of what several ranks raised (name, exception), the one that the others follow from."""
+    return min(failures, key=lambda failure: _order(failure[1]))
+
+
+def explains_others(error: Exception) -> bool:
+    """Whether an error needs no other rank's to be understood: a death, or an error of this package."""
+    return _order(error) < 2
+
+
+def _order(error: Exception) -> int:
+    """Causes before what follows from them: a death, a sentence of ours, any other error, a lost connection."""
+    if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError):
+        return 0
+    if isinstance(cause_of(error), SlimeOPDError):
+        return 1
+    return 3 if is_lost_connection(error) else 2
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """What an actor's code raised, where Ray wraps it."""
+    cause = getattr(error, "cause", None)
+    return cause if isinstance(cause, BaseException) else error
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a rank failed only because another did."""
+    return bool(_LOST_CONNECTION.search(str(cause_of(error))))
+
+
+def sentence(name: str, error: BaseException, memory: str) -> SlimeOPDError | None:
+    """What happened to the process `name`, whose call raised `error`; None for an error that has no sentence (a bug).
+
+    memory: what `Memory.since` says.
+    """
+    cause = cause_of(error)
+    text = str(cause)
+    if isinstance(cause, SlimeOPDError):
+        return cause
+    if type(cause).__name__ == "OutOfMemoryError" and not isinstance(cause, ray.exceptions.RayError):
+        return _out_of_gpu_memory(name, text)
+    if _GPU_MEMORY.search(text):
+        return _out_of_gpu_memory(name, text)
+    if isinstance(error, ray.exceptions.OutOfMemoryError) or (
+        isinstance(error, ray.exceptions.RayError) and _RAY_KILLED_FOR_MEMORY.search(text)
+    ):
+        used = re.search(r"([\d.]+ ?GB) used / ([\d.]+ ?GB)", text)
+        figures = f"{used[1]} of {used[2]} were in use there" if used else memory
+        return ProcessDied(
+            f"Ray's memory monitor killed {_with_process(name, text)} because its machine ran low on memory ({figures}): "
+            "give it more memory, lower --max-tokens-per-gpu or --sglang-server-concurrency, or run fewer processes per node"
+        )
+    if isinstance(cause, MemoryError) or _HOST_MEMORY.search(text):
+        return ProcessDied(f"{name} could not allocate memory ({first_sentence(text)}; {memory})")
+    if isinstance(error, ray.exceptions.NodeDiedError):
+        return ProcessDied(f"the machine of {name} has left the Ray cluster")
+    if isinstance(error, ray.exceptions.RayActorError):
+        return died(_with_process(name, text), memory)
+    if isinstance(error, ray.exceptions.LocalRayletDiedError | ray.exceptions.OwnerDiedError):
+        return ProcessDied(f"Ray's processes on the driver's machine died ({memory})")
+    if is_lost_connection(error):
+        return ProcessDied(f"{name} lost its connection to another trainer rank: {first_sentence(text)}")
+    return None
+
+
+def died(name: str, memory: str) -> ProcessDied:
+    """The sentence about a process that ended without an error of its own."""
+    return ProcessDied(f"{name} died without an error of its own: it was killed by a signal, or crashed ({memory})")
+
+
+def first_sentence(text: str) -> str:
+    """The first line that says something, up to its first full stop."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no message")
+    return line.partition(". ")[0][:300]
+
+
+def exit_message(error: Exception, config: Config, log: Path | None, activity: str | None) -> str:
+    """The last words of a run that failed: what happened, while doing what, how to go on, and where the traceback is.
+
+    log: the file for tracebacks; None for a run that had not started, whose error says all there is to say. The traceback of
+    a bug is on the console too. Raises ConfigError where that is the cause.
+    """
+    memory = Memory.now()
+    known = sentence("a process of the run", error, memory.since(memory))
+    if isinstance(known, ConfigError):
+        raise known from None
+    if known is None:
+        traceback.print_exception(error, file=sys.stderr)
+    what = f"{type(error).__name__}: {first_sentence(str(error))}" if known is None else str(known)
+    lines = [f"slime_opd: error: {what}" + (f" (in: {activity})" if activity else "")]
+    if log is not None:
+        # A sentence that was raised where it happened has no story behind it.
+        has_story = known is not error or error.__cause__ is not None
+        where = _write_traceback(error, log) if has_story else ""
+        lines.append(f"slime_opd: {how_to_continue(config)}{where}")
+    return "\n".join(lines)
+
+
+def _write_traceback(error: Exception, log: Path) -> str:
+    """Append the traceback to `log`; returns where it is, as the end of a sentence."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            traceback.print_exception(error, file=file)
+    except OSError as refusal:
+        return f"; its traceback could not be written: {refusal}"
+    return f"; the traceback is in {log}"
+
+
+def how_to_continue(config: Config) -> str:
+    """Where the last checkpoint is."""
+    save = config.checkpoint.save
+    if save is None:
+        return "no checkpoint was written, as --save is not given"
+    try:
+        location = directory.find(save)
+    except CheckpointError as error:
+        return f"the last checkpoint is not readable: {error}"
+    if location is None:
+        return f"no checkpoint is in --save {save} yet: the same command starts again"
+    return f"the last checkpoint is {location.directory}: the same command continues from it"
+
+
+def _out_of_gpu_memory(name: str, text: str) -> ProcessDied:
+    return ProcessDied(
+        f"{name} ran out of GPU memory ({first_sentence(text)}): lower --max-tokens-per-gpu or --log-probs-chunk-size, "
+        "recompute activations (--recompute-granularity full), or share the model over more GPUs (--tensor-model-parallel-size)"
+    )
+
+
+def _with_process(name: str, text: str) -> str:
+    """The name, with the process id and the address that Ray's message has."""
+    known = [
+        f"{title} {found[1]}"
+        for title, pattern in (("process", r"^\s*pid: (\d+)"), ("on", r"^\s*ip: (\S+)"))
+        if (found := re.search(pattern, text, re.MULTILINE))
+    ]
+    return f"{name} ({' '.join(known)})" if known else name
