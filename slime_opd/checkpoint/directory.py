@@ -22,7 +22,7 @@ from slime_opd.checkpoint.location import (
 )
 from slime_opd.checkpoint.lock import LOCK
 from slime_opd.checkpoint.manifest import MANIFEST
-from slime_opd.checkpoint.whole import alternative, newest_whole, read_json, refusal, require_whole, step_flag
+from slime_opd.checkpoint.whole import alternative, flags_for, newest_whole, read_json, refusal, require_whole
 from slime_opd.config import Config
 from slime_opd.errors import CheckpointError
 
@@ -61,7 +61,7 @@ def find(path: str, step: int | None = None, *, flag: str = "--load") -> Locatio
         choice = "none of them is whole" if newest is None else f"the newest whole one is step {newest.iteration}"
         way = "give another directory to start anew"
         if newest is not None:
-            way = f"give {step_flag(flag)} {newest.iteration} or write {newest.iteration} into that file, or {way}"
+            way = f"give {flags_for(newest, flag)} or write {newest.iteration} into that file, or {way}"
         raise CheckpointError(
             f"{flag} {root} holds checkpoints but no {TRACKER}, which names the one to load; {choice}: {way}"
         )
@@ -121,7 +121,7 @@ def read_tracker(root: Path, flag: str = "--load") -> int | None:
         way = (
             ""
             if newest is None
-            else f"; the newest whole checkpoint is step {newest.iteration}: give {step_flag(flag)} {newest.iteration}"
+            else f"; the newest whole checkpoint is step {newest.iteration}: give {flags_for(newest, flag)}"
         )
         raise CheckpointError(f"{flag} {root / TRACKER} holds {named!r}, expected a step number or 'release'{way}")
     return int(named)
@@ -210,7 +210,7 @@ def _existing(root: Path, step: int, flag: str) -> Location:
         way = (
             ""
             if newest is None
-            else f"; the newest whole one is step {newest.iteration}: give {step_flag(flag)} {newest.iteration}"
+            else f"; the newest whole one is step {newest.iteration}: give {flags_for(newest, flag)}"
         )
         raise CheckpointError(f"{flag} {root}: step {step} is not there; steps there are {others}{way}")
     return _complete(location, flag)

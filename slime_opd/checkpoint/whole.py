@@ -18,7 +18,12 @@ from slime_opd.errors import CheckpointError
 # Files up to this size are compared with their checksum even in a short look.
 _SMALL_BYTES = 2**24
 # The flag that chooses another step, by the flag that names the directory.
-_STEP_FLAGS = {"--ref-load": "--ref-ckpt-step", "--opd-teacher-load": "--opd-teacher-ckpt-step"}
+_STEP_FLAGS = {
+    "--load": "--ckpt-step",
+    "--save": "--ckpt-step",
+    "--ref-load": "--ref-ckpt-step",
+    "--opd-teacher-load": "--opd-teacher-ckpt-step",
+}
 
 
 def problems_of(location: Location, *, verify: bool = True) -> list[str]:
@@ -106,12 +111,15 @@ def alternative(location: Location, flag: str) -> str:
     other = newest_whole(root, before=location.iteration)
     if other is None:
         return f"no earlier checkpoint in {root} is whole"
-    return f"the newest earlier one that looks whole is step {other.iteration}: {flag} {root} {step_flag(flag)} {other.iteration}"
+    return f"the newest earlier one that looks whole is step {other.iteration}: {flags_for(other, flag)}"
 
 
-def step_flag(flag: str) -> str:
-    """The flag that chooses another step of the directory that `flag` names."""
-    return _STEP_FLAGS.get(flag, "--ckpt-step")
+def flags_for(location: Location, flag: str) -> str:
+    """The flags that load one of several checkpoints, where `flag` names the directory."""
+    step_flag = _STEP_FLAGS.get(flag)
+    if step_flag is None:
+        return f"{flag} {location.directory}"
+    return f"{flag} {location.directory.parent} {step_flag} {location.iteration}"
 
 
 def newest_whole(root: Path, before: int | None = None) -> Location | None:

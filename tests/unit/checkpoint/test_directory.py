@@ -67,12 +67,12 @@ def tracker(content: bytes):
 @pytest.mark.parametrize(
     ("harm", "step", "expected"),
     [
-        (remove_tracker, None, "--load RUN holds checkpoints but no latest_checkpointed_iteration.txt, which names the one to load; the newest whole one is step 6: give --ckpt-step 6 or write 6 into that file, or give another directory to start anew"),
-        (tracker(b"8"), None, "--load RUN: step 8 is not there; steps there are 2, 4, 6; the newest whole one is step 6: give --ckpt-step 6"),
-        (tracker(b""), None, "--load RUN/latest_checkpointed_iteration.txt holds '', expected a step number or 'release'; the newest whole checkpoint is step 6: give --ckpt-step 6"),
-        (tracker(b"\xff\xfe"), None, "--load RUN/latest_checkpointed_iteration.txt holds 'no text (UnicodeDecodeError)', expected a step number or 'release'; the newest whole checkpoint is step 6: give --ckpt-step 6"),
+        (remove_tracker, None, "--load RUN holds checkpoints but no latest_checkpointed_iteration.txt, which names the one to load; the newest whole one is step 6: give --load RUN --ckpt-step 6 or write 6 into that file, or give another directory to start anew"),
+        (tracker(b"8"), None, "--load RUN: step 8 is not there; steps there are 2, 4, 6; the newest whole one is step 6: give --load RUN --ckpt-step 6"),
+        (tracker(b""), None, "--load RUN/latest_checkpointed_iteration.txt holds '', expected a step number or 'release'; the newest whole checkpoint is step 6: give --load RUN --ckpt-step 6"),
+        (tracker(b"\xff\xfe"), None, "--load RUN/latest_checkpointed_iteration.txt holds 'no text (UnicodeDecodeError)', expected a step number or 'release'; the newest whole checkpoint is step 6: give --load RUN --ckpt-step 6"),
         (tracker(b"release"), None, "--load RUN/release: the directory that latest_checkpointed_iteration.txt names is not there"),
-        (lambda run: None, 5, "--load RUN: step 5 is not there; steps there are 2, 4, 6; the newest whole one is step 6: give --ckpt-step 6"),
+        (lambda run: None, 5, "--load RUN: step 5 is not there; steps there are 2, 4, 6; the newest whole one is step 6: give --load RUN --ckpt-step 6"),
         (lambda run: (run / "iter_0000006/.metadata").unlink(), None, "--load RUN/iter_0000006: .metadata is missing; the newest earlier one that looks whole is step 4: --load RUN --ckpt-step 4"),
     ],
     ids=["no tracker", "absent step", "empty tracker", "no text", "absent release", "absent --ckpt-step", "no .metadata"],
@@ -87,7 +87,7 @@ def test_what_is_missing_is_never_a_new_start_but_a_sentence_with_the_step_to_lo
 def test_without_a_tracker_a_damaged_newest_checkpoint_is_not_offered(run):
     remove_tracker(run)
     os.truncate(next((run / "iter_0000006").glob("*.distcp")), 10)
-    with pytest.raises(CheckpointError, match="the newest whole one is step 4: give --ckpt-step 4"):
+    with pytest.raises(CheckpointError, match=r"the newest whole one is step 4: give --load \S+ --ckpt-step 4"):
         find(str(run))
 
 
@@ -228,6 +228,12 @@ def test_all_checkpoints_of_a_configuration_are_looked_at_and_each_flag_names_it
     assert teacher.startswith("--opd-teacher-load ") and teacher.endswith("--opd-teacher-ckpt-step 4")
     assert directory.problems(parse([*words[:2], "--ckpt-step", "4"])) == []
     assert directory.problems(parse([])) == []
+
+
+def test_a_tool_without_a_flag_for_the_step_is_told_the_directory(run):
+    (run / "iter_0000006" / "common.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"whole is step 4: --input-dir \S+/iter_0000004$"):
+        require_whole(find(str(run)), "--input-dir")
 
 
 def test_a_hugging_face_directory_with_a_manifest_is_compared_with_it(tmp_path):
