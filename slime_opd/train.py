@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
             train(run)
     except Exception as error:
         log, activity = (None, None) if run is None else (run.log_dir / "traceback.log", run.watchdog.failed_in)
-        sys.exit(deaths.exit_message(error, config, log, activity))
+        sys.exit(deaths.exit_message(error, log, activity))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from pathlib import Path
 import psutil
 import ray
 
-from slime_opd.checkpoint import directory
-from slime_opd.config import Config
-from slime_opd.errors import CheckpointError, ConfigError, ProcessDied, SlimeOPDError
+from slime_opd.errors import ConfigError, ProcessDied, SlimeOPDError
 
 _GIB = 1024**3
 _VMSTAT = Path("/proc/vmstat")
@@ -135,8 +133,8 @@ def first_sentence(text: str) -> str:
     return line.partition(". ")[0][:300]
 
 
-def exit_message(error: Exception, config: Config, log: Path | None, activity: str | None) -> str:
-    """The last words of a run that failed: what happened, while doing what, how to go on, and where the traceback is.
+def exit_message(error: Exception, log: Path | None, activity: str | None) -> str:
+    """The last words of a run that failed: what happened, while doing what, and where the traceback is.
 
     log: the file for tracebacks; None for a run that had not started, whose error says all there is to say. The traceback of
     a bug is on the console too. Raises ConfigError where that is the cause.
@@ -148,13 +146,10 @@ def exit_message(error: Exception, config: Config, log: Path | None, activity: s
     if known is None:
         traceback.print_exception(error, file=sys.stderr)
     what = f"{type(error).__name__}: {first_sentence(str(error))}" if known is None else str(known)
-    lines = [f"slime_opd: error: {what}" + (f" (in: {activity})" if activity else "")]
-    if log is not None:
-        # A sentence that was raised where it happened has no story behind it.
-        has_story = known is not error or error.__cause__ is not None
-        where = _write_traceback(error, log) if has_story else ""
-        lines.append(f"slime_opd: {how_to_continue(config)}{where}")
-    return "\n".join(lines)
+    message = f"slime_opd: error: {what}" + (f" (in: {activity})" if activity else "")
+    # A sentence that was raised where it happened has no story behind it.
+    has_story = known is not error or error.__cause__ is not None
+    return message + (_write_traceback(error, log) if has_story and log is not None else "")
 
 
 def _write_traceback(error: Exception, log: Path) -> str:
@@ -167,20 +162,6 @@ def _write_traceback(error: Exception, log: Path) -> str:
     except OSError as refusal:
         return f"; its traceback could not be written: {refusal}"
     return f"; the traceback is in {log}"
-
-
-def how_to_continue(config: Config) -> str:
-    """Where the last checkpoint is."""
-    save = config.checkpoint.save
-    if save is None:
-        return "no checkpoint was written, as --save is not given"
-    try:
-        location = directory.find(save)
-    except CheckpointError as error:
-        return f"the last checkpoint is not readable: {error}"
-    if location is None:
-        return f"no checkpoint is in --save {save} yet: the same command starts again"
-    return f"the last checkpoint is {location.directory}: the same command continues from it"
 
 
 def _out_of_gpu_memory(name: str, text: str) -> ProcessDied:

@@ -144,7 +144,8 @@ class TrainerGroup:
 
     def save_hugging_face(self, iteration_directory: str, path: str) -> None:
         """Write the checkpoint in `iteration_directory` as a Hugging Face directory at `path`, on the first rank."""
-        ray.get(self._actors[0].save_hugging_face.remote(iteration_directory, path))
+        call = self._actors[0].save_hugging_face.remote(iteration_directory, path)
+        self._watchdog.get([call], self._names[:1])
 
     def stop(self) -> None:
         """End every rank's process."""

@@ -18,7 +18,6 @@ from ray.exceptions import (
 
 from slime_opd.cluster import deaths
 from slime_opd.cluster.deaths import Memory, exit_message, root_cause, sentence
-from slime_opd.config import parse
 from slime_opd.errors import CheckpointError, ConfigError, NonFiniteError, ProcessDied
 
 MEMORY = "3.0 of 24.0 GiB of memory are free"
@@ -129,48 +128,39 @@ def test_kills_are_read_from_the_kernels_counters(tmp_path, monkeypatch):
     assert Memory.now().kernel_kills == 7
 
 
-def with_checkpoint(directory):
-    (directory / "iter_0000004").mkdir(parents=True)
-    (directory / "iter_0000004" / ".metadata").write_bytes(b"")
-    (directory / "latest_checkpointed_iteration.txt").write_text("4")
-    return parse(["--save", str(directory)])
-
-
-def test_the_last_words_name_the_activity_the_checkpoint_and_the_traceback(tmp_path, capsys):
-    config, log = with_checkpoint(tmp_path / "ckpt"), tmp_path / "logs" / "traceback.log"
+def test_the_last_words_name_the_activity_and_the_traceback(tmp_path, capsys):
+    log = tmp_path / "logs" / "traceback.log"
     failure = sentence("trainer rank 1", actor_died(), MEMORY)
     failure.__cause__ = actor_died()
-    first, second = exit_message(failure, config, log, "training 5/100").splitlines()
-    assert first.startswith("slime_opd: error: trainer rank 1") and first.endswith("(in: training 5/100)")
-    assert f"the last checkpoint is {tmp_path}/ckpt/iter_0000004: the same command continues" in second
-    assert second.endswith(f"the traceback is in {log}") and "ActorDiedError" in log.read_text()
-    assert capsys.readouterr().err == ""
+    message = exit_message(failure, log, "training 5/100")
+    assert message.startswith("slime_opd: error: trainer rank 1") and "(in: training 5/100)" in message
+    assert message.endswith(f"the traceback is in {log}") and "ActorDiedError" in log.read_text()
+    assert "\n" not in message and capsys.readouterr().err == ""
 
 
-def test_a_bug_keeps_its_traceback_and_gets_the_last_words_too(tmp_path, capsys):
+def test_a_bug_keeps_its_traceback_and_is_the_last_line_too(tmp_path, capsys):
     try:
         {}["columns"]
     except KeyError as error:
-        message = exit_message(error, parse([]), tmp_path / "log", None)
-    assert message.splitlines()[0] == "slime_opd: error: KeyError: 'columns'"
-    assert "no checkpoint was written, as --save is not given" in message
+        message = exit_message(error, tmp_path / "log", None)
+    assert message == f"slime_opd: error: KeyError: 'columns'; the traceback is in {tmp_path}/log"
     assert "Traceback" in capsys.readouterr().err and "Traceback" in (tmp_path / "log").read_text()
 
 
 def test_a_run_that_had_not_started_has_its_sentence_alone(capsys):
-    assert exit_message(CheckpointError("no"), parse([]), None, None) == "slime_opd: error: no"
+    assert exit_message(CheckpointError("no"), None, None) == "slime_opd: error: no"
     assert capsys.readouterr().err == ""
 
 
 def test_a_log_that_cannot_be_written_does_not_hide_the_failure(tmp_path):
     (tmp_path / "file").write_text("")
-    message = exit_message(raised_by_actor(NonFiniteError("not finite")), parse([]), tmp_path / "file" / "log", None)
+    message = exit_message(raised_by_actor(NonFiniteError("not finite")), tmp_path / "file" / "log", None)
     assert message.startswith("slime_opd: error: not finite") and "could not be written" in message
 
 
 def test_a_wrong_option_that_an_actor_found_is_still_one(tmp_path):
     with pytest.raises(ConfigError, match="no such transport"):
-        exit_message(raised_by_actor(ConfigError("no such transport")), parse([]), tmp_path / "log", None)
+        exit_message(raised_by_actor(ConfigError("no such transport")), tmp_path / "log", None)
 
 
 def test_sentences_about_dead_processes_are_errors_of_this_package():
