@@ -9,8 +9,8 @@ import shutil
 from pathlib import Path
 
 from slime_opd.checkpoint.directory import TRACKER
+from slime_opd.checkpoint.location import REPLACED, iterations
 
-_ITERATION = re.compile(r"iter_(\d+)(\.replaced)?")
 _ASIDE = re.compile(r"aside_(\d+)_[-\d]+(\.partial)?")
 # What an unfinished `set_aside` still has to move.
 _PLAN = "moving.json"
@@ -18,8 +18,7 @@ _PLAN = "moving.json"
 
 def complete_steps(root: Path) -> list[int]:
     """Steps of the complete checkpoints under `root`, in ascending order."""
-    matches = [_ITERATION.fullmatch(path.parent.name) for path in root.glob("iter_*/.metadata")]
-    return sorted({int(match[1]) for match in matches if match})
+    return [found.iteration for found in iterations(root) if (found.directory / ".metadata").is_file()]
 
 
 def iteration_path(root: Path, step: int) -> Path:
@@ -79,7 +78,7 @@ def _carry_out(root: Path, partial: Path, plan: dict) -> None:
         (root / TRACKER).unlink(missing_ok=True)
     for step in plan["steps"]:
         path = iteration_path(root, step)
-        for found in (path, path.with_name(f"{path.name}.replaced")):
+        for found in (path, path.with_name(path.name + REPLACED)):
             if found.is_dir():
                 found.rename(partial / found.name)
     _replace_text(partial / TRACKER, str(max(plan["steps"])))

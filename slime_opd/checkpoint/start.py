@@ -220,32 +220,28 @@ class Facts:
 def read_facts(request: Request, identity: Mapping[str, Any]) -> Facts:
     """Look into --save and --load. Raises CheckpointError for a directory that contradicts itself."""
     if request.load is not None and not request.loads_save:
-        save = Contents() if request.save is None else _contents(request.save)
-        return Facts(save, _contents(request.load, request.ckpt_step), identity)
+        save = Contents() if request.save is None else _contents(request.save, "--save")
+        return Facts(save, _contents(request.load, "--load", request.ckpt_step), identity)
     return Facts(Contents() if request.save is None else _own_contents(request), Contents(), identity)
 
 
 def _own_contents(request: Request) -> Contents:
     try:
-        return _contents(request.save)
+        return _contents(request.save, "--save")
     except CheckpointError:
         # The newest is damaged: --ckpt-step is the way past it.
         if request.ckpt_step is None:
             raise
-        return _contents(request.save, request.ckpt_step)
+        return _contents(request.save, "--save", request.ckpt_step)
 
 
-def _contents(path: str, step: int | None = None) -> Contents:
+def _contents(path: str, flag: str, step: int | None = None) -> Contents:
     root = Path(path)
-    location = directory.find(path, step)
-    steps, moved = tuple(aside.complete_steps(root)), aside.aside_directories(root)
-    if steps and (location is None or location.is_hugging_face):
-        raise CheckpointError(
-            f"{path} holds {len(steps)} checkpoints and no {directory.TRACKER}: write the step to continue from into that file, such as {steps[-1]}"
-        )
+    location = directory.find(path, step, flag=flag)
     has_state = location is not None and (location.directory / directory.RUN_STATE).is_file()
     run_state = directory.read_run_state(location) if has_state else None
-    return Contents(location, run_state, steps, str(moved[-1]) if moved else None)
+    moved = aside.aside_directories(root)
+    return Contents(location, run_state, tuple(aside.complete_steps(root)), str(moved[-1]) if moved else None)
 
 
 def saved_kind(request: Request, facts: Facts) -> Saved:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from slime_opd.checkpoint.manifest import MANIFEST
 from slime_opd.megatron import conversion, hugging_face, torch_dist
 
 SHARD_BYTES = 5 * 1024**3
@@ -43,7 +44,7 @@ def replace_directory(path: str | Path, make: Callable[[Path], object]) -> Path:
     shutil.rmtree(partial, ignore_errors=True)
     make(partial)
     if final.exists():
-        manifests = [(directory / hugging_face.MANIFEST) for directory in (final, partial)]
+        manifests = [(directory / MANIFEST) for directory in (final, partial)]
         if manifests[0].is_file() and manifests[0].read_bytes() == manifests[1].read_bytes():
             shutil.rmtree(partial)
             return final

@@ -250,10 +250,10 @@ def test_an_older_step_is_the_way_past_a_damaged_newest(tmp_path, monkeypatch):
         write(tmp_path, step, config_of(tmp_path))
     find = directory.find
 
-    def damaged(path: str, step: int | None = None):
+    def damaged(path: str, step: int | None = None, *, flag: str):
         if step is None:
             raise CheckpointError("iter_0000004 is damaged: give --ckpt-step 2")
-        return find(path, step)
+        return find(path, step, flag=flag)
 
     monkeypatch.setattr(directory, "find", damaged)
     with pytest.raises(CheckpointError, match="damaged"):

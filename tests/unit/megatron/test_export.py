@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from slime_opd.checkpoint import manifest
 from slime_opd.megatron.export import replace_directory
-from slime_opd.megatron.hugging_face import write_manifest
 
 
 def maker(text: str):
     def make(partial: Path) -> None:
         partial.mkdir()
         (partial / "weights").write_text(text)
-        write_manifest(partial)
+        manifest.write(partial, manifest.measure(partial, ["weights"]))
 
     return make
 
