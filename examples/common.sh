@@ -12,8 +12,11 @@ STARTED=()  # process groups of this script
 JOB=        # the Ray job that is running
 RAY_DIRECTORY=  # where its cluster keeps sessions and logs
 JOBS=0
-# Left unset, Ray 2.60's server asks for a token as soon as one lies in the home directory, and its job client then sends none.
-export RAY_AUTH_MODE=${RAY_AUTH_MODE:-disabled}
+# The token of this script's own Ray cluster, in the environment of its processes alone: without it Ray runs code for
+# whoever reaches its ports. Both variables are needed; with a token that merely lies in the home directory, Ray's job client sends none.
+RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+unset RAY_AUTH_TOKEN_PATH
 
 fail() {
    echo "error: $*" >&2
@@ -61,7 +64,7 @@ start() { # LOG, command…
 stop_started() {
    local status=$? index pid deadline
    if [ -n "$JOB" ]; then
-      timeout 60 ray job stop --address "$RAY_DASHBOARD" "$JOB" >/dev/null 2>&1 || true
+      timeout 130 ray job stop --address "$RAY_DASHBOARD" "$JOB" >/dev/null 2>&1 || true
       JOB=
    fi
    for ((index = ${#STARTED[@]} - 1; index >= 0; index--)); do
@@ -115,12 +118,13 @@ start_ray() { # comma-separated GPUs; none on a machine without
    local dashboard_port
    dashboard_port=$(free_port)
    RAY_DIRECTORY=$(mktemp -d /tmp/slime_opd.XXXXXX)  # short: Ray puts sockets there
-   start "$LOGS/ray.log" env CUDA_VISIBLE_DEVICES="$1" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 \
+   # A job that is stopped may save first: Ray would kill it after 3 seconds.
+   start "$LOGS/ray.log" env CUDA_VISIBLE_DEVICES="$1" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_JOB_STOP_WAIT_TIME_S=120 \
       ray start --head --block --num-gpus "$(count_of "$1")" --temp-dir "$RAY_DIRECTORY" --disable-usage-stats \
       --port "$(free_port)" --ray-client-server-port "$(free_port)" \
       --dashboard-host 127.0.0.1 --dashboard-port "$dashboard_port" --dashboard-agent-listen-port "$(free_port)"
    RAY_DASHBOARD=http://127.0.0.1:$dashboard_port
-   wait_for_url "the Ray head" "$RAY_DASHBOARD/api/version" "$PID" "$LOGS/ray.log" 120
+   wait_for_url "the Ray head" "$RAY_DASHBOARD/api/gcs_healthz" "$PID" "$LOGS/ray.log" 120
 }
 
 # The job's own process outlives its cluster, so it is stopped by name on an early end.

@@ -6,12 +6,14 @@ The loop, in verbs. `--help` lists the flags by purpose.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
+from slime_opd import lifetimes
+from slime_opd.cluster import private_cluster
 from slime_opd.config.checks import notes, validate
 from slime_opd.config.parser import command_line, parse, parse_all
+from slime_opd.stopping import Stopping
 
 if TYPE_CHECKING:
     from slime_opd.cluster.run import Run
@@ -58,6 +60,10 @@ def main(arguments: list[str]) -> None:
         check([word for word in arguments if word != "--check"])
     config = parse(arguments)
     validate(config)
+    stopping = Stopping(grace_s=config.checkpoint.exit_grace_s, saves=config.checkpoint.save is not None)
+    stopping.install()
+    lifetimes.own()
+    private_cluster.prepare_environment(config.cluster.ray_address)
     # Heavy imports come after the checks: a wrong flag is answered at once, and without Ray.
     from transformers import AutoTokenizer
 
@@ -68,8 +74,6 @@ def main(arguments: list[str]) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # `ray job stop` and a terminal's kill end the run as Ctrl-C does: by way of every `finally`.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     for note in notes(config):
         console.say(note)
     run = None
@@ -79,8 +83,8 @@ def main(arguments: list[str]) -> None:
         if config.data.prompt_data:
             responses = config.divergence.opd_off_policy_key
             source = PromptSource(config.data, tokenizer, is_sft=config.is_sft, response_key=responses)
-        run = Run(config, tokenizer, source)
-        with run:
+        run = Run(config, tokenizer, source, stopping)
+        with stopping, run:
             train(run)
     except Exception as error:
         log, activity = (None, None) if run is None else (run.log_dir / "traceback.log", run.watchdog.failed_in)

@@ -112,6 +112,7 @@ HONOURED: dict[str, str] = {
             "attention_backend",
             "log_probs_chunk_size",
             "distributed_timeout_minutes",
+            "max_skipped_steps",
         ),
         _HONOURED,
     ),

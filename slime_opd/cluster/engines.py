@@ -10,7 +10,9 @@ from typing import Any
 
 import ray
 
-from slime_opd.cluster.session import Slot
+from slime_opd import lifetimes
+from slime_opd.cluster.access import Access
+from slime_opd.cluster.session import Slot, server_access
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
 from slime_opd.engine.health import unhealthy, workers_of
@@ -28,14 +30,24 @@ SILENT_AFTER_S = 20.0
 class EngineActor:
     """Owns one SGLang server: when the actor goes, so does the server."""
 
+    def __init__(self) -> None:
+        lifetimes.own(os.environ[lifetimes.RUN_VARIABLE])
+
     def start(
-        self, model: str, options: Mapping[str, tuple[str, ...]], log: str, visible_gpus: list[str] | None
+        self,
+        model: str,
+        options: Mapping[str, tuple[str, ...]],
+        log: str,
+        visible_gpus: list[str] | None,
+        access: Access,
     ) -> str:
         """Start the server and wait until it answers; returns its URL."""
         if visible_gpus is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible_gpus)
-        host = ray.util.get_node_ip_address()
-        self._server = EngineProcess(model, host=host, port=free_port(host), options=options, log_path=Path(log))
+        host = access.host(ray.util.get_node_ip_address())
+        self._server = EngineProcess(
+            model, host=host, port=free_port(host), options=options, log_path=Path(log), api_key=access.key
+        )
         self._server.start()
         self._server.wait_ready(START_TIMEOUT_S)
         self._workers = workers_of(self._server.pid)
@@ -61,8 +73,11 @@ class EngineGroup:
         self._names = [f"engine {index}" for index in range(len(slots))]
         self._looks: dict[int, tuple[Any, float]] = {}
         self._is_stopping = False
-        self._actors = [EngineActor.options(**slot.options).remote() for slot in slots]
+        self._actors = [
+            EngineActor.options(**slot.options_in(f"engine-{index}")).remote() for index, slot in enumerate(slots)
+        ]
         self._router: RouterProcess | None = None
+        self.access = server_access()
 
     def begin_start(self, trainer_gpus: list[list[str]]) -> list[Any]:
         """Start every engine without waiting; with --colocate on the trainers' GPUs."""
@@ -72,7 +87,8 @@ class EngineGroup:
             shared = trainer_gpus[index * per_engine : (index + 1) * per_engine]
             visible = [gpu for gpus in shared for gpu in gpus] if self._config.cluster.colocate else None
             log = str(self._log_dir / f"engine_{index}.log")
-            pending.append(actor.start.remote(self._config.model.hf_checkpoint, self._options(), log, visible or None))
+            model = self._config.model.hf_checkpoint
+            pending.append(actor.start.remote(model, self._options(), log, visible or None, self.access))
         return pending
 
     def finish_start(self, pending: list[Any]) -> None:
@@ -81,9 +97,10 @@ class EngineGroup:
             self.urls: list[str] = self._watchdog.get(pending, self._names)
         self.url = self.urls[0]
         if len(self.urls) > 1:
-            host = ray.util.get_node_ip_address()
+            host = self.access.host(ray.util.get_node_ip_address())
+            log = self._log_dir / "router.log"
             self._router = RouterProcess(
-                self.urls, host=host, port=free_port(host), log_path=self._log_dir / "router.log"
+                self.urls, host=host, port=free_port(host), log_path=log, api_key=self.access.key
             ).start()
             self._router.wait_ready(START_TIMEOUT_S)
             self.url = self._router.url

@@ -32,6 +32,7 @@ from slime_opd.observe.sinks import MetricSinks
 from slime_opd.rollout.evaluate import EvalSet
 from slime_opd.rollout.loop import BackgroundLoop
 from slime_opd.rollout.student import StudentRollouts
+from slime_opd.stopping import Stopping, during
 from slime_opd.teacher.probe import probe
 from slime_opd.teacher.recheck import TeacherRecheck
 from slime_opd.teacher.sglang import make_teacher
@@ -43,7 +44,11 @@ logger = logging.getLogger(__name__)
 class Run:
     """The parts of a run. Enter it to start them; leaving it stops exactly what it started."""
 
-    def __init__(self, config: Config, tokenizer: Any, source: PromptSource | None) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Any, source: PromptSource | None, stopping: Stopping | None = None
+    ) -> None:
+        self.stopping = stopping or Stopping(grace_s=0, saves=False)  # one that is not installed sees no signal
+        self._steps_done, self._prompts_before_rollout = 0, None
         self.config = with_epochs(config, source)
         self._tokenizer, self._source = tokenizer, source
         self._run_dir = run_dir(config)
@@ -65,9 +70,14 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            self._stack.close()
+            if self.stopping.save_first and self.stopping.unsaved and kind is not None and issubclass(kind, SystemExit):
+                self.save(self._steps_done)
         finally:
-            console.say(self._ending(is_finished=kind is None))
+            self.stopping.begin_cleanup()
+            try:
+                self._stack.close()
+            finally:
+                console.say(self._ending(is_finished=kind is None))
 
     def _ending(self, *, is_finished: bool) -> str:
         config, latest = self.config, self._checkpoints.latest
@@ -132,6 +142,7 @@ class Run:
             self._tokenizer,
             loop,
             engine_url=self._engines.url if self._engines else None,
+            engine_key=self._engines.access.key if self._engines else None,
             num_engines=config.num_engines,
             teacher=self._teacher,
             eval_sets=eval_sets,
@@ -164,8 +175,10 @@ class Run:
         """The rollouts that are left to do."""
         return range(self.first_step, self.config.rollout.num_rollout or 0)
 
+    @during("generate")
     def generate(self, step: int) -> list[SampleGroup]:
         """The samples of one rollout."""
+        self._prompts_before_rollout = self._source.state()
         if self._weights_are_new and not self.config.is_sft:
             self.update_weights()
         if self._recheck is not None:
@@ -184,8 +197,10 @@ class Run:
                 self._of_rollout["opd/teacher_drift"] = metrics.Last(self._recheck.drift)
         if self._rollouts.groups_left_out is not None:
             self._of_rollout["rollout/groups_left_out"] = metrics.Last(self._rollouts.groups_left_out)
+        self._prompts_before_rollout = None
         return groups
 
+    @during("train")
     def train(self, step: int, groups: list[SampleGroup]) -> dict[str, metrics.Metric]:
         """Train on a rollout; returns the metrics of both."""
         samples = [sample for group in groups for sample in group.samples]
@@ -197,6 +212,7 @@ class Run:
             batch = assemble(samples, self.config)
             trained = self._trainers.train(split(batch, self.config), step / self.config.rollout.num_rollout)
         self._weights_are_new = True
+        self._steps_done = step + 1
         speed = self._speed(int(np.sum(batch.total_lengths)))
         return {**metrics.batch_metrics(batch), **trained, **self._of_rollout, **speed}
 
@@ -215,10 +231,14 @@ class Run:
         with self._timed("update_weights"), self.watchdog.waiting_for("sending weights to the engines"):
             self._weights_version += 1
             self._trainers.update_weights(
-                self._engines.urls, self._weights_version, check=self.config.weights.check_weight_update_equal
+                self._engines.urls,
+                self._weights_version,
+                key=self._engines.access.key,
+                check=self.config.weights.check_weight_update_equal,
             )
         self._weights_are_new = False
 
+    @during("evaluate")
     def evaluate(self, step: int) -> dict[str, metrics.Metric]:
         """Evaluate the student as it is after `step` rollouts."""
         if self._weights_are_new:
@@ -233,10 +253,12 @@ class Run:
         """Why a checkpoint is due after `done` rollouts; None where none is."""
         return self._checkpoints.reason(done)
 
+    @during("save")
     def save(self, step: int, reason: str = BY_REQUEST) -> None:
         """Write a checkpoint that continues after `step` rollouts. `reason`: see slime_opd/checkpoint/saves.py."""
         started = time.perf_counter()
-        run_state = {"step": step, "prompts": self._source.state()}
+        # A rollout that was interrupted has taken prompts that were not trained on.
+        run_state = {"step": step, "prompts": self._prompts_before_rollout or self._source.state()}
         if self._recheck is not None:
             run_state["teacher"] = self._recheck.state()
         with self.watchdog.waiting_for(f"saving after {step} rollouts"):

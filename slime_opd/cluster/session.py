@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from slime_opd import lifetimes
+from slime_opd.cluster.access import Access, access_for
+from slime_opd.cluster.private_cluster import is_inside_job
 from slime_opd.config import Config
 from slime_opd.errors import ConfigError
+from slime_opd.stopping import undisturbed
 
 PLACEMENT_TIMEOUT_S = 120
 
@@ -20,6 +23,11 @@ class Slot:
     """Where one process runs, as options of a Ray actor."""
 
     options: dict
+
+    def options_in(self, name: str, variables: dict[str, str] | None = None) -> dict:
+        """These options for an actor with environment variables of its own and the scope `name` below this run's."""
+        scope = lifetimes.environment_of(f"{lifetimes.own()}/{name}")
+        return {**self.options, "runtime_env": {"env_vars": {**(variables or {}), **scope}}}
 
 
 @dataclass(frozen=True)
@@ -40,17 +48,13 @@ def join(address: str) -> None:
     """Join the Ray cluster at `address`, or start one for this process with "local"."""
     if ray.is_initialized():
         return
-    # Inside `ray job submit` Ray knows its own address.
-    inside_job = "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    if address == "local":
-        # A cluster that only this process uses; with its default Ray leaves a token in the home directory for it.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     try:
-        ray.init(
-            address=None if inside_job else address,
-            log_to_driver=True,
-            include_dashboard=False if address == "local" else None,
-        )
+        with undisturbed():
+            ray.init(
+                address=None if is_inside_job() else address,
+                log_to_driver=True,
+                include_dashboard=False if address == "local" else None,
+            )
     except ConnectionError as error:
         raise ConfigError(
             f"--ray-address {address}: no Ray cluster answers there; start one with `ray start --head`, or say --ray-address local"
@@ -87,6 +91,11 @@ def reserve(config: Config) -> Placement:
         [slot(trainers + engine if own_gpus else engine * per_engine, own_gpus) for engine in range(engines)],
         group,
     )
+
+
+def server_access() -> Access:
+    """How the servers of this run are reached, given the nodes of the Ray cluster."""
+    return access_for(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 
 def needs_engines(config: Config) -> bool:

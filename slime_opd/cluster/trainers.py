@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from slime_opd import lifetimes
 from slime_opd.cluster import heartbeat
 from slime_opd.cluster.session import Slot
 from slime_opd.cluster.watchdog import Watchdog
@@ -24,12 +25,16 @@ from slime_opd.types import StartReport, TrainBatch
 # Seconds for all ranks to start: imports, a checkpoint from a slow disk, and the first collective.
 START_TIMEOUT_S = 1800
 
+# Megatron's overlap of communication and computation with tensor parallelism needs one connection.
+_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}
+
 
 @ray.remote
 class TrainerActor:
     """One trainer rank in a process of its own."""
 
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        lifetimes.own(os.environ[lifetimes.RUN_VARIABLE])
         logging.basicConfig(level=logging.INFO, format=f"[trainer {rank}] %(message)s")
         # These say at INFO what only their authors want to know; the run prints what matters.
         for chatty in ("megatron", "httpx"):
@@ -82,12 +87,12 @@ class TrainerActor:
         """Write a checkpoint as a Hugging Face directory."""
         self._trainer.save_hugging_face(iteration_directory, path)
 
-    def update_weights(self, urls: list[str], version: int, check: bool) -> None:
+    def update_weights(self, urls: list[str], key: str | None, version: int, check: bool) -> None:
         """Send the weights to the engines at `urls`; all ranks gather, the first one sends."""
         from slime_opd.weights.update import WeightSender
 
         if self._sender is None:
-            self._sender = WeightSender(self._config, urls if self._rank == 0 else [])
+            self._sender = WeightSender(self._config, urls if self._rank == 0 else [], key)
         self._sender.send(self._trainer.exported_weights, version, check=check)
 
 
@@ -98,7 +103,7 @@ class TrainerGroup:
         self._watchdog = watchdog
         self._names = [f"trainer rank {rank}" for rank in range(len(slots))]
         self._actors = [
-            TrainerActor.options(**slot.options, runtime_env=_environment()).remote(config, rank, len(slots))
+            TrainerActor.options(**slot.options_in(f"trainer-{rank}", _ENVIRONMENT)).remote(config, rank, len(slots))
             for rank, slot in enumerate(slots)
         ]
         self._reports = RankReports(self._names)
@@ -134,9 +139,9 @@ class TrainerGroup:
         )
         return metrics.merge([one for one in of_ranks if one])
 
-    def update_weights(self, urls: list[str], version: int, *, check: bool) -> None:
-        """Bring the engines at `urls` to the trainer's weights."""
-        self._all("update_weights", urls, version, check)
+    def update_weights(self, urls: list[str], version: int, *, key: str | None, check: bool) -> None:
+        """Bring the engines at `urls`, whose API key is `key`, to the trainer's weights."""
+        self._all("update_weights", urls, key, version, check)
 
     def save(self, iteration: int, run_state: dict[str, Any]) -> str:
         """Write a checkpoint; returns its directory."""
@@ -199,8 +204,3 @@ class RankReports:
         if beat.node == self._node:
             return {"dead": Status.DEAD, "stopped": Status.STOPPED}.get(process_status(beat.pid), Status.ALIVE)
         return Status.SILENT if age_s > heartbeat.SILENT_AFTER_S else Status.ALIVE
-
-
-def _environment() -> dict[str, Any]:
-    # Megatron's overlap of communication and computation with tensor parallelism needs one connection.
-    return {"env_vars": {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}}

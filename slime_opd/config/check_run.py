@@ -76,6 +76,7 @@ NOT_NEGATIVE = [
     "ckpt_step",
     "keep_checkpoints",
     "save_interval_minutes",
+    "exit_grace_s",
     "ref_ckpt_step",
     "num_rollout",
     "rollout_request_retries",

@@ -200,6 +200,9 @@ class CheckpointConfig:
     keep_checkpoints: int = option(
         0, help="newest checkpoints to keep; 0: all, but of those written by time the newest 2"
     )
+    exit_grace_s: float = option(
+        60.0, help="seconds that a run told to end (SIGTERM, Ctrl-C) may take to save unsaved steps; 0: end at once"
+    )
     no_save_optim: bool = option(False, help="save weights only")
     no_load_optim: bool = option(False, help="load weights only")
     finetune: bool = option(False, help="take the weights of --load and start from step 0")

@@ -20,11 +20,21 @@ from slime_opd.errors import EngineError, EngineTimeout
 
 
 class EngineControl:
-    """The admin calls of one SGLang server. `timeout_s` bounds each call, in seconds."""
+    """The admin calls of one SGLang server. `timeout_s` bounds each call, in seconds; `api_key` is the server's, if it has one."""
 
-    def __init__(self, url: str, *, timeout_s: float = 600.0, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = 600.0,
+        api_key: str | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=timeout_s, transport=transport, trust_env=False)
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout_s, headers=headers, transport=transport, trust_env=False
+        )
 
     def flush_cache(self, timeout_s: float = 60.0) -> None:
         """Drop cached prefixes. A server that still has requests refuses: asked again for `timeout_s` seconds."""

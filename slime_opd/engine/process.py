@@ -1,8 +1,8 @@
 """A server process that this process owns: it starts, becomes ready, and dies with its owner.
 
-The server runs under a small guard (`guard.py`) in a process group of its own. `stop` ends
-exactly that group. When the owner dies without calling `stop`, even by SIGKILL, the
-guard ends the group.
+The server runs in a session of its own, so that Ctrl-C and a closed terminal do not reach it before its
+owner has decided what to do. `stop` ends exactly its process group. When the owner dies without
+calling `stop`, even by SIGKILL, its warden (`lifetimes.py`) ends the server.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Self
 
 import httpx
 
-from slime_opd.engine import guard
+from slime_opd import lifetimes
 from slime_opd.errors import EngineError, EngineTimeout
 
 _LOG_LINES_IN_ERRORS = 15
@@ -75,11 +74,10 @@ class OwnedProcess:
         if self._process is not None:
             raise EngineError(f"{self.name} was started already")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        # -S: the guard needs the standard library alone, and should start fast and stay small.
-        guarded = [sys.executable, "-S", guard.__file__, str(os.getpid()), *self.command]
+        lifetimes.own()
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                guarded,
+                self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -90,7 +88,7 @@ class OwnedProcess:
 
     @property
     def pid(self) -> int:
-        """Id of the guard, and of the process group of everything it started."""
+        """Id of the server, and of the process group of everything it started."""
         return self._started().pid
 
     def exit_code(self) -> int | None:

@@ -7,28 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from slime_opd.engine.process import OwnedProcess
+from slime_opd.engine.with_key import command_with_key, key_environment
 
 
 class RouterProcess(OwnedProcess):
     """`python -m sglang_router.launch_router` before `worker_urls`.
 
     The circuit breaker and the router's own retries are off: a client that counts its own
-    attempts must see each failure once.
+    attempts must see each failure once. `api_key` is the servers', and the router asks for it too.
     """
 
-    def __init__(self, worker_urls: Sequence[str], *, host: str = "127.0.0.1", port: int, log_path: Path) -> None:
-        words = ["--worker-urls", *worker_urls, "--host", host, "--port", str(port)]
+    def __init__(
+        self,
+        worker_urls: Sequence[str],
+        *,
+        host: str = "127.0.0.1",
+        port: int,
+        log_path: Path,
+        api_key: str | None = None,
+    ) -> None:
+        command = [sys.executable, "-m", "sglang_router.launch_router", "--worker-urls", *worker_urls]
+        command += ["--host", host, "--port", str(port), "--disable-retries", "--disable-circuit-breaker"]
         super().__init__(
             name=f"the router of {len(worker_urls)} SGLang servers",
-            command=[
-                sys.executable,
-                "-m",
-                "sglang_router.launch_router",
-                *words,
-                "--disable-retries",
-                "--disable-circuit-breaker",
-            ],
+            command=command if api_key is None else command_with_key(command),
             url=f"http://{host}:{port}",
             ready_path="/readiness",  # its /health answers before it has a worker
             log_path=log_path,
+            environment=key_environment(api_key),
         )

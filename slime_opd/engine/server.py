@@ -12,6 +12,7 @@ import torch
 import slime_opd
 from slime_opd.engine import weight_proof
 from slime_opd.engine.process import OwnedProcess, free_port
+from slime_opd.engine.with_key import command_with_key, key_environment
 
 __all__ = ["EngineProcess", "engine_command", "free_port"]
 
@@ -32,7 +33,10 @@ def engine_command(
 
 
 class EngineProcess(OwnedProcess):
-    """One SGLang server of a Hugging Face model directory; it uses the GPUs that this process sees."""
+    """One SGLang server of a Hugging Face model directory; it uses the GPUs that this process sees.
+
+    With `api_key` every request but a health check needs it.
+    """
 
     def __init__(
         self,
@@ -42,17 +46,19 @@ class EngineProcess(OwnedProcess):
         port: int,
         options: Mapping[str, tuple[str, ...]] | None = None,
         log_path: Path,
+        api_key: str | None = None,
     ) -> None:
+        command = engine_command(
+            model_path, host=host, port=port, options=options or {}, has_cuda=torch.cuda.is_available()
+        )
         package_root = str(Path(slime_opd.__file__).parent.parent)
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         super().__init__(
             name=f"the SGLang server of {model_path}",
-            command=engine_command(
-                model_path, host=host, port=port, options=options or {}, has_cuda=torch.cuda.is_available()
-            ),
+            command=command if api_key is None else command_with_key(command),
             url=f"http://{host}:{port}",
             ready_path="/health",
             log_path=log_path,
             # The server imports this package: the CPU launcher is in it.
-            environment={"PYTHONPATH": os.pathsep.join(search_path)},
+            environment={"PYTHONPATH": os.pathsep.join(search_path), **key_environment(api_key)},
         )

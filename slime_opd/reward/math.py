@@ -108,12 +108,14 @@ class _Worker:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
+        # A session of its own: a signal to the run's process group must not end a comparison as a wrong answer.
         # -P keeps this folder, whose math.py would hide Python's own, off the worker's path.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(self._limit_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
+            start_new_session=True,
         )
         return self._process
 

@@ -26,7 +26,6 @@ def is_equal(label: str, answer: str) -> bool:
 def main(limit_s: int) -> None:
     """Answer requests, each within `limit_s` seconds."""
     logging.disable(logging.CRITICAL)  # math-verify warns that it has no time limit of its own
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
     replies, sys.stdout = sys.stdout, sys.stderr

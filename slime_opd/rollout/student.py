@@ -32,6 +32,7 @@ class StudentRollouts:
         loop: BackgroundLoop,
         *,
         engine_url: str | None,
+        engine_key: str | None = None,
         num_engines: int,
         teacher: Teacher | None,
         eval_sets: list[EvalSet],
@@ -54,6 +55,7 @@ class StudentRollouts:
                 concurrency=rollout.sglang_server_concurrency * num_engines,
                 timeout_s=rollout.rollout_request_timeout_s,
                 retries=rollout.rollout_request_retries,
+                api_key=engine_key,
             )
             self._generator = Generator(self._client, tokenizer, config, reward=self._reward, teacher=teacher)
 

@@ -38,11 +38,11 @@ TRANSPORTS: dict[str, Callable[[Config, list[EngineControl]], WeightTransport]] 
 
 
 class WeightSender:
-    """Sends weights to the engines at `urls`; on ranks that do not send, `urls` is empty."""
+    """Sends weights to the engines at `urls`, whose API key is `key`; on ranks that do not send, `urls` is empty."""
 
-    def __init__(self, config: Config, urls: list[str]) -> None:
+    def __init__(self, config: Config, urls: list[str], key: str | None = None) -> None:
         self._limit = config.weights.update_weight_buffer_size
-        self._controls = [EngineControl(url) for url in urls]
+        self._controls = [EngineControl(url, api_key=key) for url in urls]
         make = TRANSPORTS[transport_of(config)]
         self._transport = make(config, self._controls) if urls else None
         self._ranks = config.cluster.rollout_num_gpus_per_engine

@@ -15,6 +15,7 @@ import pytest
 from conftest import save_tiny_tokenizer
 from model_families import save_model
 
+from slime_opd import lifetimes
 from slime_opd.engine.server import EngineProcess, free_port
 from slime_opd.observe.report import read_metrics
 
@@ -217,6 +218,14 @@ def test_a_mixture_of_experts_is_distilled_over_two_ranks(prompts, tmp_path):
         assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
 
 
+def wait_until_nothing_is_left_of(scope: str) -> None:
+    """Wait until no process of a run is left; it is killed from outside, so nothing but its warden can end them."""
+    deadline = time.monotonic() + 30
+    while (left := lifetimes.processes_of_run(scope)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
 def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, prompts, tmp_path):
     """The very same command, without --load: nothing is lost, and what is done again is told apart."""
 
@@ -237,9 +246,12 @@ def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, pro
     process = start(words("killed"), tmp_path / "killed_log")
     try:
         wait_for_step(process, tmp_path / "killed_run", 5)
+        scope = lifetimes.scope_of_process(process.pid)
+        assert len(lifetimes.processes_of_run(scope)) > 4  # the driver, its warden, a trainer, Ray's own
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+    wait_until_nothing_is_left_of(scope)
     code, output = run(words("killed"), tmp_path / "resumed_log")
     assert code == 0, output[-3000:]
     assert "resumed --save" in output and "options that differ" not in output
@@ -256,6 +268,27 @@ def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, pro
     got = {record["step"]: record["train/loss"] for record in records(tmp_path / "killed_run")}
     assert got.keys() == expected.keys() == set(range(1, 13))
     assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)], ids=str)
+def test_a_run_that_is_ended_while_its_engine_starts_leaves_nothing(number, code, tiny_model_dir, prompts, tmp_path):
+    """At that time every kind of process is there, SGLang's own have not yet bound themselves to their parent, and Ray has just taken the signals."""
+    flags = ["--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(tiny_model_dir), "--num-rollout", "2"]
+    process = start(distillation(tiny_model_dir, prompts, tmp_path / "run", *flags), tmp_path / "log")
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while not (tmp_path / "run/logs/engine_0.log").exists():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        scope = lifetimes.scope_of_process(process.pid)
+        assert lifetimes.processes_of_run(f"{scope}/engine-0")
+        process.send_signal(number)
+        assert process.wait(timeout=TIMEOUT_S) == code
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    wait_until_nothing_is_left_of(scope)
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("limit", ["1.0", "0.1"])

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "slime_opd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each room with the rooms below it. A room is a folder or a file of slime_opd.
-GROUND = {"types", "fields", "errors", "schedule", "config"}
+GROUND = {"types", "fields", "errors", "schedule", "config", "lifetimes", "stopping"}
 TOOLS_OF_THE_TRADE = {"engine", "data", "checkpoint", "distill", "algorithm", "observe", "memory_estimate"}
 STAGES = {"rollout", "reward", "teacher", "megatron", "weights"}
 LEVELS: tuple[set[str], ...] = (GROUND, TOOLS_OF_THE_TRADE, STAGES, {"cluster", "preflight"}, {"train"}, {"__main__"})
@@ -29,7 +29,16 @@ ONLY_IN = {
 }
 HEAVY = ("ray", "megatron", "sglang", "transformers")
 PURE = ("distill", "algorithm", "data.plan")  # and no HEAVY
-LIGHT = ("types", "fields", "errors", "schedule", "config", "checkpoint")  # and no torch either
+LIGHT = (
+    "types",
+    "fields",
+    "errors",
+    "schedule",
+    "config",
+    "lifetimes",
+    "stopping",
+    "checkpoint",
+)  # and no torch either
 
 LONGEST_FILE = 450
 LONGEST_FUNCTION = 80

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from slime_opd import lifetimes
 from slime_opd.engine import cpu_launcher, weight_proof
 from slime_opd.engine.process import OwnedProcess, free_port
 from slime_opd.engine.router import RouterProcess
@@ -97,10 +101,58 @@ def test_stopping_ends_the_whole_group_even_what_ignores_sigterm(tmp_path):
         assert process.exit_code() is None, started
     assert Path(f"/proc/{started}").exists()
     process.stop(grace_s=0.2)
-    state = subprocess.run(["ps", "-o", "stat=", "-p", started], capture_output=True, text=True, check=False).stdout
-    assert state.strip() in ("", "Z")
+    assert wait_until(lambda: not lifetimes.is_alive(int(started)))
     assert process.exit_code() is not None
     process.stop()  # a second stop is nothing
+
+
+def wait_until(condition, timeout_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds
+
+
+OWNER = """
+import sys, threading, time
+from pathlib import Path
+from slime_opd.engine.process import OwnedProcess
+source = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(600)']); time.sleep(600)"
+process = OwnedProcess(
+    name="the test server", command=[sys.executable, "-S", "-c", source], url="http://127.0.0.1:1", ready_path="/",
+    log_path=Path(sys.argv[1]),
+)
+thread = threading.Thread(target=process.start)
+thread.start()
+thread.join()
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def group_members(group: int) -> list[int]:
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    members = []
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group and lifetimes.is_alive(pid):
+                members.append(pid)
+    return members
+
+
+def test_a_server_outlives_the_thread_that_started_it_and_not_its_killed_owner(tmp_path):
+    command = [sys.executable, "-c", OWNER, str(tmp_path / "log")]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        group = int(owner.stdout.readline())  # printed when the thread has ended
+        assert wait_until(lambda: len(group_members(group)) == 2), group_members(group)
+        assert os.getsid(group) == group, "Ctrl-C in the owner's terminal must not reach the server"
+        owner.kill()
+        owner.wait()
+        assert wait_until(lambda: not group_members(group)), group_members(group)
+    finally:
+        owner.kill()
+        owner.communicate()
 
 
 def test_a_process_is_started_once_and_asked_only_when_started(tmp_path):

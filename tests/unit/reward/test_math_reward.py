@@ -4,11 +4,15 @@ The comparison itself is the worker's, called here in this process; two tests st
 """
 
 import asyncio
+import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
+from slime_opd import lifetimes
 from slime_opd.errors import DataError
 from slime_opd.reward import math as math_module
 from slime_opd.reward.math import MathReward
@@ -110,3 +114,27 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_reward_of_zero(tmp_pat
     with pytest.raises(DataError, match=r"reward math failed .* prompt 3: .*exited with code 1"):
         asyncio.run(rewarded(reward, sample("41")))
     reward.close()
+
+
+def test_a_worker_that_is_computing_dies_with_its_killed_owner():
+    program = (
+        "import asyncio, subprocess, sys\n"
+        "from slime_opd import lifetimes\n"
+        "from slime_opd.reward.math import _Worker\n"
+        "scope = lifetimes.own()\n"
+        "worker = _Worker(600)\n"
+        "worker.compare('42', '41')\n"
+        "print(scope, worker._process.pid, flush=True)\n"
+        "worker.compare('42', r'\\boxed{9^{9^{9^{9}}}}')\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    scope, worker = owner.stdout.readline().split()
+    assert int(worker) in lifetimes.processes_of_run(scope)
+    # Not the owner's group: a signal to that would end the comparison as a wrong answer.
+    assert os.getpgid(int(worker)) != os.getpgid(owner.pid)
+    owner.kill()
+    owner.communicate()
+    deadline = time.monotonic() + 20
+    while lifetimes.processes_of_run(scope) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert lifetimes.processes_of_run(scope) == []

@@ -1,0 +1,213 @@
+"""Nothing outlives its owner: the scope of a process, and the warden that ends what is left in it.
+
+A process that starts others (the driver of a run, each of its Ray actors) calls `own`. From then
+on everything it starts carries its scope in the environment variable SLIME_OPD_RUN, and a small
+process, the warden, waits for it to end and then kills what the scope still holds. A scope is a
+path: "4f1c" is a run on the driver's machine, "4f1c/engine-0" one actor of it with its SGLang
+server. A warden kills its own scope and all below it, so the driver's covers the whole run on
+its machine, and an actor's covers what the actor started, wherever Ray put it.
+
+Why it survives what kills its owner:
+- it learns of the owner's end from a pipe whose only writing end the owner holds. The kernel closes
+  it however the owner ends: SIGKILL, the out-of-memory killer, a crash in native code;
+- it is in a session of its own, so a closed terminal, Ctrl-C and a signal to the owner's process group do not
+  reach it, and it is no child of the owner (it forks twice), because a dying Ray worker kills its children;
+- it imports the standard library alone and starts before anything else does.
+What it kills need not be its descendant or in any group: a process that was orphaned, or that
+made a session of its own, still has its environment. The parent-death signal of the kernel, the usual
+alternative, would have to be set by each program itself, and ends a server when the mere *thread* that started it ends.
+
+A process that forks without exec shows the environment of its parent's start, which a driver's scope is not in:
+the driver also maps an empty file named after the scope, and a fork inherits the mapping.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import mmap
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RUN_VARIABLE = "SLIME_OPD_RUN"
+
+_ORDERLY = b"."  # what an owner writes to its warden when it ends by itself
+_TRACKER_GRACE_S = 2.0
+_PATIENCE_S = 30.0
+_POLL_S = 0.05
+
+
+class _Owner:
+    """What this process holds as the owner of a scope."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.lifeline = -1
+        self.mark: mmap.mmap | None = None
+
+
+_owner = _Owner()
+
+
+def own(scope: str | None = None) -> str:
+    """Make this process the owner of a scope and start its warden; returns the scope.
+
+    `scope` is the one that it was started in with `environment_of`; None makes a new one, below that of the process
+    that started this one where there is any. A second call returns the same scope.
+    """
+    if _owner.pid == os.getpid():
+        return os.environ[RUN_VARIABLE]
+    parent = os.environ.get(RUN_VARIABLE)
+    if scope is None:
+        scope = "/".join(filter(None, [parent, secrets.token_hex(4)]))
+    os.environ.update(environment_of(scope))
+    _owner.mark = _mark(scope)
+    reading, _owner.lifeline = os.pipe()
+    # -I -S: the standard library alone, which types.py beside this file would hide; it starts fast and stays small.
+    command = [sys.executable, "-I", "-S", __file__, scope, str(os.getpid())]
+    subprocess.run(command, stdin=reading, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/", check=True)
+    os.close(reading)
+    _owner.pid = os.getpid()
+    # A fork that is no exec would hold the pipe open after the owner's death.
+    os.register_at_fork(after_in_child=_close_in_fork)
+    atexit.register(_end_orderly)
+    return scope
+
+
+def environment_of(scope: str) -> dict[str, str]:
+    """The environment variables of a process that belongs to `scope`.
+
+    SPT_NOENV keeps setproctitle, which SGLang and Ray's agents call, from overwriting the environment that we read.
+    """
+    return {RUN_VARIABLE: scope, "SPT_NOENV": "1"}
+
+
+def processes_of_run(scope: str) -> list[int]:
+    """Ids of the living processes of a run, or of any scope, on this machine, wardens included; zombies are not alive."""
+    return [pid for pid in _all_processes() if _belongs(pid, scope) and is_alive(pid)]
+
+
+def scope_of_process(pid: int) -> str | None:
+    """The scope that a process owns (of a run's driver: the run), or the one it was started in; None where it has none."""
+    return _marked_scope(pid) or _inherited_scope(pid)
+
+
+def is_within(inner: str | None, scope: str) -> bool:
+    """Whether `inner` is `scope` or below it."""
+    return inner is not None and (inner == scope or inner.startswith(scope + "/"))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in ("Z", "X")
+
+
+def end_scope(scope: str, owner: int) -> list[str]:
+    """Kill what `scope` holds, except this process, and remove the shared memory that torch left; returns what was killed, "PID NAME".
+
+    The resource trackers of Python's multiprocessing end by themselves once those they serve
+    are gone, and unlink their semaphores then: they are killed only after a grace period.
+    """
+    started, killed = time.monotonic(), {}
+    pids = {owner}
+    while left := [pid for pid in processes_of_run(scope) if pid != os.getpid()]:
+        waited = time.monotonic() - started
+        if waited > _PATIENCE_S:
+            break
+        for pid in left:
+            name = _command_of(pid)
+            if "multiprocessing.resource_tracker" in name and waited < _TRACKER_GRACE_S:
+                continue
+            if Path(__file__).name not in name and "resource_tracker" not in name:
+                killed[pid] = f"{pid} {name[:60]}"
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            pids.add(pid)
+        time.sleep(_POLL_S)
+    for pid in pids:
+        for file in Path("/dev/shm").glob(f"torch_{pid}_*"):
+            file.unlink(missing_ok=True)
+    return list(killed.values())
+
+
+def main(scope: str, owner: int) -> None:
+    """The warden: wait for the end of the owner, who holds the other end of standard input; then end its scope."""
+    if os.fork():
+        os._exit(0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    last = b""
+    while received := os.read(0, 1):
+        last = received
+    killed = end_scope(scope, owner)
+    if killed and last != _ORDERLY:
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, f"slime_opd: process {owner} died; ended what it had started: {', '.join(killed)}\n".encode())
+
+
+def _mark(scope: str) -> mmap.mmap:
+    descriptor = os.memfd_create(f"{RUN_VARIABLE}={scope}=")
+    os.ftruncate(descriptor, mmap.PAGESIZE)
+    mark = mmap.mmap(descriptor, mmap.PAGESIZE)
+    os.close(descriptor)
+    return mark
+
+
+def _close_in_fork() -> None:
+    if _owner.lifeline >= 0:
+        os.close(_owner.lifeline)
+        _owner.lifeline = -1
+
+
+def _end_orderly() -> None:
+    if _owner.pid == os.getpid():
+        with contextlib.suppress(OSError):  # the warden was killed
+            os.write(_owner.lifeline, _ORDERLY)
+
+
+def _all_processes() -> list[int]:
+    return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+
+
+def _belongs(pid: int, scope: str) -> bool:
+    # A driver that was started within another scope has that in its environment and its own in the mark.
+    return is_within(_inherited_scope(pid), scope) or is_within(_marked_scope(pid), scope)
+
+
+def _inherited_scope(pid: int) -> str | None:
+    """The scope in the environment that a process was started with; None of a process that may not be read."""
+    return _search(f"/proc/{pid}/environ", rf"(?:^|\0){RUN_VARIABLE}=([^\0]*)")
+
+
+def _marked_scope(pid: int) -> str | None:
+    """The scope in the name of the file that an owner maps, as do its forks."""
+    return _search(f"/proc/{pid}/maps", rf"/memfd:{RUN_VARIABLE}=([^=\n]*)=")
+
+
+def _search(file: str, pattern: str) -> str | None:
+    try:
+        found = re.search(pattern.encode(), Path(file).read_bytes())
+    except OSError:
+        return None
+    return None if found is None else found[1].decode(errors="replace")
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return "?"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

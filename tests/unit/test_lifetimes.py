@@ -1,0 +1,146 @@
+"""What a process started is gone when the process is, however it ended; with small real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from slime_opd import lifetimes
+
+SLEEP = "import time; time.sleep(600)"
+
+# Starts one process of each kind that a run has, then waits to be killed. Arguments: what to do once they run.
+OWNER = f"""
+import multiprocessing, os, subprocess, sys, threading, time
+from slime_opd import lifetimes
+
+def wait():
+    time.sleep(600)
+
+if __name__ == "__main__":
+    scope = lifetimes.own()
+    sleep = [sys.executable, "-S", "-c", {SLEEP!r}]
+    subprocess.Popen(sleep, start_new_session=True)
+    thread = threading.Thread(target=lambda: subprocess.Popen(sleep))
+    thread.start()
+    thread.join()
+    # One whose parent has ended already.
+    subprocess.run([sys.executable, "-S", "-c", "import subprocess; subprocess.Popen(%r)" % sleep])
+    multiprocessing.get_context("fork").Process(target=wait, daemon=True).start()
+    inner = lifetimes.environment_of(scope + "/engine-0")
+    subprocess.Popen(sleep, env={{**os.environ, **inner}})
+    open("/dev/shm/torch_%d_0_0" % os.getpid(), "w").close()
+    print(scope, flush=True)
+    if sys.argv[1] == "wait":
+        sys.stdin.read()
+    elif sys.argv[1] == "crash":
+        os.abort()
+    elif sys.argv[1] == "raise":
+        raise ValueError("an error")
+"""
+STARTED = 6  # five processes, and the warden
+
+
+def start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from within another run: its scope is in the environment of everything, and must not hide the owner's.
+        env={**os.environ, lifetimes.RUN_VARIABLE: "outer"},
+    )
+
+
+def wait_until(condition, timeout_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not (holds := condition()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds
+
+
+def shared_memory(pid: int) -> list[Path]:
+    return list(Path("/dev/shm").glob(f"torch_{pid}_*"))
+
+
+def test_an_owner_killed_without_warning_leaves_no_process_and_no_shared_memory():
+    owner = start(OWNER, "wait")
+    scope = owner.stdout.readline().strip()
+    assert len(lifetimes.processes_of_run(scope)) == STARTED + 1
+    assert len(lifetimes.processes_of_run(f"{scope}/engine-0")) == 1
+    assert lifetimes.scope_of_process(owner.pid) == scope and scope.startswith("outer/")
+    assert shared_memory(owner.pid)
+    owner.kill()
+    assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
+    assert not shared_memory(owner.pid)
+    _, message = owner.communicate(timeout=20)
+    assert f"slime_opd: process {owner.pid} died; ended what it had started: " in message
+
+
+@pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1), ("crash", -signal.SIGABRT)])
+def test_every_other_end_leaves_nothing_either(how, code):
+    owner = start(OWNER, how)
+    scope = owner.stdout.readline().strip()
+    assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
+    _, message = owner.communicate(timeout=20)
+    assert owner.returncode == code
+    # An end by itself is no news; only a death is reported.
+    assert ("died" in message) is (how == "crash")
+
+
+def test_signals_to_the_owners_group_do_not_end_its_warden():
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    scope = owner.stdout.readline().decode().strip()
+    os.killpg(owner.pid, signal.SIGKILL)
+    owner.wait()
+    assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
+    owner.stdin.close()
+    owner.stdout.close()
+
+
+def test_only_the_scope_of_the_dead_owner_is_ended():
+    first, second = start(OWNER, "wait"), start(OWNER, "wait")
+    scopes = [owner.stdout.readline().strip() for owner in (first, second)]
+    first.kill()
+    assert wait_until(lambda: not lifetimes.processes_of_run(scopes[0]))
+    assert len(lifetimes.processes_of_run(scopes[1])) == STARTED + 1
+    second.kill()
+    assert wait_until(lambda: not lifetimes.processes_of_run(scopes[1]))
+    for owner in (first, second):
+        owner.communicate(timeout=20)
+
+
+def test_a_process_that_renames_itself_keeps_its_scope():
+    program = (
+        "import setproctitle; setproctitle.setproctitle('sglang::scheduler ' + 200 * 'x'); print(flush=True); input()"
+    )
+    environment = {**os.environ, **lifetimes.environment_of("renamed")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    process.stdout.readline()
+    assert lifetimes.processes_of_run("renamed") == [process.pid]
+    process.communicate(b"\n")
+    assert lifetimes.processes_of_run("renamed") == []
+
+
+def test_a_scope_holds_what_is_below_it_and_nothing_beside_it():
+    assert lifetimes.is_within("ab", "ab") and lifetimes.is_within("ab/engine-0", "ab")
+    assert not any(lifetimes.is_within(other, "ab") for other in ("abc", "b/ab", "a", "", None))
+
+
+def test_a_process_has_one_scope_and_those_it_starts_have_scopes_below():
+    program = "from slime_opd import lifetimes; print(lifetimes.own(), lifetimes.own())"
+    environment = {**os.environ, lifetimes.RUN_VARIABLE: "outer"}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    first, second = run.stdout.split()
+    assert first == second and first.startswith("outer/")
