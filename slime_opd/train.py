@@ -65,12 +65,10 @@ def main(arguments: list[str]) -> None:
     lifetimes.own()
     private_cluster.prepare_environment(config.cluster.ray_address)
     # Heavy imports come after the checks: a wrong flag is answered at once, and without Ray.
-    from transformers import AutoTokenizer
-
     from slime_opd.cluster import deaths
     from slime_opd.cluster.run import Run
-    from slime_opd.data.source import PromptSource
     from slime_opd.observe import console
+    from slime_opd.preflight.inputs import load_inputs
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -78,12 +76,8 @@ def main(arguments: list[str]) -> None:
         console.say(note)
     run = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model.hf_checkpoint, trust_remote_code=False)
-        source = None
-        if config.data.prompt_data:
-            responses = config.divergence.opd_off_policy_key
-            source = PromptSource(config.data, tokenizer, is_sft=config.is_sft, response_key=responses)
-        run = Run(config, tokenizer, source, stopping)
+        inputs = load_inputs(config)
+        run = Run(config, inputs.tokenizer, inputs.source, inputs.eval_sets, stopping)
         with stopping, run:
             train(run)
     except Exception as error:

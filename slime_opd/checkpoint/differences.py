@@ -138,10 +138,11 @@ HONOURED: dict[str, str] = {
             "apply_chat_template",
             "apply_chat_template_kwargs",
             "rollout_max_prompt_len",
+            "too_long_prompts",
         ),
         _PROMPTS,
     ),
-    **dict.fromkeys(("metadata_key", "num_epoch"), _HONOURED),
+    **dict.fromkeys(("metadata_key", "num_epoch", "max_row_bytes"), _HONOURED),
     **dict.fromkeys(
         (
             "use_rotary_position_embeddings",

@@ -25,7 +25,7 @@ from slime_opd.config import Config
 from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.assemble import assemble, split
-from slime_opd.data.source import PromptSource, read_eval_set
+from slime_opd.data.source import PromptSource
 from slime_opd.errors import ConfigError
 from slime_opd.observe import console, metrics, summary
 from slime_opd.observe.sinks import MetricSinks
@@ -45,12 +45,17 @@ class Run:
     """The parts of a run. Enter it to start them; leaving it stops exactly what it started."""
 
     def __init__(
-        self, config: Config, tokenizer: Any, source: PromptSource | None, stopping: Stopping | None = None
+        self,
+        config: Config,
+        tokenizer: Any,
+        source: PromptSource | None,
+        eval_sets: list[EvalSet],
+        stopping: Stopping | None = None,
     ) -> None:
         self.stopping = stopping or Stopping(grace_s=0, saves=False)  # one that is not installed sees no signal
         self._steps_done, self._prompts_before_rollout = 0, None
         self.config = with_epochs(config, source)
-        self._tokenizer, self._source = tokenizer, source
+        self._tokenizer, self._source, self._eval_sets = tokenizer, source, eval_sets
         self._run_dir = run_dir(config)
         self.log_dir = self._run_dir / "logs"
         self._stack = ExitStack()
@@ -102,7 +107,6 @@ class Run:
         self._sinks = MetricSinks(self._run_dir, config.observe, options, first_step=self.first_step)
         keep.callback(self._sinks.close)
         console.say(summary.opening(self._places()))
-        eval_sets = self._read_eval_sets()
         keep.enter_context(self.watchdog)
         loop = keep.enter_context(BackgroundLoop(check=self.watchdog.check))
         self._teacher = make_teacher(config) if config.has_sglang_teacher else None
@@ -145,18 +149,10 @@ class Run:
             engine_key=self._engines.access.key if self._engines else None,
             num_engines=config.num_engines,
             teacher=self._teacher,
-            eval_sets=eval_sets,
+            eval_sets=self._eval_sets,
             on_sample=lambda sample: self.watchdog.advance(1, "samples"),
         )
         keep.callback(self._rollouts.close)
-
-    def _read_eval_sets(self) -> list[EvalSet]:
-        words, config = self.config.evaluation.eval_prompt_data, self.config
-        pairs = zip(words[::2], words[1::2], strict=True)
-        return [
-            EvalSet(name, read_eval_set(name, path, config.data, config.evaluation, self._tokenizer))
-            for name, path in pairs
-        ]
 
     def _places(self) -> summary.Places:
         options = self.config.checkpoint

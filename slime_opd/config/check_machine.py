@@ -47,11 +47,18 @@ def check_data_exists(config: Config) -> list[str]:
     """Prompt files that are not there; `FILE@[a:b]` is a slice of FILE."""
     files = [("--prompt-data", config.data.prompt_data)]
     files += [("--eval-prompt-data", file) for file in config.evaluation.eval_prompt_data[1::2]]
-    return [
-        f"{name}: found no file {file}, expected a JSONL or Parquet file"
-        for name, found in files
-        if found is not None and not Path(file := _without_slice(found)).is_file()
-    ]
+    problems = []
+    for name, found in files:
+        path = None if found is None else Path(_without_slice(found))
+        if path is not None and path.is_dir():
+            names = sorted(
+                file.name for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".parquet", ".csv")
+            )
+            example = f" in it, such as {', '.join(names[:3])}" if names else ""
+            problems.append(f"{name}: found the directory {path}, expected a file{example}")
+        elif path is not None and not path.is_file():
+            problems.append(f"{name}: found no file {path}, expected one in JSONL, JSON, CSV or Parquet")
+    return problems
 
 
 def _without_slice(file: str) -> str:
@@ -322,7 +329,7 @@ def number_of_experts(architecture: dict) -> int | None:
 
 
 def check_custom_functions(config: Config) -> list[str]:
-    """Functions of the user's that are no `module.function`, or whose module is not there."""
+    """Functions of the user that are no `module.function`, or whose module does not exist. `preflight.reward` imports them."""
     given = {
         "--custom-rm-path": config.reward.custom_rm_path,
         "--dynamic-sampling-filter-path": config.rollout.dynamic_sampling_filter_path,
@@ -342,7 +349,10 @@ def check_custom_functions(config: Config) -> list[str]:
 def _module_exists(name: str) -> bool:
     """Whether a module can be found, without importing any of its parents."""
     top, *inner = name.split(".")
-    spec, found = importlib.util.find_spec(top), top
+    try:
+        spec, found = importlib.util.find_spec(top), top
+    except ValueError:  # a module without a specification, as __main__
+        return False
     for part in inner:
         if spec is None or spec.submodule_search_locations is None:
             return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from slime_opd.config import check_distillation, check_learning, check_machine, check_run, redact
+from slime_opd.config import check_distillation, check_learning, check_lengths, check_machine, check_run, redact
 from slime_opd.config.config import Config
 from slime_opd.errors import ConfigError
 
@@ -58,6 +58,7 @@ CHECKS: tuple[Check, ...] = (
     *COMBINATIONS,
     check_machine.check_checkpoints_exist,
     check_machine.check_data_exists,
+    check_lengths.check_lengths,
     check_machine.check_layout_of_checkpoint,
     check_machine.check_architecture_flags,
     check_machine.check_top_k_of_vocabulary,

@@ -219,7 +219,11 @@ class CheckpointConfig:
 class DataConfig:
     """Prompts"""
 
-    prompt_data: str | None = option(None, help="JSONL or Parquet file of prompts", metavar="FILE")
+    prompt_data: str | None = option(
+        None,
+        help="file of prompts: JSONL, a JSON array, CSV or Parquet; FILE@[a:b] is a slice of its rows",
+        metavar="FILE",
+    )
     input_key: str = option(
         "input", help="column of the prompt: a string or a list of chat messages; dots reach into nested columns"
     )
@@ -232,6 +236,12 @@ class DataConfig:
     rollout_shuffle: bool = option(False, help="shuffle the prompts of each epoch")
     rollout_seed: int = option(42, help="seed of the shuffle and of the engines' sampling")
     rollout_max_prompt_len: int | None = option(None, help="drop longer prompts, in tokens; unset: keep all")
+    too_long_prompts: str = option(
+        "refuse",
+        choices=("refuse", "drop"),
+        help="prompts, for training and evaluation, that leave no token for a response in the context (with sft_loss: with their response, longer than it or than --max-tokens-per-gpu): refuse to start, or drop and count them",
+    )
+    max_row_bytes: int = option(16 * 1024 * 1024, help="largest row of a data file, in bytes; a larger one is refused")
     num_epoch: int | None = option(None, help="epochs over the prompts; sets --num-rollout")
 
 
@@ -256,7 +266,7 @@ class RolloutConfig:
     sglang_server_concurrency: int = option(512, help="requests in flight per engine")
     dynamic_sampling_filter_path: str | None = option(
         None,
-        help="leave out groups of which `(samples) -> bool` is false and generate others; slime's check_reward_nonzero_std is built in",
+        help="leave out groups of which `(samples) -> bool`, or slime's `(args, samples)`, is false, and generate others; slime's check_reward_nonzero_std is built in",
         metavar="MODULE.FUNCTION",
     )
     over_sampling_batch_size: int | None = option(
@@ -284,7 +294,13 @@ class RewardConfig:
         help="built-in verifier of a response against its label; unset: no task reward",
     )
     custom_rm_path: str | None = option(
-        None, help="your reward: a function `(sample) -> float`, async or not", metavar="MODULE.FUNCTION"
+        None,
+        help="your reward: a function `(sample) -> float`, or slime's `(args, sample)`, async or not",
+        metavar="MODULE.FUNCTION",
+    )
+    custom_function_timeout_s: float = option(
+        60.0,
+        help="seconds that --custom-rm-path and --dynamic-sampling-filter-path may take when they are tried on made-up responses before the run; 0: not tried",
     )
     custom_reward_post_process_path: str | None = option(
         None,
@@ -301,9 +317,7 @@ class EvaluationConfig:
     eval_interval: int | None = option(
         None, help="rollouts between evaluations; unset: only before the first and after the last"
     )
-    eval_prompt_data: tuple[str, ...] = option(
-        (), nargs="+", metavar="NAME FILE", help="pairs of a name and a JSONL or Parquet file"
-    )
+    eval_prompt_data: tuple[str, ...] = option((), nargs="+", metavar="NAME FILE", help="pairs of a name and a file")
     skip_eval_before_train: bool = option(False, help="no evaluation before the first step")
     n_samples_per_eval_prompt: int = option(1, help="responses per evaluation prompt")
     eval_temperature: float = option(0.0, help="sampling temperature; 0: greedy")

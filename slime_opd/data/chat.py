@@ -11,8 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
-
+from slime_opd.data.formats import json_kind
 from slime_opd.errors import ConfigError, DataError
 
 Message = Mapping[str, Any]
@@ -50,7 +49,7 @@ class Renderer:
         """
         if self._arguments is None:
             if isinstance(value, str):
-                return value
+                return checked_text(value, where, "the prompt")
             messages(value, where)
             raise DataError(f"{where}: the prompt is a list of messages; add --apply-chat-template to render it")
         turns = [{"role": "user", "content": value}] if isinstance(value, str) else messages(value, where)
@@ -61,18 +60,27 @@ class Renderer:
         return self._render(messages(value, where), where, add_generation_prompt=False)
 
     def _render(self, turns: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise DataError(
+                "--apply-chat-template: the tokenizer of --hf-checkpoint has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); add one, or drop the flag"
+            )
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **(self._arguments or {})
             )
-        except (jinja2.TemplateError, ValueError) as error:
+        except Exception as error:  # a template is a program of its own, and may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise DataError(
-                f"{where}: the chat template of the tokenizer (--apply-chat-template) failed: {error}"
+                f"{where}: the chat template of the tokenizer (--apply-chat-template) failed on this row: {reason}"
             ) from error
+        return checked_text(text, where, "the prompt")
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text."""
-        return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    def tokenize(self, texts: Sequence[str], where: str = "") -> list[list[int]]:
+        """Token ids of each text. Raises DataError, naming `where` the texts begin, for what the tokenizer raises."""
+        try:
+            return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        except Exception as error:  # of tokenizers' Rust code, which has one class for all
+            raise DataError(f"{where}: the tokenizer failed on this row or one of the next: {error}") from error
 
 
 def messages(value: object, where: str) -> list[Message]:
@@ -81,11 +89,48 @@ def messages(value: object, where: str) -> list[Message]:
     Raises DataError unless it is a non-empty list of objects with a `role`.
     """
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: the prompt is a {type(value).__name__}; expected a string or a list of messages")
-    for turn in value:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-            raise DataError(f"{where}: a message is {turn!r:.80}; expected an object with `role` and `content`")
-    return [{name: part for name, part in turn.items() if part is not None} for turn in value]
+        kind = "an empty list" if value == [] else json_kind(value)
+        raise DataError(
+            f"{where}: the prompt is {kind}; expected a string or a list of messages (the column is set by --input-key)"
+        )
+    return [_message(turn, where) for turn in value]
+
+
+def _message(turn: object, where: str) -> Message:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
+        raise DataError(
+            f"{where}: a message of the prompt is {turn!r:.80}; expected an object with `role` and `content`"
+        )
+    message = {name: part for name, part in turn.items() if part is not None}
+    if "content" in message:
+        message["content"] = _content(message["content"], where)
+    return message
+
+
+def _content(content: object, where: str) -> str:
+    """The text of a message; parts of text are joined. A template would write anything else into the prompt as Python does."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
+        kinds = sorted({str(part.get("type")) for part in content} - {"text"})
+        texts = [part.get("text") for part in content]
+        if not kinds and all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+        raise DataError(
+            f"{where}: a message has a part of type {', '.join(kinds) or 'text without text'}; only text is supported"
+        )
+    raise DataError(f"{where}: the content of a message is {json_kind(content)}; expected text")
+
+
+def checked_text(text: str, where: str, what: str) -> str:
+    """`text`, if it can be encoded. Raises DataError for half of a surrogate pair, which JSON can write and Unicode cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {what} has the lone surrogate {text[error.start]!a} at character {error.start}, which is no text; correct the row"
+        ) from error
+    return text
 
 
 def ends_with_assistant(value: object) -> bool:
@@ -108,7 +153,7 @@ def response_of_conversation(prompt: Sequence[int], whole: Sequence[int], eos: i
     if list(whole[:length]) != list(prompt):
         at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(length, len(whole)))
         raise DataError(
-            f"{where}: the chat template renders the conversation differently with its last answer (from token {at} of the prompt's {length}), so the answer's tokens cannot be told; change --apply-chat-template-kwargs, or give a string prompt and --label-key"
+            f"{where}: the chat template renders the conversation differently with its last answer (from token {at} of the prompt's {length}), so the answer's tokens are ambiguous; change --apply-chat-template-kwargs, or give a string prompt and --label-key"
         )
     response = list(whole[length:])
     if eos is not None and eos in response:

@@ -1,45 +1,47 @@
-"""Rows of a JSONL or Parquet file, and the values in their columns.
+"""Rows of a data file, and the values in their columns.
 
-A file is Parquet when it begins with Parquet's magic bytes, and otherwise JSONL: one JSON
-object per line, blank lines skipped. `FILE@[a:b]` reads the rows a to b as a Python slice does.
-Every row remembers where it stands, so each error can name the file and the line.
+`FILE` is JSONL, a JSON array of objects, CSV or Parquet (`formats`). `FILE@[a:b]` reads the rows a to b as a Python slice does.
+Every row knows its position, so each error can name the file and the line.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slime_opd.data.formats import open_file
 from slime_opd.errors import DataError
 
-_SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d*):(?P<stop>-?\d*)\]$")
-_PARQUET_MAGIC = b"PAR1"
+_SLICE = re.compile(r"^(?P<path>.+)@\[(?P<start>-?\d{0,18}):(?P<stop>-?\d{0,18})\]$", re.DOTALL)
+_KEYS_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its columns, and `where` it stands ("FILE, line 3") for messages."""
+    """One row: its columns, and `where` it is ("FILE, line 3") for messages."""
 
     where: str
     columns: Mapping[str, Any]
 
-    def get(self, key: str) -> Any:
+    def get(self, key: str, flag: str | None = None) -> Any:
         """The value under `key`; a dot reaches into a nested column (`reward_model.ground_truth`).
 
         A column whose own name is `key`, dots included, comes first. Raises DataError that names
-        the row, the key and the keys present.
+        the row, the key, the `flag` that sets it, and the keys present.
         """
         if key in self.columns:
             return self.columns[key]
         value: Any = self.columns
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
-                raise DataError(f"{self.where}: no key {key!r}; present are {_listed(self.columns, key)}")
+                name = f"{key!r} ({flag})" if flag else repr(key)
+                raise DataError(f"{self.where}: no key {name}; present are {_listed(self.columns, key)}")
             value = value[part]
         return value
 
@@ -52,70 +54,56 @@ class Row:
         return True
 
 
-def read_rows(spec: str) -> list[Row]:
-    """The rows of `FILE` or `FILE@[a:b]`.
+class RowReader:
+    """The rows of `FILE` or `FILE@[a:b]`: `len()` counts them, iteration reads them one at a time."""
 
-    Raises DataError for a missing or empty file, a slice without rows, and any row that does
-    not parse: none is skipped.
-    """
-    match = _SLICE.match(spec)
-    path, chosen = Path(spec), slice(None)
-    if match:
-        path = Path(match["path"])
-        chosen = slice(*(int(bound) if bound else None for bound in (match["start"], match["stop"])))
-    elif spec.endswith("]") and "@[" in spec:
-        raise DataError(f"{spec}: cannot read the slice; expected FILE@[start:stop] with whole numbers")
-    try:
-        with path.open("rb") as file:
-            is_parquet = file.read(len(_PARQUET_MAGIC)) == _PARQUET_MAGIC
-        if not is_parquet and path.suffix == ".parquet":
-            raise DataError(f"{path}: is named .parquet and is not Parquet; is it complete, or a Git LFS pointer?")
-        rows = _parquet_rows(path, chosen) if is_parquet else _jsonl_rows(path, chosen)
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    if not rows:
-        raise DataError(f"{spec}: no rows")
-    return rows
+    def __init__(self, spec: str, max_row_bytes: int = 16 * 2**20) -> None:
+        """Count the rows. Raises DataError for a file that cannot be read, has no rows, or none in the slice."""
+        self._path, chosen = _split(spec)
+        with self._os_errors():
+            if self._path.is_dir():
+                raise DataError(f"{self._path}: is a directory, expected a file")
+            self._file = open_file(self._path, min(max_row_bytes, sys.maxsize - 1))
+            total = len(self._file)
+        self._start, self._stop, _ = chosen.indices(total)
+        if self._start >= self._stop:
+            raise DataError(f"{spec}: no rows: the file has {total}" if total else f"{self._path}: no rows in the file")
 
+    def __len__(self) -> int:
+        return self._stop - self._start
 
-def _jsonl_rows(path: Path, chosen: slice) -> list[Row]:
-    with path.open(encoding="utf-8-sig") as file:
+    def __iter__(self) -> Iterator[Row]:
+        """Raises DataError for a row that cannot be read; none is skipped."""
+        with self._os_errors():
+            for where, columns in self._file.rows(self._start, self._stop):
+                yield Row(where, columns)
+
+    @contextmanager
+    def _os_errors(self) -> Iterator[None]:
         try:
-            lines = [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: is neither Parquet nor UTF-8 text ({error.reason})") from error
-    return [_jsonl_row(f"{path}, line {number}", line) for number, line in lines[chosen]]
+            yield
+        except OSError as error:
+            raise DataError(f"cannot read {self._path}: {error.strerror or error}") from error
 
 
-def _jsonl_row(where: str, line: str) -> Row:
-    try:
-        columns = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: not valid JSON: {error.msg} at column {error.colno}; correct or remove the line"
-        ) from error
-    if not isinstance(columns, dict):
-        raise DataError(f"{where}: a JSON {type(columns).__name__}; expected one object {{...}} per line")
-    return Row(where, columns)
-
-
-def _parquet_rows(path: Path, chosen: slice) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: Parquet that cannot be read: {error}") from error
-    start, stop, _ = chosen.indices(table.num_rows)
-    rows = table.slice(start, max(stop - start, 0)).to_pylist()
-    return [Row(f"{path}, row {number}", columns) for number, columns in enumerate(rows, start=start)]
+def _split(spec: str) -> tuple[Path, slice]:
+    match = _SLICE.match(spec)
+    if match:
+        bounds = (int(bound) if bound.strip("-") else None for bound in (match["start"], match["stop"]))
+        return Path(match["path"]), slice(*bounds)
+    if spec.endswith("]") and "@[" in spec:
+        raise DataError(f"{spec}: cannot read the slice; expected FILE@[start:stop] with whole numbers")
+    return Path(spec), slice(None)
 
 
 def _listed(columns: Mapping[str, Any], key: str) -> str:
-    """The keys of a row, one level of nesting spelled with dots, and the one most like `key`."""
+    """The keys of a row, one level of nesting written with dots, and the one most like `key`."""
     names: list[str] = []
     for name, value in columns.items():
         names.extend([f"{name}.{inner}" for inner in value] if isinstance(value, Mapping) and value else [name])
     close = difflib.get_close_matches(key, names, n=1)
-    return ", ".join(names) + (f" (did you mean {close[0]!r}?)" if close else "")
+    # A name may hold a line end, or what no terminal can print.
+    shown = {name: name if name.isprintable() else ascii(name) for name in (*names[:_KEYS_SHOWN], *close)}
+    listed = ", ".join(shown[name] for name in names[:_KEYS_SHOWN]) or "none"
+    more = f" and {len(names) - _KEYS_SHOWN} more" if len(names) > _KEYS_SHOWN else ""
+    return f"{listed}{more}" + (f" (did you mean '{shown[close[0]]}'?)" if close else "")

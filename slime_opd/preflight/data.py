@@ -1,42 +1,103 @@
-"""The prompts, as the run would read them."""
+"""The prompts, read as the run reads them: every row."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from slime_opd.config import Config
+from slime_opd.config.check_lengths import context_length
+from slime_opd.data.source import PromptSource, read_eval_set
+from slime_opd.data.summary import Summary, counted
 from slime_opd.preflight.findings import Findings, attempt
+from slime_opd.rollout.evaluate import EvalSet
 
-_ROWS = 64
-
-
-def look_at_data(config: Config, tokenizer: Any, found: Findings) -> None:
-    """Render and tokenise the first rows of every file, with the columns that the run reads."""
-    from slime_opd.data.source import PromptSource, read_eval_set
-
-    def prompts() -> str:
-        data = replace(config.data, prompt_data=first_rows(config.data.prompt_data))
-        source = PromptSource(data, tokenizer, is_sft=config.is_sft, response_key=config.divergence.opd_off_policy_key)
-        longest = max(len(prompt.tokens) for prompt in source.take(len(source)))
-        return f"--prompt-data {config.data.prompt_data}: first {len(source)} rows, longest prompt {longest} tokens"
-
-    def evaluation(name: str, path: str) -> str:
-        rows = read_eval_set(name, first_rows(path), config.data, config.evaluation, tokenizer)
-        return f"--eval-prompt-data {name}: first {len(rows)} rows"
-
-    if config.data.prompt_data and is_file(config.data.prompt_data):
-        attempt(found, prompts)
-    words = config.evaluation.eval_prompt_data
-    for name, path in zip(words[::2], words[1::2], strict=False):
-        if is_file(path):
-            attempt(found, lambda name=name, path=path: evaluation(name, path))
+# A rollout that takes every prompt more often than this cannot be meant.
+_EPOCHS_PER_ROLLOUT = 100
 
 
-def first_rows(file: str | None) -> str | None:
-    return file if file is None or file.endswith("]") else f"{file}@[0:{_ROWS}]"
+@dataclass(frozen=True)
+class Inputs:
+    """The student's tokenizer, the training prompts (None: there are none, or they cannot be read), and the evaluation sets."""
+
+    tokenizer: Any
+    source: PromptSource | None
+    eval_sets: list[EvalSet]
 
 
-def is_file(file: str) -> bool:
-    return Path(file.partition("@[")[0]).is_file()
+def look_at_data(config: Config, tokenizer: Any, found: Findings) -> Inputs:
+    """Read, render and tokenise every row of the training and evaluation files, and look whether they fit the run's sizes."""
+    source = None
+    if config.data.prompt_data and _is_file(config.data.prompt_data):
+        source = attempt(found, lambda: PromptSource.of_run(config, tokenizer))
+    if source is not None:
+        _report(found, f"--prompt-data {config.data.prompt_data}", source.summary)
+        if problems := size_problems(config, source.summary.lengths):
+            found.problems += problems
+        else:
+            _note(found, size_notes(config, source.summary.lengths))
+    eval_sets = []
+    arguments = config.evaluation.eval_prompt_data
+    for name, path in zip(arguments[::2], arguments[1::2], strict=False):
+        read = attempt(found, lambda n=name, p=path: read_eval_set(n, p, config, tokenizer)) if _is_file(path) else None
+        if read is not None:
+            prompts, summary = read
+            eval_sets.append(EvalSet(name, prompts))
+            _report(found, f"--eval-prompt-data {name}", summary)
+    return Inputs(tokenizer, source, eval_sets)
+
+
+def size_problems(config: Config, lengths: np.ndarray) -> list[str]:
+    """Batch sizes that the prompts show to be mistakes. `lengths`: tokens of each prompt, [N]."""
+    rollout, training, count = config.rollout, config.training, len(lengths)
+    batch, problems = rollout.rollout_batch_size or 0, []
+    if batch > _EPOCHS_PER_ROLLOUT * count:
+        problems.append(
+            f"--rollout-batch-size: found {batch}, expected at most {_EPOCHS_PER_ROLLOUT} times the {count} prompts of --prompt-data"
+        )
+    epochs = config.data.num_epoch
+    if epochs is not None and batch > epochs * count:
+        problems.append(
+            f"--num-epoch {epochs}: the {count} prompts make no whole rollout of --rollout-batch-size {batch}: the run would train nothing"
+        )
+    packed = training.max_tokens_per_gpu if training.use_dynamic_batch_size else None
+    if packed is not None and not config.is_sft and packed <= lengths.min():
+        problems.append(
+            f"--max-tokens-per-gpu: found {packed}, expected more than the {lengths.min()} tokens of the shortest prompt"
+        )
+    return problems
+
+
+def size_notes(config: Config, lengths: np.ndarray) -> list[str]:
+    """What the number and the lengths of the prompts, int [N], mean for rollouts and responses."""
+    rollout, notes = config.rollout, []
+    if (rollout.rollout_batch_size or 0) > len(lengths):
+        notes.append(
+            f"--rollout-batch-size {rollout.rollout_batch_size} takes some of the {len(lengths)} prompts more than once in a rollout"
+        )
+    context, longest = context_length(config), rollout.rollout_max_response_len
+    if config.is_sft or longest is None or context is None or longest > context:
+        return notes
+    if cut := int((lengths + longest > context).sum()):
+        notes.append(
+            f"the context of {context} leaves fewer than --rollout-max-response-len {longest} tokens to {counted(cut, 'prompt')} (to the longest {context - lengths.max()}): their responses are cut there"
+        )
+    return notes
+
+
+def _report(found: Findings, name: str, summary: Summary) -> None:
+    found.fine.append(f"{name}: {summary}")
+    _note(found, summary.notes)
+
+
+def _note(found: Findings, notes: Iterable[str]) -> None:
+    found.fine += [f"note: {note}" for note in notes]
+
+
+def _is_file(file: str) -> bool:
+    """Whether the file of `FILE` or `FILE@[a:b]` exists; one that does not is reported by the checks of the options."""
+    return Path(file.rpartition("@[")[0] if file.endswith("]") and "@[" in file else file).is_file()

@@ -1,4 +1,4 @@
-"""Checkpoints and Hugging Face directories: the architecture that each has, side by side, and the tokenizer."""
+"""Checkpoints and Hugging Face directories: the architecture that each has, side by side."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from slime_opd.config import Config
 from slime_opd.config.check_machine import architecture_flags
-from slime_opd.preflight.findings import Findings, attempt, one_line
+from slime_opd.preflight.findings import Findings, attempt
 
 
 def read_json(directory: str | None, name: str) -> dict:
@@ -16,21 +16,6 @@ def read_json(directory: str | None, name: str) -> dict:
         return json.loads((Path(directory or "") / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def load_tokenizer(config: Config, found: Findings) -> Any | None:
-    if not (config.model.hf_checkpoint and Path(config.model.hf_checkpoint).is_dir()):
-        found.unchecked.append("data and teacher: --hf-checkpoint, whose tokenizer they need, is not there")
-        return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(config.model.hf_checkpoint)
-    except (OSError, ValueError) as error:
-        found.problems.append(
-            f"--hf-checkpoint {config.model.hf_checkpoint}: no tokenizer can be loaded: {one_line(error)}"
-        )
-        return None
 
 
 def look_at_checkpoints(config: Config, architecture: dict, found: Findings) -> None:

@@ -3,44 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any
 
-from slime_opd.errors import ConfigError
+from slime_opd.config import Config
+from slime_opd.hooks import load_hook
 from slime_opd.types import Sample
+
+OPTION = "--custom-rm-path"
 
 
 class CustomReward:
-    """Calls `MODULE.FUNCTION(sample) -> float`; one that is not async runs in a thread."""
+    """Calls `function(sample)`, or `function(args, sample)` as slime does; a function that is not async runs in a thread."""
 
-    def __init__(self, path: str) -> None:
-        """Import the function. Raises ConfigError where it cannot be had."""
+    def __init__(self, path: str, config: Config) -> None:
+        """Import the function. Raises ConfigError where it cannot be imported or takes other arguments."""
         self.name = path
-        self._function = _imported(path)
+        hook = load_hook(OPTION, path, "sample")
+        self._is_async = inspect.iscoroutinefunction(hook.function)
+        self._function = hook.bind(config)
 
     async def __call__(self, sample: Sample) -> float:
-        if inspect.iscoroutinefunction(self._function):
+        if self._is_async:
             return await self._function(sample)
         value = await asyncio.to_thread(self._function, sample)
         return await value if inspect.isawaitable(value) else value
 
     def close(self) -> None:
         """Nothing to end."""
-
-
-def _imported(path: str) -> Callable[[Sample], Any]:
-    module_name, _, function_name = path.rpartition(".")
-    if not module_name:
-        raise ConfigError(f"--custom-rm-path {path}: expected MODULE.FUNCTION")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"--custom-rm-path {path}: cannot import {module_name} ({error}); is it on PYTHONPATH?"
-        ) from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"--custom-rm-path {path}: {module_name} has no function {function_name!r}")
-    return function

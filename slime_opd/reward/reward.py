@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Protocol
 
+import numpy as np
+
 from slime_opd.config import Config
 from slime_opd.errors import DataError, SlimeOPDError
+from slime_opd.hooks import described
 from slime_opd.reward.custom import CustomReward
 from slime_opd.reward.exact_match import ExactMatch
 from slime_opd.reward.math import MathReward
@@ -36,7 +39,7 @@ REWARDS: Mapping[str, Callable[[], Reward]] = {
 def make_reward(config: Config) -> Reward | None:
     """The task reward of training: `--custom-rm-path`, else `--rm-type`, else none."""
     if config.reward.custom_rm_path is not None:
-        return CustomReward(config.reward.custom_rm_path)
+        return CustomReward(config.reward.custom_rm_path, config)
     return None if config.reward.rm_type is None else REWARDS[config.reward.rm_type]()
 
 
@@ -57,10 +60,11 @@ async def rewarded(reward: Reward, sample: Sample) -> float:
         raise
     except Exception as error:  # code of users can raise anything; it goes on under the reward's name
         raise DataError(
-            f"reward {reward.name} failed on a response to prompt {sample.prompt.index}: {type(error).__name__}: {error}"
+            f"reward {reward.name} failed on a response to prompt {sample.prompt.index}: {described(error)}"
         ) from error
-    if not isinstance(value, Real) or not math.isfinite(value):
+    if not isinstance(value, Real | np.bool_) or not math.isfinite(value):
+        hint = ": slime's --reward-key is not supported, return the value itself" if isinstance(value, dict) else ""
         raise DataError(
-            f"reward {reward.name} gave {value!r:.80} for a response to prompt {sample.prompt.index}; expected a finite float"
+            f"reward {reward.name} returned {value!r:.80} for a response to prompt {sample.prompt.index}; expected one finite number{hint}"
         )
     return float(value)

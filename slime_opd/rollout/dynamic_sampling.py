@@ -4,16 +4,19 @@ arXiv:2503.14476, section 3.2)."""
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
+from slime_opd.config import Config
 from slime_opd.config.check_learning import SLIME_FILTER
-from slime_opd.errors import ConfigError, DataError
+from slime_opd.errors import DataError
+from slime_opd.hooks import described, load_hook
 from slime_opd.types import Prompt, Sample, SampleGroup
 
 Keep = Callable[[Sequence[Sample]], bool]
+
+OPTION = "--dynamic-sampling-filter-path"
 
 # A filter that keeps less than one group of this many keeps nothing, and a run would wait for ever.
 _GROUPS_PER_KEPT = 64
@@ -25,18 +28,26 @@ def rewards_differ(samples: Sequence[Sample]) -> bool:
     return float(np.std(rewards)) > 1e-6
 
 
-def load_filter(path: str) -> Keep:
-    """The filter `MODULE.FUNCTION(samples) -> bool`, or slime's by its name. Raises ConfigError where it cannot be had."""
+def load_filter(path: str, config: Config) -> Keep:
+    """The filter `MODULE.FUNCTION(samples) -> bool`, slime's `(args, samples)`, or slime's own by its name.
+
+    Raises ConfigError where it cannot be imported; the filter raises DataError where the function fails or returns anything else.
+    """
     if path == SLIME_FILTER:
         return rewards_differ
-    module, _, name = path.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
-        raise ConfigError(f"--dynamic-sampling-filter-path {path}: cannot import {module} ({error})") from error
-    if not callable(function):
-        raise ConfigError(f"--dynamic-sampling-filter-path {path}: {module} has no function {name!r}")
-    return function
+    function = load_hook(OPTION, path, "samples").bind(config)
+
+    def keep(samples: Sequence[Sample]) -> bool:
+        try:
+            result = function(samples)
+        except Exception as error:  # code of users can raise anything
+            raise DataError(f"{OPTION} {path} failed on a group: {described(error)}") from error
+        result = getattr(result, "keep", result)  # slime's filters return an object with the decision and its reason
+        if not isinstance(result, bool | np.bool_):
+            raise DataError(f"{OPTION} {path} returned {result!r:.80}; expected True or False")
+        return bool(result)
+
+    return keep
 
 
 async def kept_groups(

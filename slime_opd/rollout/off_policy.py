@@ -78,7 +78,7 @@ class DataSetWriter:
 
     async def write(self, prompt: Prompt, number: int) -> Sample:
         """The response to `prompt`, the same for every number."""
-        tokens = prompt.response_tokens[: self._sampler.room(prompt)]
+        tokens = prompt.response_tokens[: self._sampler.max_response_tokens(prompt)]
         is_whole = len(tokens) == len(prompt.response_tokens)
         return self._sampler.finished(prompt, tokens, Status.COMPLETED if is_whole else Status.TRUNCATED)
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import json
 from collections.abc import Coroutine, Iterable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from slime_opd.config import Config
+from slime_opd.config.check_lengths import context_length, read_json
 from slime_opd.engine.client import EngineClient
 from slime_opd.engine.protocol import SamplingParams
 from slime_opd.engine.rows import SMALLEST_FLOAT32
 from slime_opd.engine.top_k import parse_rows
-from slime_opd.errors import ConfigError, DataError, EngineError
+from slime_opd.errors import ConfigError, EngineError
 from slime_opd.types import Prompt, Sample, Status
 
 Result = TypeVar("Result")
@@ -28,8 +27,8 @@ _STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED}
 class Sampler:
     """Draws responses from the engines, under the length limits of the run.
 
-    `params.max_new_tokens` is the longest response; a prompt that leaves less room in
-    `max_context` (tokens of prompt and response; None: no limit) gets less. `purpose` keeps the
+    `params.max_new_tokens` is the longest response; a prompt that leaves fewer tokens of
+    `max_context` (prompt and response together; None: no limit) gets a shorter one. `purpose` keeps the
     seeds of training and evaluation apart. `most_likely`: the model's most likely tokens that each sample keeps.
     """
 
@@ -57,12 +56,12 @@ class Sampler:
     async def sample(self, prompt: Prompt, number: int) -> Sample:
         """Response `number` to `prompt`, with loss_mask, rollout_log_probs, truncated, group, and student_top_ids if kept.
 
-        The response text leaves special tokens out. Raises DataError for a prompt that leaves
-        no room, EngineError for a response that ended in any other way than stop or length.
+        The response text leaves special tokens out. Raises EngineError for a response that ended
+        in any other way than stop or length.
         """
         params = dataclasses.replace(
             self._params,
-            max_new_tokens=self.room(prompt),
+            max_new_tokens=self.max_response_tokens(prompt),
             # SGLang heeds it with --sglang-enable-deterministic-inference only, and would else
             # draw all samples of a prompt from one default seed.
             seed=sampling_seed(self._seed, self._purpose, prompt.index, number),
@@ -89,17 +88,20 @@ class Sampler:
         sample.set("group", prompt.index)
         return sample
 
-    def room(self, prompt: Prompt) -> int:
-        """Tokens that a response to `prompt` may have. Raises DataError where that is none."""
+    def max_response_tokens(self, prompt: Prompt) -> int:
+        """Tokens that a response to `prompt` may have, at least 1.
+
+        Prompts without space for one were refused or dropped when they were read (`data.lengths`).
+        """
         limit = self._params.max_new_tokens
         if self._max_context is None:
             return limit
-        room = self._max_context - len(prompt.tokens)
-        if room < 1:
-            raise DataError(
-                f"prompt {prompt.index} has {len(prompt.tokens)} tokens and leaves no room for a response in a context of {self._max_context}; raise --rollout-max-context-len or drop long prompts with --rollout-max-prompt-len"
+        available = self._max_context - len(prompt.tokens)
+        if available < 1:
+            raise RuntimeError(
+                f"prompt {prompt.index} has {len(prompt.tokens)} tokens, the context {self._max_context}: it was read without this run's limits"
             )
-        return min(limit, room)
+        return min(limit, available)
 
 
 def training_sampler(
@@ -165,21 +167,12 @@ def _longest_response(config: Config, limit: int | None) -> int:
     return longest
 
 
-def context_length(config: Config) -> int | None:
-    """Tokens of prompt plus response: `--rollout-max-context-len`, else the model's, else None."""
-    chosen = config.rollout.rollout_max_context_len or config.model.max_position_embeddings
-    if chosen is not None:
-        return chosen
-    model = _json_of(config.model.hf_checkpoint, "config.json")
-    return (model.get("text_config") or model).get("max_position_embeddings")
-
-
 def eos_token_ids(tokenizer: Any, hf_checkpoint: str | None) -> frozenset[int]:
     """Every token that ends a response: the tokenizer's and those of generation_config.json.
 
     Chat models often end a turn with a token that is not the tokenizer's end of sequence.
     """
-    named = _json_of(hf_checkpoint, "generation_config.json").get("eos_token_id")
+    named = read_json(hf_checkpoint, "generation_config.json").get("eos_token_id")
     candidates = [getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, list) else [named])]
     return frozenset(int(token) for token in candidates if token is not None)
 
@@ -207,14 +200,3 @@ async def gather(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Resu
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
-
-
-def _json_of(directory: str | None, name: str) -> dict[str, Any]:
-    """A JSON file of a Hugging Face directory; empty where there is none."""
-    path = Path(directory or "") / name
-    if directory is None or not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"--hf-checkpoint: {path} is not valid JSON: {error}") from error

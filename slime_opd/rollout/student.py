@@ -43,7 +43,7 @@ class StudentRollouts:
         self._config, self._tokenizer, self._loop, self._teacher = config, tokenizer, loop, teacher
         self._eval_sets = eval_sets
         path = config.rollout.dynamic_sampling_filter_path
-        self._keep = None if path is None else load_filter(path)
+        self._keep = None if path is None else load_filter(path, config)
         # Of the last rollout, by dynamic sampling; None without it.
         self.groups_left_out: int | None = None
         self._reward, self._eval_reward = make_reward(config), make_eval_reward(config)

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each room with the rooms below it. A room is a folder or a file of slime_opd.
 GROUND = {"types", "fields", "errors", "schedule", "config", "lifetimes", "stopping"}
-TOOLS_OF_THE_TRADE = {"engine", "data", "checkpoint", "distill", "algorithm", "observe", "memory_estimate"}
+TOOLS_OF_THE_TRADE = {"engine", "data", "checkpoint", "distill", "algorithm", "observe", "memory_estimate", "hooks"}
 STAGES = {"rollout", "reward", "teacher", "megatron", "weights"}
 LEVELS: tuple[set[str], ...] = (GROUND, TOOLS_OF_THE_TRADE, STAGES, {"cluster", "preflight"}, {"train"}, {"__main__"})
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -52,8 +52,8 @@ def test_missing_data_is_named_and_a_slice_is_no_part_of_the_name(tmp_path):
     assert check_machine.check_data_exists(parse(fine)) == []
     missing = ["--prompt-data", "gone.jsonl@[0:5]", "--eval-prompt-data", "a", str(there), "b", "gone.parquet"]
     assert check_machine.check_data_exists(parse(missing)) == [
-        "--prompt-data: found no file gone.jsonl, expected a JSONL or Parquet file",
-        "--eval-prompt-data: found no file gone.parquet, expected a JSONL or Parquet file",
+        "--prompt-data: found no file gone.jsonl, expected one in JSONL, JSON, CSV or Parquet",
+        "--eval-prompt-data: found no file gone.parquet, expected one in JSONL, JSON, CSV or Parquet",
     ]
 
 

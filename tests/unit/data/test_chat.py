@@ -42,14 +42,57 @@ def test_messages_without_a_template_name_the_flag_and_the_row(tokenizer):
 @pytest.mark.parametrize("value", [None, 3, [], ["hi"], [{"content": "hi"}], {"role": "user"}])
 def test_a_value_that_is_no_prompt_is_an_error_with_or_without_template(tokenizer, value):
     for arguments in (None, {}):
-        with pytest.raises(DataError, match=r"row 1: (the prompt is|a message is)"):
+        with pytest.raises(DataError, match=r"row 1: (the prompt is|a message of the prompt is)"):
             Renderer(tokenizer, arguments).prompt(value, "row 1")
 
 
-def test_a_tokenizer_without_template_and_a_template_that_raises_are_data_errors():
-    for template in (None, "{{ raise_exception('only one turn') }}"):
-        with pytest.raises(DataError, match=r"row 1: the chat template .*--apply-chat-template"):
-            Renderer(byte_tokenizer(template), {}).prompt(HELLO, "row 1")
+def test_a_tokenizer_without_a_template_says_where_one_would_be():
+    with pytest.raises(DataError) as caught:
+        Renderer(byte_tokenizer(None), {}).prompt(HELLO, "row 1")
+    assert "--apply-chat-template: the tokenizer of --hf-checkpoint has no chat template" in str(caught.value)
+    assert "Cannot use chat template functions" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('only one turn') }}", "TemplateError: only one turn"),
+        ("{{ messages[0]['content'] + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{% if %}", "TemplateSyntaxError"),
+    ],
+)
+def test_whatever_a_template_raises_names_the_row_and_the_flag(template, reason):
+    with pytest.raises(
+        DataError, match=r"row 1: the chat template .*--apply-chat-template.* failed on this row"
+    ) as caught:
+        Renderer(byte_tokenizer(template), {}).prompt(HELLO, "row 1")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (5, "the content of a message is a number; expected text"),
+        ({"a": 1}, "the content of a message is an object; expected text"),
+        ([{"type": "image", "image": "x.png"}], "a message has a part of type image; only text is supported"),
+        ([{"type": "text"}], "a message has a part of type text without text; only text is supported"),
+    ],
+)
+def test_content_that_a_template_would_print_as_python_is_refused(tokenizer, content, sentence):
+    with pytest.raises(DataError, match=sentence):
+        Renderer(tokenizer, {}).prompt([{"role": "user", "content": content}], "row 1")
+
+
+def test_parts_of_text_are_joined(tokenizer):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    assert messages([{"role": "user", "content": parts}], "row 1") == HELLO
+
+
+def test_half_of_a_surrogate_pair_is_refused_and_not_passed_to_the_tokenizer(tokenizer):
+    for arguments in (None, {}):
+        with pytest.raises(DataError, match=r"row 1: the prompt has the lone surrogate '\\ud800' at character"):
+            Renderer(tokenizer, arguments).prompt("a \ud800", "row 1")
 
 
 def test_nulls_that_parquet_fills_in_are_dropped_from_messages():

@@ -6,8 +6,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from slime_opd.data.reader import read_rows
+from slime_opd.data.reader import RowReader
 from slime_opd.errors import DataError
+
+
+def read_rows(spec, **options):
+    return list(RowReader(spec, **options))
 
 
 def write_jsonl(path, rows):
@@ -93,21 +97,21 @@ def test_parquet_rows_are_counted_from_the_top_of_the_file_in_a_slice(tmp_path):
 
 def test_a_line_that_is_no_object_is_an_error(tmp_path):
     path = tmp_path / "rows.json"
-    path.write_text('[{"n": 1}]\n')
-    with pytest.raises(DataError, match=r"line 1: a JSON list; expected one object"):
+    path.write_text('{"n": 1}\n[{"n": 1}]\n')
+    with pytest.raises(DataError, match=r"line 2: is a list, expected one object"):
         read_rows(str(path))
 
 
 def test_bytes_that_are_no_text_are_a_data_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xff\xfe\x00junk")
-    with pytest.raises(DataError, match="neither Parquet nor UTF-8"):
+    with pytest.raises(DataError, match=r"line 1: is not UTF-8 text .* expected JSONL, a JSON array, CSV or Parquet"):
         read_rows(str(path))
 
 
 def test_a_missing_file_and_a_directory_are_data_errors(tmp_path):
-    for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(DataError, match="cannot read"):
+    for path, message in ((tmp_path / "absent.jsonl", "cannot read .*No such file"), (tmp_path, "is a directory")):
+        with pytest.raises(DataError, match=message):
             read_rows(str(path))
 
 

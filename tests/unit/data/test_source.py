@@ -1,7 +1,6 @@
 """The prompt source: both layouts, the cursor, the length limit, fine-tuning, evaluation sets."""
 
 import json
-import logging
 
 import pyarrow
 import pyarrow.parquet
@@ -10,6 +9,7 @@ from byte_tokenizer import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slime_opd.config import Config
 from slime_opd.config.stages import DataConfig, EvaluationConfig
 from slime_opd.data.source import PromptSource, read_eval_set
 from slime_opd.errors import CheckpointError, ConfigError, DataError
@@ -133,12 +133,11 @@ def test_a_saved_position_is_accepted_from_the_same_prompts_under_another_path(t
     assert resumed.take(9) == source.take(9)
 
 
-def test_too_long_prompts_are_dropped_counted_and_logged(tmp_path, tokenizer, caplog):
+def test_prompts_past_the_prompt_limit_are_dropped_and_counted(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"input": "abc"}, {"input": "abcd"}, {"input": "abcde"}])
-    with caplog.at_level(logging.WARNING):
-        source = PromptSource(DataConfig(prompt_data=path, rollout_max_prompt_len=4), tokenizer)
+    source = PromptSource(DataConfig(prompt_data=path, rollout_max_prompt_len=4), tokenizer)
     assert [prompt.text for prompt in source.take(3)] == ["abc", "abcd", "abc"]
-    assert "1 of 3 prompts dropped by --rollout-max-prompt-len 4" in caplog.text
+    assert source.summary.notes == (f"{path}: 1 of 3 prompts dropped by --rollout-max-prompt-len 4",)
 
 
 def test_a_limit_that_drops_every_prompt_is_an_error_with_the_shortest_length(tmp_path, tokenizer):
@@ -153,11 +152,13 @@ def test_missing_options_columns_and_prompts_are_told(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"inputs": "abc", "metadata": "m", "empty": ""}])
     with pytest.raises(ConfigError, match="--prompt-data is missing"):
         PromptSource(DataConfig(), tokenizer)
-    with pytest.raises(DataError, match=r"rows\.jsonl, line 1: no key 'input'; .*did you mean 'inputs'\?"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl, line 1: no key 'input' \(--input-key\); .*did you mean 'inputs'\?"
+    ):
         PromptSource(DataConfig(prompt_data=path), tokenizer)
-    with pytest.raises(DataError, match=r"line 1: no key 'answer'"):
+    with pytest.raises(DataError, match=r"line 1: no key 'answer' \(--label-key\)"):
         PromptSource(DataConfig(prompt_data=path, input_key="inputs", label_key="answer"), tokenizer)
-    with pytest.raises(DataError, match=r"line 1: --metadata-key metadata is a str"):
+    with pytest.raises(DataError, match=r"line 1: --metadata-key metadata is a string; expected an object"):
         PromptSource(DataConfig(prompt_data=path, input_key="inputs"), tokenizer)
     with pytest.raises(DataError, match=r"line 1: the prompt is empty"):
         PromptSource(DataConfig(prompt_data=path, input_key="empty"), tokenizer)
@@ -196,15 +197,18 @@ def test_prompts_of_a_rollout_carry_no_response(seven_prompts, tokenizer):
 def test_an_evaluation_set_has_its_own_keys_keeps_every_prompt_and_its_order(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "eval.jsonl", [{"q": "abc", "a": 1.5}, {"q": "abcdef", "a": "x"}])
     data = DataConfig(prompt_data="unused", label_key="label", rollout_shuffle=True, rollout_max_prompt_len=3)
-    prompts = read_eval_set("small", path, data, EvaluationConfig(eval_input_key="q", eval_label_key="a"), tokenizer)
+    config = Config(data=data, evaluation=EvaluationConfig(eval_input_key="q", eval_label_key="a"))
+    prompts, summary = read_eval_set("small", path, config, tokenizer)
+    assert str(summary) == "2 prompts, 3 to 6 tokens (median 4), labels in all"
     assert [(prompt.index, prompt.text, prompt.label) for prompt in prompts] == [(0, "abc", "1.5"), (1, "abcdef", "x")]
 
 
 def test_an_evaluation_set_falls_back_to_the_training_keys_and_errors_name_the_set(seven_prompts, tokenizer):
     data = DataConfig(label_key="label")
-    assert read_eval_set("seven", seven_prompts, data, EvaluationConfig(), tokenizer)[6].label == "6"
-    with pytest.raises(DataError, match=r"--eval-prompt-data seven: .*line 1: no key 'q'"):
-        read_eval_set("seven", seven_prompts, data, EvaluationConfig(eval_input_key="q"), tokenizer)
+    assert read_eval_set("seven", seven_prompts, Config(data=data), tokenizer)[0][6].label == "6"
+    other = Config(data=data, evaluation=EvaluationConfig(eval_input_key="q"))
+    with pytest.raises(DataError, match=r"--eval-prompt-data seven: .*line 1: no key 'q' \(--eval-input-key\)"):
+        read_eval_set("seven", seven_prompts, other, tokenizer)
 
 
 def test_many_rows_come_through_in_order(tmp_path, tokenizer):

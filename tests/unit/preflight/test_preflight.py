@@ -47,7 +47,11 @@ def test_a_run_that_makes_sense_has_no_problem_and_leaves_nothing_behind(place):
     found = findings(f"{good(place)} --use-opd --opd-type megatron --opd-teacher-load {place}/student")
     assert (found.problems, found.unchecked) == ([], [])
     said = "\n".join(found.fine)
-    assert "first 8 rows, longest prompt 4 tokens" in said and "--opd-teacher-load" in said and "GiB free" in said
+    assert (
+        "8 prompts, 4 to 4 tokens (median 4), labels in all" in said
+        and "--opd-teacher-load" in said
+        and "GiB free" in said
+    )
     assert not (place / "save").exists()
 
 
@@ -76,7 +80,7 @@ def test_ten_mistakes_of_one_script_are_found_in_one_go(place, capsys):
         "--lr: found 'fast', expected a number",
         "--rollot-shuffle: unknown flag; did you mean --rollout-shuffle?",
         "--kl-loss-type: found 'k9', expected one of k1, k2",
-        "no key 'promt'; present are prompt, label",
+        "no key 'promt' (--input-key); present are prompt, label",
         "--num-layers: found 24, but",
         "are no multiple of 3 (--tensor-model-parallel-size",
         "--ref-load",

@@ -56,17 +56,17 @@ def test_evaluation_uses_its_own_type_else_trainings_reward_else_math():
     [("length", 3.0), ("length_async", 3.0), ("sync_that_returns_a_coroutine", 3.0), ("is_on_another_thread", 1.0)],
 )
 def test_a_custom_reward_may_be_async_or_not_and_never_blocks_the_loop(function, expected):
-    value = asyncio.run(rewarded(CustomReward(f"{MODULE}.{function}"), sample()))
+    value = asyncio.run(rewarded(CustomReward(f"{MODULE}.{function}", Config()), sample()))
     assert value == expected and type(value) is float
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
-    [("raises", "KeyError: 'score'"), ("not_a_number", "gave nan"), ("a_dict", "gave {'score': 1.0}")],
+    [("raises", "KeyError: 'score'"), ("not_a_number", "returned nan"), ("a_dict", "returned {'score': 1.0}")],
 )
 def test_a_custom_reward_that_fails_or_gives_no_finite_number_names_itself_and_the_prompt(function, message):
     with pytest.raises(DataError) as caught:
-        asyncio.run(rewarded(CustomReward(f"{MODULE}.{function}"), sample()))
+        asyncio.run(rewarded(CustomReward(f"{MODULE}.{function}", Config()), sample()))
     assert f"{MODULE}.{function}" in str(caught.value)
     assert "prompt 3" in str(caught.value)
     assert message in str(caught.value)
@@ -76,11 +76,14 @@ def test_a_custom_reward_that_fails_or_gives_no_finite_number_names_itself_and_t
     ("path", "message"),
     [
         ("length", "expected MODULE.FUNCTION"),
-        ("no_such_module.length", "cannot import no_such_module"),
+        (
+            "no_such_module.length",
+            "cannot import no_such_module: there is no module no_such_module; is its folder on PYTHONPATH?",
+        ),
         (f"{MODULE}.width", "has no function 'width'"),
-        (f"{MODULE}.NOT_A_FUNCTION", "has no function 'NOT_A_FUNCTION'"),
+        (f"{MODULE}.NOT_A_FUNCTION", "'NOT_A_FUNCTION' of .* is 1, expected a function"),
     ],
 )
 def test_a_custom_path_that_cannot_be_imported_names_the_flag(path, message):
     with pytest.raises(ConfigError, match=f"--custom-rm-path {path}: .*{message}"):
-        CustomReward(path)
+        CustomReward(path, Config())

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from slime_opd.config import Config
 from slime_opd.config.check_learning import SLIME_FILTER
 from slime_opd.errors import ConfigError, DataError
 from slime_opd.rollout.dynamic_sampling import kept_groups, load_filter, rewards_differ
@@ -108,11 +109,12 @@ def test_rewards_differ_where_the_group_has_an_advantage(rewards, differ):
 
 
 def test_filters_are_found_by_name():
-    assert load_filter(SLIME_FILTER) is rewards_differ
-    assert load_filter("slime_opd.rollout.dynamic_sampling.rewards_differ") is rewards_differ
+    assert load_filter(SLIME_FILTER, Config()) is rewards_differ
+    by_name = load_filter("slime_opd.rollout.dynamic_sampling.rewards_differ", Config())
+    assert [by_name(group(0, rewards).samples) for rewards in ((0.0, 1.0), (1.0, 1.0))] == [True, False]
     for path, message in (
         ("no_such_module.f", "cannot import no_such_module"),
         ("math.no_such", "has no function 'no_such'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            load_filter(path)
+            load_filter(path, Config())

@@ -6,10 +6,10 @@ import json
 import pytest
 from rollout_fakes import EOS, FakeClient, LetterTokenizer, config, generation, prompts
 
+from slime_opd.config.check_lengths import context_length
 from slime_opd.config.stages import EvaluationConfig, ModelConfig
-from slime_opd.errors import ConfigError, DataError
+from slime_opd.errors import ConfigError
 from slime_opd.rollout.sampling import (
-    context_length,
     eos_token_ids,
     evaluation_sampler,
     response_text,
@@ -42,10 +42,8 @@ def test_a_response_gets_what_the_context_leaves_up_to_its_own_limit(length, exp
 
 
 @pytest.mark.parametrize("length", [20, 25])
-def test_a_prompt_that_leaves_no_room_names_the_flag(length):
-    with pytest.raises(
-        DataError, match=f"prompt 0 has {length} tokens .* context of 20; raise --rollout-max-context-len"
-    ):
+def test_a_prompt_that_was_read_without_the_limits_of_the_run_is_a_fault_of_the_program(length):
+    with pytest.raises(RuntimeError, match=f"prompt 0 has {length} tokens, the context 20: it was read without"):
         asked(length, rollout_max_context_len=20)
 
 

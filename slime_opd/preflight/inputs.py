@@ -1,0 +1,35 @@
+"""Data, rewards and tokenizers: what `--check` and the start of a run find out about them before Ray."""
+
+from __future__ import annotations
+
+from slime_opd.config import Config
+from slime_opd.errors import ConfigError
+from slime_opd.observe import console
+from slime_opd.preflight.data import Inputs, look_at_data
+from slime_opd.preflight.findings import Findings
+from slime_opd.preflight.reward import look_at_reward
+from slime_opd.preflight.tokenizers import look_at_teacher_tokenizer, look_at_tokenizer
+
+
+def look_at_inputs(config: Config, found: Findings) -> Inputs | None:
+    """Everything that needs the tokenizer and no other process of the run; None without a tokenizer."""
+    tokenizer = look_at_tokenizer(config, found)
+    if tokenizer is None:
+        return None
+    inputs = look_at_data(config, tokenizer, found)
+    look_at_reward(config, inputs, found)
+    look_at_teacher_tokenizer(config, tokenizer, found)
+    return inputs
+
+
+def load_inputs(config: Config) -> Inputs:
+    """The inputs of a run, with a line about each on the console. Raises ConfigError with every problem, one line each."""
+    found = Findings()
+    inputs = look_at_inputs(config, found)
+    for line in found.fine:
+        console.say(line)
+    for line in found.unchecked:
+        console.say(f"not checked: {line}")
+    if inputs is None or found.problems:
+        raise ConfigError("\n".join(found.problems or found.unchecked))
+    return inputs
