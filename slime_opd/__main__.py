@@ -13,6 +13,7 @@ from slime_opd import train
 from slime_opd.config.config import Config
 from slime_opd.config.megatron_options import NAMES
 from slime_opd.config.options import options_of
+from slime_opd.config.output import print_text
 from slime_opd.config.parser import command_line
 from slime_opd.errors import ConfigError, SlimeOPDError
 
@@ -36,7 +37,7 @@ def report(words: list[str]) -> None:
     from slime_opd.observe.report import plot_runs, summary_table
 
     try:
-        print(summary_table(runs))
+        print_text(summary_table(runs))
         for picture in pictures:
             plot_runs(runs, Path(picture))
     except SlimeOPDError as error:
@@ -64,7 +65,7 @@ USAGE = "\n".join(
 def main(words: list[str]) -> None:
     """Run the command that the first word names."""
     if not words or words[0] in ("--help", "-h"):
-        print(USAGE)
+        print_text(USAGE)
         return
     if words[0] not in COMMANDS:
         raise ConfigError(f"found the command {words[0]!r}, expected one of {', '.join(COMMANDS)}")

@@ -12,6 +12,7 @@ from slime_opd import lifetimes
 from slime_opd.cluster.access import Access, access_for
 from slime_opd.cluster.private_cluster import is_inside_job
 from slime_opd.config import Config
+from slime_opd.config.check_sizes import process_problem
 from slime_opd.errors import ConfigError
 from slime_opd.stopping import undisturbed
 
@@ -68,6 +69,9 @@ def reserve(config: Config) -> Placement:
     """
     trainers, engines = config.world_size, config.num_engines if needs_engines(config) else 0
     if not ray.cluster_resources().get("GPU"):
+        cores = int(ray.cluster_resources().get("CPU", 0))
+        if problem := process_problem(trainers, engines * config.cluster.rollout_num_gpus_per_engine, cores):
+            raise ConfigError(problem)
         return Placement([Slot({"num_cpus": 0})] * trainers, [Slot({"num_cpus": 0})] * engines, None)
     per_engine = config.cluster.rollout_num_gpus_per_engine
     # A colocated engine stands on GPUs that its trainer ranks hold, so it reserves none.

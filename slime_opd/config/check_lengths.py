@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_opd.config.config import Config
+from slime_opd.config.hf_config import language_model, read_hf_config
 from slime_opd.config.options import flag
 from slime_opd.errors import ConfigError
 
@@ -50,8 +51,10 @@ def _limit_of_model(config: Config) -> tuple[int | None, str]:
         return int(engine[0]), "--sglang-context-length"
     if config.model.max_position_embeddings is not None:
         return config.model.max_position_embeddings, "--max-position-embeddings"
-    model = read_json(config.model.hf_checkpoint, "config.json")
-    model = model.get("text_config") or model
+    try:
+        model = language_model(read_hf_config(config.model.hf_checkpoint))
+    except ValueError as error:
+        raise ConfigError(f"--hf-checkpoint: {error}") from error
     positions = model.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None, ""

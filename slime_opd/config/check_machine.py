@@ -5,9 +5,8 @@ Nothing is imported or written, and no file larger than a model's config.json is
 
 from __future__ import annotations
 
-import ast
 import importlib.util
-import json
+import os
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 from slime_opd.config.check_learning import SLIME_FILTER
 from slime_opd.config.check_run import model_layout_problems
 from slime_opd.config.config import Config
-from slime_opd.config.options import flag, suggestion
+from slime_opd.config.families import family_problem
+from slime_opd.config.hf_config import language_model, read_hf_config
+from slime_opd.config.options import flag
 
 
 def check_checkpoints_exist(config: Config) -> list[str]:
@@ -29,18 +30,27 @@ def check_checkpoints_exist(config: Config) -> list[str]:
     for name, found in directories.items():
         if found is None:
             continue
-        if not Path(found).is_dir():
+        if not os.path.isdir(found):
             problems.append(f"{flag(name)}: found no directory {found}, expected one with a checkpoint")
-        elif name == "hf_checkpoint" and not (Path(found) / "config.json").is_file():
+        elif name == "hf_checkpoint" and not os.path.isfile(os.path.join(found, "config.json")):
             problems.append(f"--hf-checkpoint: found no config.json in {found}, expected a Hugging Face checkpoint")
-        elif not any(Path(found).iterdir()):
+        elif _is_empty(found):
             problems.append(f"{flag(name)}: found the empty directory {found}, expected one with a checkpoint")
     problems += [
         f"{flag(name)}: found the file {found}, expected a directory"
         for name, found in (("load", checkpoint.load), ("save", checkpoint.save))
-        if found is not None and Path(found).is_file()
+        if found is not None and os.path.isfile(found)
     ]
     return problems
+
+
+def _is_empty(directory: str) -> bool:
+    """Whether a directory has no entries; not, for one that may not be listed, whose files are looked at by name."""
+    try:
+        with os.scandir(directory) as entries:
+            return next(entries, None) is None
+    except OSError:
+        return False
 
 
 def check_data_exists(config: Config) -> list[str]:
@@ -50,13 +60,13 @@ def check_data_exists(config: Config) -> list[str]:
     problems = []
     for name, found in files:
         path = None if found is None else Path(_without_slice(found))
-        if path is not None and path.is_dir():
+        if path is not None and os.path.isdir(path):
             names = sorted(
                 file.name for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".parquet", ".csv")
             )
             example = f" in it, such as {', '.join(names[:3])}" if names else ""
             problems.append(f"{name}: found the directory {path}, expected a file{example}")
-        elif path is not None and not path.is_file():
+        elif path is not None and not os.path.isfile(path):
             problems.append(f"{name}: found no file {path}, expected one in JSONL, JSON, CSV or Parquet")
     return problems
 
@@ -66,16 +76,23 @@ def _without_slice(file: str) -> str:
     return path if slice_mark and file.endswith("]") else file
 
 
+def check_hf_config(config: Config) -> list[str]:
+    """A config.json that cannot be read, or of a family that cannot be trained."""
+    directory = config.model.hf_checkpoint
+    try:
+        hf_config = read_hf_config(directory)
+    except ValueError as error:
+        return [f"--hf-checkpoint: {problem}" for problem in str(error).splitlines()]
+    if not hf_config or (problem := family_problem(hf_config.get("model_type"))) is None:
+        return []
+    return [f"--hf-checkpoint {directory}: {problem}"]
+
+
 def check_layout_of_checkpoint(config: Config) -> list[str]:
     """Parallel sizes that do not divide the architecture in --hf-checkpoint (bridge mode)."""
     if config.model.megatron_to_hf_mode != "bridge" or config.model.hf_checkpoint is None:
         return []
-    try:
-        architecture = _architecture(config)
-    except ValueError as error:
-        return [str(error)]
-    if not architecture:
-        return []
+    architecture = architecture_of(config)
     return model_layout_problems(
         config,
         layers=architecture.get("num_hidden_layers"),
@@ -112,10 +129,7 @@ def check_architecture_flags(config: Config) -> list[str]:
     """Flags that describe another model than --hf-checkpoint (raw mode)."""
     if config.model.megatron_to_hf_mode != "raw":
         return []
-    try:
-        architecture = _architecture(config)
-    except ValueError:
-        return []  # check_layout_of_checkpoint says so in bridge mode, and the tokenizer's loading here
+    architecture = architecture_of(config)
     # transformers 5 has one entry for all that is said of rotary embeddings.
     rotary = architecture.get("rope_parameters") or {}
     architecture = {**rotary, "rope_scaling": rotary, **architecture}
@@ -198,10 +212,7 @@ def _switches(architecture: dict) -> list[tuple[str, bool, str]]:
 
 def check_top_k_of_vocabulary(config: Config) -> list[str]:
     """More tokens of a top-k than there are."""
-    try:
-        vocabulary = _architecture(config).get("vocab_size")
-    except ValueError:
-        return []  # check_layout_of_checkpoint says so
+    vocabulary = architecture_of(config).get("vocab_size")
     top_k = config.divergence.opd_log_prob_top_k
     if vocabulary is None or top_k <= vocabulary:
         return []
@@ -210,54 +221,12 @@ def check_top_k_of_vocabulary(config: Config) -> list[str]:
     ]
 
 
-def _architecture(config: Config) -> dict:
-    """What --hf-checkpoint's config.json says; {} where there is none. Raises ValueError where it is not JSON."""
-    file = Path(config.model.hf_checkpoint or "") / "config.json"
+def architecture_of(config: Config) -> dict[str, Any]:
+    """--hf-checkpoint's config.json, of its language model; {} where there is none, or one that `check_hf_config` refuses."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        return {}  # check_checkpoints_exist says so
+        return language_model(read_hf_config(config.model.hf_checkpoint))
     except ValueError:
-        raise ValueError(f"--hf-checkpoint: {file} is not JSON") from None
-    return found.get("text_config", found)
-
-
-# Options of an engine that a run sets for it, and where the user says them.
-_SET_FOR_ENGINES = {
-    "model-path": "say --hf-checkpoint",
-    "model": "say --hf-checkpoint",
-    "host": "each engine listens where it runs",
-    "port": "each engine takes a free one",
-    "tp-size": "say --rollout-num-gpus-per-engine",
-    "tensor-parallel-size": "say --rollout-num-gpus-per-engine",
-    "custom-weight-loader": "weight updates need this package's own",
-}
-
-
-def check_sglang_options(config: Config) -> list[str]:
-    """Words for the engines that the installed SGLang does not know, or that are not the user's to say."""
-    known = _sglang_flags() if config.sglang else []
-    problems = []
-    for name in config.sglang:
-        if reason := _SET_FOR_ENGINES.get(name):
-            problems.append(f"--sglang-{name} is set by this package: {reason}")
-        elif known and name not in known:
-            problems.append(
-                f"--sglang-{name}: the installed SGLang has no --{name}{suggestion(f'--sglang-{name}', [f'--sglang-{flag}' for flag in known])}"
-            )
-    return problems
-
-
-def _sglang_flags() -> list[str]:
-    """Names of the installed SGLang's options, read from its source (to import it takes seconds); none where it is not installed."""
-    spec = importlib.util.find_spec("sglang")
-    file = Path(spec.origin).parent / "srt" / "server_args.py" if spec and spec.origin else None
-    if file is None or not file.is_file():
-        return []
-    calls = (node for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-    added = (node.args for node in calls if ast.unparse(node.func).endswith(".add_argument"))
-    words = (word.value for arguments in added for word in arguments if isinstance(word, ast.Constant))
-    return [word.removeprefix("--") for word in words if isinstance(word, str) and word.startswith("--")]
+        return {}
 
 
 def check_context_parallel(config: Config) -> list[str]:
@@ -292,10 +261,7 @@ def check_transformer_engine(config: Config) -> list[str]:
 def check_mixture(config: Config) -> list[str]:
     """Layouts that a mixture of experts cannot be trained at, and experts of a model that has none."""
     layout = config.parallel
-    try:
-        architecture = _architecture(config)
-    except ValueError:
-        return []  # check_layout_of_checkpoint says so
+    architecture = architecture_of(config)
     if not architecture and config.model.num_layers is None:
         return []
     experts = config.megatron.num_moe_experts or number_of_experts(architecture)

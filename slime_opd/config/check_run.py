@@ -80,6 +80,8 @@ NOT_NEGATIVE = [
     "exit_grace_s",
     "ref_ckpt_step",
     "num_rollout",
+    "seed",
+    "rollout_seed",
     "rollout_request_retries",
     "custom_function_timeout_s",
     "eval_temperature",

@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from slime_opd.config import check_distillation, check_learning, check_lengths, check_machine, check_run, redact
+from slime_opd.config import (
+    check_distillation,
+    check_learning,
+    check_lengths,
+    check_machine,
+    check_run,
+    check_sglang,
+    check_sizes,
+    redact,
+)
 from slime_opd.config.config import Config
 from slime_opd.errors import ConfigError
 
@@ -18,6 +27,7 @@ Check = Callable[[Config], list[str]]
 # Rules that need nothing but the configuration.
 COMBINATIONS: tuple[Check, ...] = (
     check_run.check_ranges,
+    check_sizes.check_ceilings,
     check_learning.check_required,
     check_learning.check_length_of_run,
     check_run.check_model,
@@ -59,10 +69,13 @@ CHECKS: tuple[Check, ...] = (
     check_machine.check_checkpoints_exist,
     check_machine.check_data_exists,
     check_lengths.check_lengths,
+    check_machine.check_hf_config,
     check_machine.check_layout_of_checkpoint,
     check_machine.check_architecture_flags,
     check_machine.check_top_k_of_vocabulary,
-    check_machine.check_sglang_options,
+    check_sizes.check_rollout_fits,
+    check_sizes.check_processes,
+    check_sglang.check_sglang_options,
     check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
     check_machine.check_mixture,
@@ -102,6 +115,8 @@ def notes(config: Config) -> list[str]:
     if checkpoint.load is not None and not _holds_checkpoint(checkpoint.load) and not is_continued:
         start = "--ref-load" if checkpoint.ref_load is not None else "--hf-checkpoint"
         said.append(f"--load {checkpoint.load} holds no checkpoint yet: training starts from {start}")
+    if note := check_sizes.packing_note(config):
+        said.append(note)
     if config.reward.custom_reward_post_process_path is not None:
         said.append("--custom-reward-post-process-path can go: what slime's hook does is built in")
     return said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ SGLang: every other option of the engines
   --help GROUP prints one group: """
 
 
-def help_text(config_class: type, groups: Sequence[str] = ()) -> str:
-    """The help of all groups, or of those that `groups` name (their stage's name in Config).
+def help_text(config_class: type, groups: Sequence[str] = (), width: int | None = None) -> str:
+    """The help of all groups, or of those that `groups` name (their stage's name in Config), wrapped at `width` columns if given.
 
     Raises ConfigError for a group that is none of them.
     """
@@ -46,7 +47,25 @@ def help_text(config_class: type, groups: Sequence[str] = ()) -> str:
         parts.append("\n".join([title, *lines]))
     if not groups:
         parts.append(MEGATRON.format(sum(option.stage == "megatron" for option in options)))
-    return "\n\n".join([*parts, PASS_THROUGH + ", ".join(stages)])
+    return _wrapped("\n\n".join([*parts, PASS_THROUGH + ", ".join(stages)]), width)
+
+
+def _wrapped(text: str, width: int | None) -> str:
+    if width is None:
+        return text
+    lines = []
+    for line in text.split("\n"):
+        # An option's help goes on below where it starts; so narrow a terminal that this leaves nothing gets it below the flag.
+        indent = WIDTH + 2 if line.startswith("  --") and width >= 2 * WIDTH else 6 if line.startswith("  ") else 0
+        lines += textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+        ) or [""]
+    return "\n".join(lines)
 
 
 def difference_to_defaults(config: Config) -> str:

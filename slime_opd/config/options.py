@@ -69,6 +69,16 @@ class Option:
             return f"one of {', '.join(self.choices)}"
         return {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}[self.kind]
 
+    def expected_instead_of(self, word: str) -> str:
+        """`expected`, for a word that `value_of` refused; of a number, what kind of number."""
+        try:
+            number = self.kind(word) if self.kind in (int, float) and not self.choices else None
+        except ValueError:
+            number = None
+        if number is None:
+            return self.expected
+        return "a finite number" if self.kind is float else "a whole number of at most 64 bits"
+
     def read(self, config: Any) -> Any:
         """This option's value in a Config."""
         return getattr(getattr(config, self.stage), self.name)
@@ -80,7 +90,9 @@ class Option:
         if self.kind is bool:
             return {"true": True, "false": False}[word] if word in ("true", "false") else _refuse(word)
         value = self.kind(word)
-        return _refuse(word) if self.kind is float and not math.isfinite(value) else value
+        # Beyond 64 bits no library below can take it.
+        is_usable = self.kind is str or (math.isfinite(value) if self.kind is float else abs(value) < 2**63)
+        return value if is_usable else _refuse(word)
 
 
 def _refuse(word: str) -> typing.NoReturn:

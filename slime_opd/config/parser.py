@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 from slime_opd.config import megatron_options, yaml_file
 from slime_opd.config.config import Config
 from slime_opd.config.help import help_text
-from slime_opd.config.options import Option, options_of, stages_of, suggestion
+from slime_opd.config.options import Option, flag, options_of, stages_of, suggestion
+from slime_opd.config.output import INTERRUPTED, print_text, terminal_width
 from slime_opd.config.redact import redact_urls
+from slime_opd.config.synonyms import synonym_hint
 from slime_opd.errors import ConfigError
 
 SGLANG = "sglang-"
@@ -55,7 +57,7 @@ def parse_all(argv: list[str]) -> tuple[Config, list[str]]:
     flags = _split(argv)
     for name, words in flags:
         if name in ("--help", "-h"):
-            print(help_text(Config, words))
+            print_text(help_text(Config, words, terminal_width(sys.stdout)))
             raise SystemExit(0)
     files = [words for name, words in flags if name == "--config"]
     from_file = _read_files(files, options)
@@ -80,7 +82,7 @@ def command_line(main: Callable[[list[str]], object]) -> NoReturn:
     """Run `main` on the words of this process's command line and leave the process.
 
     A ConfigError goes to stderr, one `slime_opd: error:` line per problem, and the exit
-    code is 2. A program that wants `--help` to be fast imports what is heavy inside
+    code is 2; Ctrl-C ends it with 130. A program that wants `--help` to be fast imports what is heavy inside
     `main`, after it has parsed and validated.
     """
     try:
@@ -89,6 +91,9 @@ def command_line(main: Callable[[list[str]], object]) -> NoReturn:
         for line in redact_urls(str(error)).splitlines():
             print(f"slime_opd: error: {line}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("slime_opd: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     raise SystemExit(0)
 
 
@@ -131,7 +136,7 @@ def _read_words(flags: list[tuple[str, list[str]]], options: Mapping[str, Option
             given.problems.append(f"{name} is not supported: {reason}")
         else:
             known = [*by_flag, *megatron_options.NAMES, "--config", "--help", "--check"]
-            given.problems.append(f"{name}: unknown flag{suggestion(name, known)}")
+            given.problems.append(f"{name}: unknown flag{synonym_hint(name) or suggestion(name, known)}")
     return given
 
 
@@ -140,7 +145,7 @@ def _value(option: Option, words: list[str]) -> Any:
     if option.is_switch and not words:
         return True
     if option.is_switch and (len(words) > 1 or words[0] not in ("true", "false")):
-        raise ValueError(f"{option.flag}: found {' '.join(words)!r}, expected no value: it is a switch")
+        raise ValueError(f"{option.flag}: found {' '.join(words)!r}, expected no value, true or false: it is a switch")
     if not words:
         raise ValueError(f"{option.flag}: found no value, expected {option.expected}")
     if len(words) > 1 and not option.many:
@@ -151,7 +156,9 @@ def _value(option: Option, words: list[str]) -> Any:
             values.append(option.value_of(word))
         except ValueError:
             hint = suggestion(word, option.choices)
-            raise ValueError(f"{option.flag}: found {word!r}, expected {option.expected}{hint}") from None
+            raise ValueError(
+                f"{option.flag}: found {word!r}, expected {option.expected_instead_of(word)}{hint}"
+            ) from None
     return tuple(values) if option.many else values[0]
 
 
@@ -186,6 +193,8 @@ def _read_entry(entry: yaml_file.Entry, name: str, options: Mapping[str, Option]
             if words is not None:
                 given.sglang[name.removeprefix(SGLANG.replace("-", "_")).replace("_", "-")] = words
         else:
-            given.problems.append(f"{entry.where}: unknown option {entry.key!r}{suggestion(name, options)}")
+            given.problems.append(
+                f"{entry.where}: unknown option {entry.key!r}{synonym_hint(flag(name)) or suggestion(name, options)}"
+            )
     except ValueError as error:
         given.problems.append(str(error))

@@ -49,8 +49,27 @@ def read(file: str) -> list[Entry]:
         ]
     except OSError as error:
         raise ConfigError(f"--config {file}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {file}: not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config {file}: not UTF-8 text, at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(_not_yaml(file, text, error)) from None
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:  # a date that is none, or brackets without end
+        raise ConfigError(f"--config {file}: not YAML that can be read: {' '.join(str(error).split())}") from None
+
+
+def _not_yaml(file: str, text: str, error: yaml.YAMLError) -> str:
+    """Where a file stops being YAML, and why."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f"--config {file}: not YAML: {' '.join(str(error).split())}"
+    lines = text.splitlines()
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    if line[mark.column : mark.column + 1] == "\t":
+        return f"{file}:{mark.line + 1}: found a tab, expected spaces: YAML takes no tabs before a key or a value"
+    reason = getattr(error, "problem", None) or "it cannot be read"
+    return f"{file}:{mark.line + 1}: not YAML: {' '.join(reason.split())}"
 
 
 def value_of(option: Option, entry: Entry) -> Any:
@@ -71,7 +90,15 @@ def _one(option: Option, entry: Entry, value: Any) -> Any:
             return option.value_of(str(value).lower() if isinstance(value, bool) else str(value))
     except ValueError:
         pass
-    raise ValueError(f"{entry.where}: {entry.key}: found {value!r}, expected {option.expected}") from None
+    expected = option.expected_instead_of(str(value)) if is_scalar else option.expected
+    raise ValueError(f"{entry.where}: {entry.key}: found {_shown(value)}, expected {expected}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value of a file, as a file has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value) if isinstance(value, int | float) else repr(value)
 
 
 def words_of(entry: Entry) -> tuple[str, ...] | None:

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from slime_opd.config import check_machine, parse
+from slime_opd.config import check_machine, parse, problems
 
 
 @pytest.fixture
@@ -67,9 +67,8 @@ def test_the_layout_must_divide_the_checkpoints_architecture(student):
     ends = ["--decoder-first-pipeline-num-layers", "1", "--decoder-last-pipeline-num-layers", "1"]
     assert check_machine.check_layout_of_checkpoint(parse([*words, *ends])) == []
     (student / "config.json").write_text("{")
-    assert check_machine.check_layout_of_checkpoint(parse(words)) == [
-        f"--hf-checkpoint: {student}/config.json is not JSON"
-    ]
+    assert check_machine.check_layout_of_checkpoint(parse(words)) == []
+    assert check_machine.check_hf_config(parse(words)) == [f"--hf-checkpoint: {student}/config.json is not JSON"]
 
 
 @pytest.mark.parametrize(
@@ -169,26 +168,36 @@ def test_a_top_k_larger_than_the_vocabulary_is_refused(student):
 
 
 @pytest.mark.parametrize(
-    ("flag", "sentence"),
+    ("config", "sentence"),
     [
+        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported (Megatron-core has no layers with two rotary"),
+        ({"model_type": "qwen3_next"}, "model_type 'qwen3_next' is not supported (Megatron-core's gated delta net"),
+        ({"model_type": "qwen3_5", "text_config": {"model_type": "qwen3_5_text"}}, "'qwen3_5' is not supported (Meg"),
+        ({"model_type": "new_one"}, "model_type 'new_one' is not supported; supported are deepseek_v3, glm4, "),
+        ({"hidden_size": 64}, "its config.json has no model_type; supported are deepseek_v3"),
+        ([], "config.json is not a JSON object"),
         (
-            "--sglang-mem-fraction-statik",
-            "the installed SGLang has no --mem-fraction-statik; did you mean --sglang-mem-fraction-static?",
+            {"model_type": "llama", "hidden_size": "64"},
+            'config.json: hidden_size is "64", expected a whole number from 1',
         ),
-        ("--sglang-port", "--sglang-port is set by this package: each engine takes a free one"),
-        ("--sglang-tp-size", "say --rollout-num-gpus-per-engine"),
+        ({"model_type": "llama", "vocab_size": 10**12}, "vocab_size is 1000000000000, expected a whole number"),
+        ({"model_type": "llama", "rope_scaling": [1]}, "rope_scaling is [1], expected an object"),
+        ({"model_type": "llama", "rope_theta": float("nan")}, "rope_theta is NaN, expected a finite number"),
+        ({"model_type": "llama", "text_config": {"head_dim": 0}}, "text_config.head_dim is 0, expected"),
     ],
 )
-def test_an_option_that_the_engines_do_not_know_is_refused(flag, sentence):
-    (problem,) = check_machine.check_sglang_options(parse([flag, "0.5"]))
+def test_a_config_of_another_family_or_with_wrong_values_is_refused_in_a_sentence(student, config, sentence):
+    (student / "config.json").write_text(json.dumps(config))
+    options = parse(["--hf-checkpoint", str(student)])
+    (problem,) = check_machine.check_hf_config(options)
     assert sentence in problem
+    assert all(isinstance(line, str) for line in problems(options))
 
 
-def test_options_that_the_engines_know_pass_and_without_sglang_nobody_can_tell(monkeypatch):
-    words = "--sglang-mem-fraction-static 0.7 --sglang-cuda-graph-bs 1 2 4 --sglang-attention-backend fa3 --sglang-enable-deterministic-inference"
-    assert check_machine.check_sglang_options(parse(words.split())) == []
-    monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: None)
-    assert check_machine.check_sglang_options(parse(["--sglang-no-such-thing", "1"])) == []
+def test_a_supported_family_and_an_absent_config_are_no_problem(student):
+    (student / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
+    assert check_machine.check_hf_config(parse(["--hf-checkpoint", str(student)])) == []
+    assert check_machine.check_hf_config(parse(["--hf-checkpoint", str(student / "absent")])) == []
 
 
 LLAMA_3 = {

@@ -86,11 +86,11 @@ def test_a_misspelt_flag_is_named_with_the_flag_it_resembles():
     ("argv", "sentence"),
     [
         ("--lr fast", "--lr: found 'fast', expected a number"),
-        ("--lr nan", "--lr: found 'nan', expected a number"),
+        ("--lr nan", "--lr: found 'nan', expected a finite number"),
         ("--num-rollout 1.5", "--num-rollout: found '1.5', expected a whole number"),
         ("--num-rollout", "--num-rollout: found no value, expected a whole number"),
         ("--num-rollout 1 2", "--num-rollout: found 2 values ['1', '2'], expected a whole number"),
-        ("--use-opd 1", "--use-opd: found '1', expected no value: it is a switch"),
+        ("--use-opd 1", "--use-opd: found '1', expected no value, true or false: it is a switch"),
         (
             "--opd-type sglan",
             "--opd-type: found 'sglan', expected one of sglang, megatron; did you mean sglang?",

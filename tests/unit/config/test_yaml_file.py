@@ -78,7 +78,7 @@ def test_problems_name_file_and_line_and_come_together(file):
         f"{file}:2: lr: found 'fast', expected a number",
         f"{file}:3: unknown option 'use_odp'; did you mean use_opd?",
         f"{file}:4: use-opd: found 1, expected true or false",
-        f"{file}:5: seed: found True, expected a whole number",
+        f"{file}:5: seed: found true, expected a whole number",
         f"{file}:6: label-key: found ['a'], expected a word",
         f"{file}:8: hf-checkpoint: found {{'a': 1}}, expected a word",
         f"{file}:9: opd-type: found 'x', expected one of sglang, megatron",
@@ -87,7 +87,7 @@ def test_problems_name_file_and_line_and_come_together(file):
 
 
 def test_null_is_refused_where_an_option_cannot_be_unset(file):
-    assert problems_of(file, "lr: null\n") == [f"{file}:1: lr: found None, expected a number"]
+    assert problems_of(file, "lr: null\n") == [f"{file}:1: lr: found null, expected a number"]
 
 
 @pytest.mark.parametrize(("text", "found"), [("- a\n", "sequence"), ("word\n", "scalar")])
@@ -99,7 +99,7 @@ def test_a_file_that_is_no_mapping_is_refused(file, text, found):
 
 def test_a_file_that_is_not_yaml_or_not_there_is_one_sentence(file, tmp_path):
     (problem,) = problems_of(file, "a: [1\nb: 2\n")
-    assert problem.startswith(f"--config {file}: not YAML: ")
+    assert problem == f"{file}:2: not YAML: expected ',' or ']', but got ':'"
     with pytest.raises(ConfigError, match=r"--config .*missing.yaml: cannot be read: No such file"):
         parse(["--config", str(tmp_path / "missing.yaml")])
 
@@ -112,3 +112,17 @@ def test_config_takes_one_file(argv):
 
 def test_an_empty_file_says_nothing(file):
     assert read(file, "# nothing\n") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("lr: 1e-6\n\tsave: x\n", ":2: found a tab, expected spaces: YAML takes no tabs before a key or a value"),
+        ("lr: .nan\n", ":1: lr: found nan, expected a finite number"),
+        (f"seed: {10**30}\n", f":1: seed: found {10**30}, expected a whole number of at most 64 bits"),
+        ("save: 2021-99-99\n", ": not YAML that can be read: month must be in 1..12"),
+    ],
+)
+def test_what_yaml_says_of_a_file_is_put_in_a_sentence(file, text, sentence):
+    (problem,) = problems_of(file, text)
+    assert problem.endswith(f"{file}{sentence}")

@@ -1,0 +1,107 @@
+"""Sizes that cannot be meant: far beyond what any run uses, and slow or dear to find out by starting one.
+
+The limits are generous on purpose; each sentence says why the value is refused, and how to get it all the same where there is a way.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from slime_opd.config.config import Config
+from slime_opd.config.options import flag, options_of
+
+# The largest value of an option that can be meant, and why a larger one cannot.
+_COEFFICIENT = (1e4, "it would drown every other part of the loss")
+_TEMPERATURE = (100.0, "every token would be equally likely")
+_SEED = (2**31 - 1, "seeds have 31 bits")
+_SECONDS = (1e8, "that is three years")
+CEILINGS: dict[str, tuple[float, str]] = {
+    "min_lr": (1.0, "a step would move every weight by about that much"),
+    "weight_decay": (10.0, "it would erase the weights"),
+    "opd_kl_coef": _COEFFICIENT,
+    "opd_divergence_coef": _COEFFICIENT,
+    "kl_loss_coef": _COEFFICIENT,
+    "entropy_coef": _COEFFICIENT,
+    "rollout_temperature": _TEMPERATURE,
+    "eval_temperature": _TEMPERATURE,
+    "opd_temperature": _TEMPERATURE,
+    "seed": _SEED,
+    "rollout_seed": _SEED,
+    "distributed_timeout_minutes": (10**6, "that is two years"),
+    "rollout_request_timeout_s": _SECONDS,
+    "opd_teacher_timeout_s": _SECONDS,
+    "make_vocab_size_divisible_by": (10**6, "the vocabulary would be padded to a multiple of it"),
+}
+# Adam moves every weight by about the learning rate; plain SGD multiplies it with the gradient.
+_LARGEST_LR = {"adam": 1.0, "sgd": 1e4}
+
+# Bytes that a token of a rollout takes on the driver, and a sample beside them: at the least, ids, mask and log-probs.
+_BYTES_PER_TOKEN, _BYTES_PER_SAMPLE = 20, 500
+
+# Training processes and engines per core of a machine without GPUs, past which they only swap; a few fit on any machine.
+_PROCESSES_PER_CORE, _FEW_PROCESSES = 4, 8
+
+
+def check_ceilings(config: Config) -> list[str]:
+    """Numbers above what can be meant."""
+    options, problems = options_of(Config), []
+    optimizer = config.optimizer.optimizer
+    ceilings = CEILINGS | {"lr": (_LARGEST_LR[optimizer], "a step would move every weight by about that much")}
+    for name, (largest, why) in ceilings.items():
+        value = options[name].read(config)
+        if value is not None and value > largest:
+            problems.append(f"{flag(name)}: found {value}, expected at most {largest:.10g}: {why}")
+    return problems
+
+
+def check_rollout_fits(config: Config) -> list[str]:
+    """A rollout that the driver's memory cannot hold, whatever its engines do."""
+    samples = config.samples_per_rollout
+    needed = samples * (_BYTES_PER_SAMPLE + _BYTES_PER_TOKEN * (config.rollout.rollout_max_response_len or 0))
+    memory = _memory_bytes()
+    if memory is None or needed <= memory:
+        return []
+    return [
+        f"--rollout-batch-size {config.rollout.rollout_batch_size} and --n-samples-per-prompt {config.rollout.n_samples_per_prompt}: the {samples:,} samples of a rollout take {needed >> 30:,} GiB on the driver with responses of --rollout-max-response-len, and this machine has {memory >> 30:,}; lower them"
+    ]
+
+
+def check_processes(config: Config) -> list[str]:
+    """More processes than a machine without GPUs can run, where the run starts its own Ray there."""
+    if config.cluster.ray_address != "local" or any(Path("/dev").glob("nvidia[0-9]*")):
+        return []
+    has_engines = not config.is_sft or bool(config.evaluation.eval_prompt_data)
+    engines = config.num_engines * config.cluster.rollout_num_gpus_per_engine if has_engines else 0
+    problem = process_problem(config.world_size, engines, _cores())
+    return [problem] if problem else []
+
+
+def process_problem(trainers: int, engines: int, cores: int) -> str | None:
+    """Why a machine or cluster of CPUs cannot run so many processes; None where it can. `engines` counts an engine's ranks."""
+    if trainers + engines <= max(_FEW_PROCESSES, _PROCESSES_PER_CORE * cores):
+        return None
+    return (
+        f"{trainers:,} training processes and {engines:,} of engines (--actor-num-nodes × --actor-num-gpus-per-node, --rollout-num-gpus) "
+        f"are too many for {cores} CPU cores, and there is no GPU; lower them, or start Ray with `ray start --head --num-cpus N` and join it with --ray-address auto"
+    )
+
+
+def packing_note(config: Config) -> str | None:
+    """Micro-batches that are smaller than one response may be; None where they are not. It is allowed: such a sample is a micro-batch of its own."""
+    tokens, longest = config.training.max_tokens_per_gpu, config.rollout.rollout_max_response_len
+    if not config.training.use_dynamic_batch_size or tokens is None or longest is None or tokens >= longest:
+        return None
+    return f"--max-tokens-per-gpu {tokens} is less than --rollout-max-response-len {longest}: a longer sample is a micro-batch of its own, and takes the memory of its own length"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory_bytes() -> int | None:
+    """Of this machine; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,77 @@
+"""A Hugging Face config.json: read once for every rule, with the types of what is used from it checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+# No size of a published model comes near it.
+LARGEST = 10**8
+
+_AT_LEAST_ONE = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "moe_intermediate_size", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+    "v_head_dim", "decoder_sparse_step",
+)  # fmt: skip
+_AT_LEAST_ZERO = (
+    "num_experts", "n_routed_experts", "num_local_experts", "num_experts_per_tok", "first_k_dense_replace", "n_shared_experts",
+)  # fmt: skip
+_NUMBERS = ("rms_norm_eps", "rope_theta", "partial_rotary_factor", "routed_scaling_factor")
+_TYPES: dict[type, tuple[str, ...]] = {
+    dict: ("rope_scaling", "rope_parameters", "quantization_config", "text_config"),
+    bool: ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_qk_norm"),
+    str: ("model_type",),
+    list: ("mlp_only_layers",),
+}
+_NAMES = {dict: "an object", bool: "true or false", str: "a string", list: "a list"}
+
+
+def read_hf_config(directory: str | None) -> dict[str, Any]:
+    """The config.json of a Hugging Face directory; {} where there is none.
+
+    Raises ValueError with one line for each thing that is wrong with it: it cannot be read, is not JSON, or has a value that cannot be of its key.
+    """
+    file = Path(directory or "") / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}  # check_checkpoints_exist reports it
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{file} is not JSON") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    if problems := [f"{file}: {problem}" for problem in _problems(config)]:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def language_model(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the language model: all of it, but for a model that also reads images."""
+    return config.get("text_config") or config
+
+
+def _problems(config: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for keys, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+        for key in keys:
+            value = config.get(key)
+            if value is not None and not (type(value) is int and least <= value <= LARGEST):
+                found.append((key, f"a whole number from {least} to {LARGEST}"))
+    for key in _NUMBERS:
+        value = config.get(key)
+        if value is not None and not (type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)):
+            found.append((key, "a finite number"))
+    for kind, keys in _TYPES.items():
+        found += [(key, _NAMES[kind]) for key in keys if not isinstance(config.get(key), kind | None)]
+    problems = [f"{prefix}{key} is {_shown(config[key])}, expected {expected}" for key, expected in found]
+    inner = config.get("text_config")
+    return problems + (_problems(inner, "text_config.") if isinstance(inner, dict) and not prefix else [])
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,73 @@
+"""Other trainers' names of options: hints for a flag that is not known here, where spelling alone suggests nothing or the wrong thing."""
+
+from __future__ import annotations
+
+# TRL's, verl's, OpenRLHF's, DeepSpeed's and transformers' names, without dashes.
+SYNONYMS = {
+    "learning_rate": "--lr",
+    "actor_learning_rate": "--lr",
+    "epochs": "--num-epoch",
+    "num_epochs": "--num-epoch",
+    "num_train_epochs": "--num-epoch",
+    "total_epochs": "--num-epoch",
+    "max_steps": "--num-rollout",
+    "total_training_steps": "--num-rollout",
+    "model": "--hf-checkpoint",
+    "model_name": "--hf-checkpoint",
+    "model_path": "--hf-checkpoint",
+    "model_name_or_path": "--hf-checkpoint",
+    "pretrain": "--hf-checkpoint",
+    "tokenizer": "--hf-checkpoint",
+    "teacher_model": "--opd-teacher-load",
+    "teacher_model_name_or_path": "--opd-teacher-load",
+    "teacher_url": "--rm-url",
+    "teacher": "--rm-url or --opd-teacher-load",
+    "output_dir": "--save",
+    "save_dir": "--save",
+    "save_path": "--save",
+    "save_steps": "--save-interval",
+    "save_freq": "--save-interval",
+    "save_total_limit": "--keep-checkpoints",
+    "resume_from_checkpoint": "--load",
+    "logging_dir": "--run-dir",
+    "report_to": "--use-wandb",
+    "dataset": "--prompt-data",
+    "dataset_name": "--prompt-data",
+    "data": "--prompt-data",
+    "train_data": "--prompt-data",
+    "train_files": "--prompt-data",
+    "eval_data": "--eval-prompt-data",
+    "val_files": "--eval-prompt-data",
+    "eval_steps": "--eval-interval",
+    "batch_size": "--rollout-batch-size",
+    "train_batch_size": "--rollout-batch-size",
+    "rollout_n": "--n-samples-per-prompt",
+    "num_generations": "--n-samples-per-prompt",
+    "per_device_train_batch_size": "--micro-batch-size",
+    "ppo_mini_batch_size": "--global-batch-size",
+    "max_new_tokens": "--rollout-max-response-len",
+    "max_response_length": "--rollout-max-response-len",
+    "max_completion_length": "--rollout-max-response-len",
+    "max_prompt_length": "--rollout-max-prompt-len",
+    "max_length": "--rollout-max-context-len",
+    "max_seq_len": "--rollout-max-context-len",
+    "temperature": "--rollout-temperature",
+    "top_p": "--rollout-top-p",
+    "top_k": "--rollout-top-k",
+    "warmup_steps": "--lr-warmup-iters",
+    "warmup_ratio": "--lr-warmup-fraction",
+    "lr_scheduler_type": "--lr-decay-style",
+    "max_grad_norm": "--clip-grad",
+    "gradient_checkpointing": "--recompute-granularity full",
+    "beta": "--kl-loss-coef",
+    "kl_coeff": "--opd-kl-coef or --kl-loss-coef",
+    "tp": "--tensor-model-parallel-size",
+    "pp": "--pipeline-model-parallel-size",
+    "ep": "--expert-model-parallel-size",
+}
+
+
+def synonym_hint(unknown: str) -> str:
+    """`; here it is …` for another trainer's name of an option, or nothing."""
+    name = SYNONYMS.get(unknown.lstrip("-").replace("-", "_"))
+    return f"; here it is {name}" if name else ""
