@@ -10,6 +10,20 @@ from slime_opd.config.check_machine import number_of_experts
 GIB = 2**30
 
 
+def bytes_text(count: float) -> str:
+    """A number of bytes for people: `12 MiB`, `1.5 GiB`, `1,024 GiB`."""
+    if count >= GIB:
+        return f"{count / GIB:,.1f} GiB"
+    return f"{count / 2**20:.{0 if count >= 10 * 2**20 else 1}f} MiB"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters for people: `0.3M`, `35M`, `8.19B`."""
+    if count >= 1e9:
+        return f"{count / 1e9:,.2f}B"
+    return f"{count / 1e6:.{0 if count >= 1e7 else 1}f}M"
+
+
 @dataclass(frozen=True)
 class Size:
     """Parameters of a model.
@@ -102,7 +116,7 @@ def estimates(config: Config, architecture: dict, size: Size) -> list[str]:
         parts["teacher"] = parts["weights"]
     engine = size.total * width / config.cluster.rollout_num_gpus_per_engine
     return [
-        f"{size.total / 1e9:.2f}B parameters; about {sum(parts.values()) / GIB:.1f} GiB on each training rank: "
-        + ", ".join(f"{name} {part / GIB:.1f}" for name, part in parts.items()),
-        f"about {engine / GIB:.1f} GiB of weights on each engine's GPU, beside its cache (--sglang-mem-fraction-static)",
+        f"{count_text(size.total)} parameters; about {bytes_text(sum(parts.values()))} on each training rank: "
+        + ", ".join(f"{name} {bytes_text(part)}" for name, part in parts.items()),
+        f"about {bytes_text(engine)} of weights on each engine's GPU, beside its cache (--sglang-mem-fraction-static)",
     ]

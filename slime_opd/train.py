@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from slime_opd import lifetimes
 from slime_opd.cluster import private_cluster
 from slime_opd.config.checks import notes, validate
-from slime_opd.config.parser import command_line, parse, parse_all
+from slime_opd.config.parser import command_line, parse
 from slime_opd.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -47,11 +47,9 @@ def is_due(done: int, interval: int | None, config: Config, wanted: bool) -> boo
 
 def check(arguments: list[str]) -> NoReturn:
     """Print what is found about the run that `arguments` describe; exit code 2 where there is a problem."""
-    from slime_opd.preflight import preflight
+    from slime_opd import preflight
 
-    found = preflight(*parse_all(arguments))
-    print("\n".join(found.lines()))
-    sys.exit(2 if found.problems else 0)
+    sys.exit(preflight.check(arguments))
 
 
 def main(arguments: list[str]) -> None:
@@ -60,6 +58,9 @@ def main(arguments: list[str]) -> None:
         check([word for word in arguments if word != "--check"])
     config = parse(arguments)
     validate(config)
+    from slime_opd.preflight import require_ready
+
+    require_ready(config)
     stopping = Stopping(grace_s=config.checkpoint.exit_grace_s, saves=config.checkpoint.save is not None)
     stopping.install()
     lifetimes.own()

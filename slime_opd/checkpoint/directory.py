@@ -39,7 +39,11 @@ def find(path: str, step: int | None = None, *, flag: str = "--load") -> Locatio
     or it names one that is not there. `flag` is named in the message.
     """
     root = Path(path)
-    if root.exists() and not root.is_dir():
+    try:
+        is_there = root.exists()
+    except OSError as error:  # a name that is too long
+        raise CheckpointError(f"{flag} {root} cannot be looked at: {error.strerror}") from None
+    if is_there and not root.is_dir():
         raise CheckpointError(f"{flag} {root} is a file, expected a directory of checkpoints")
     is_one = iteration_of(root.name) is not None or any(root.glob("*.distcp"))
     if (root / ".metadata").is_file() or (is_one and root.is_dir() and not (root / TRACKER).exists()):

@@ -1,7 +1,9 @@
-"""What a look at a run found: sentences, by what they mean."""
+"""What a look at a run found: sentences, by what they mean, and how they are printed."""
 
 from __future__ import annotations
 
+import textwrap
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,21 +13,53 @@ from slime_opd.errors import SlimeOPDError
 
 @dataclass
 class Findings:
-    """What was found: problems, what could not be checked and why, what was looked at and is in order, figures, and a table of what differs."""
+    """What was found: problems, what could not be checked and why, what was looked at and is in order, notes, figures, and a table of what differs.
+
+    `internal_errors` are of the check itself: `--check` counts them as problems, since what they name was not checked; a run starts.
+    """
 
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     fine: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
+    internal_errors: list[str] = field(default_factory=list)
 
-    def lines(self) -> Iterator[str]:
-        """As they are printed, the problems last."""
-        yield from (f"ok           {line}" for line in self.fine)
-        yield from (f"memory       {line}" for line in self.figures)
-        yield from (f"not checked  {line}" for line in self.unchecked)
-        yield from (f"differs      {line}" for line in self.differences)
-        yield from (f"problem      {line}" for line in self.problems)
+    def lines(self, width: int | None = None) -> Iterator[str]:
+        """As they are printed: a group for each kind, the problems last, and a closing line; wrapped where a width in columns is given."""
+        groups = (
+            ("ok", self.fine),
+            ("note", self.notes),
+            ("memory", self.figures),
+            ("not checked", self.unchecked),
+            ("differs", self.differences),
+            ("problem", self._all_problems),
+        )
+        for label, sentences in groups:
+            for sentence in sentences:
+                # A table is wider than a terminal rather than broken.
+                yield from _wrapped(f"{label:<11}  {_printable(sentence)}", width if label != "differs" else None)
+        yield self.closing_line
+
+    @property
+    def _all_problems(self) -> list[str]:
+        # What two rules find, or one rule for two flags, is one problem.
+        return list(dict.fromkeys(self.problems + self.internal_errors))
+
+    @property
+    def closing_line(self) -> str:
+        """`ready: …`, or how many problems there are."""
+        count, skipped = len(self._all_problems), len(self.unchecked)
+        aside = f", {skipped} {'thing was' if skipped == 1 else 'things were'} not checked" if skipped else ""
+        if count:
+            return f"{count} {'problem' if count == 1 else 'problems'}{aside}"
+        return f"ready: no problem was found{aside}"
+
+    @property
+    def exit_code(self) -> int:
+        """Of `--check`: 0 where the run is ready, 2 where there is a problem."""
+        return 2 if self._all_problems else 0
 
 
 def attempt(found: Findings, look: Callable[[], Any]) -> Any:
@@ -40,5 +74,31 @@ def attempt(found: Findings, look: Callable[[], Any]) -> Any:
     return result
 
 
+def guarded(found: Findings, name: str, look: Callable[[], object]) -> None:
+    """Run a look; an exception that it did not expect becomes a sentence that names what was not checked."""
+    try:
+        attempt(found, look)
+    except Exception as error:
+        found.internal_errors.append(f"not checked: {name} ({internal_error(error)})")
+
+
+def internal_error(error: Exception) -> str:
+    """An unexpected exception in one line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
+    return f"internal error: {type(error).__name__}: {one_line(error)}{place}; please report it"
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
+
+
+def _printable(sentence: str) -> str:
+    return sentence.encode("utf-8", "replace").decode("utf-8").replace("\n", " ")
+
+
+def _wrapped(line: str, width: int | None) -> list[str]:
+    if width is None:
+        return [line]
+    # Paths and flags stay whole, to be copied.
+    return textwrap.wrap(line, width, subsequent_indent=" " * 13, break_long_words=False, break_on_hyphens=False)

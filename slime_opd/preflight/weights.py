@@ -2,42 +2,89 @@
 
 from __future__ import annotations
 
-import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from slime_opd.checkpoint import directory
+from slime_opd.checkpoint.whole import problems_of
 from slime_opd.config import Config
 from slime_opd.config.check_machine import architecture_flags
+from slime_opd.config.hf_config import language_model, read_hf_config
+from slime_opd.errors import CheckpointError
 from slime_opd.preflight.findings import Findings, attempt
+from slime_opd.preflight.hf_weights import weight_problems
 
 
-def read_json(directory: str | None, name: str) -> dict:
+def look_at_weights(config: Config, found: Findings) -> None:
+    """The headers of every Hugging Face directory that weights are loaded from. Reads no tensor."""
+    flags_of: dict[Path, list[str]] = {}
+    for flag, path in _weight_directories(config):
+        flags_of.setdefault(Path(path), []).append(flag)
+    for path, flags in flags_of.items():
+        name = f"{' and '.join(flags)} {path}"
+        problems, summary = weight_problems(path)
+        found.problems += [f"{name}: {problem}" for problem in problems]
+        if not problems:
+            found.fine.append(f"{name}: {summary}")
+
+
+def _weight_directories(config: Config) -> Iterator[tuple[str, str]]:
+    """Flags and Hugging Face directories whose weights a run loads."""
+    checkpoint = config.checkpoint
+    directories = {
+        "--hf-checkpoint": (config.model.hf_checkpoint, None),
+        "--load": (checkpoint.load, checkpoint.ckpt_step),
+        "--ref-load": (checkpoint.ref_load, checkpoint.ref_ckpt_step),
+        "--opd-teacher-load": (config.opd.opd_teacher_load, config.opd.opd_teacher_ckpt_step),
+    }
+    for flag, (path, step) in directories.items():
+        if path is None or not os.path.isdir(path) or (flag == "--hf-checkpoint" and not _reads_hf_weights(config)):
+            continue
+        location = _find(path, step)
+        if location is not None and location.is_hugging_face:
+            yield flag, path
+
+
+def _reads_hf_weights(config: Config) -> bool:
+    """Whether anything loads the weights of --hf-checkpoint: an engine, or a trainer that starts from no other checkpoint."""
+    has_engine = not config.is_sft or bool(config.evaluation.eval_prompt_data)
+    if has_engine and config.sglang.get("load-format") != ("dummy",):
+        return True
+    checkpoint = config.checkpoint
+    return checkpoint.ref_load is None and (
+        checkpoint.load is None or _find(checkpoint.load, checkpoint.ckpt_step) is None
+    )
+
+
+def _find(path: str, step: int | None) -> directory.Location | None:
+    """`directory.find`; None for what it refuses, which `directory.problems` reports."""
     try:
-        return json.loads((Path(directory or "") / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+        return directory.find(path, step)
+    except CheckpointError:
+        return None
 
 
 def look_at_checkpoints(config: Config, architecture: dict, found: Findings) -> None:
     """The numbers of the architecture as flags, --hf-checkpoint and each checkpoint have them; those that differ, in one table."""
-    from slime_opd.megatron.checkpoint import shapes_at
-
     options = config.checkpoint
-    places: dict[str, dict[str, Any]] = {}
+    columns: dict[str, dict[str, Any]] = {}
     if config.model.megatron_to_hf_mode == "raw":
-        places["flags"] = architecture_flags(config)
-    places["--hf-checkpoint"] = architecture
-    for name, path in (
-        ("--load", options.load),
-        ("--ref-load", options.ref_load),
-        ("--opd-teacher-load", config.opd.opd_teacher_load),
+        columns["flags"] = architecture_flags(config)
+    columns["--hf-checkpoint"] = architecture
+    for name, path, step in (
+        ("--load", options.load, options.ckpt_step),
+        ("--ref-load", options.ref_load, options.ref_ckpt_step),
+        ("--opd-teacher-load", config.opd.opd_teacher_load, config.opd.opd_teacher_ckpt_step),
     ):
-        if path is None or not Path(path).is_dir() or not architecture:
+        location = _find(path, step) if path is not None and architecture else None
+        if location is None or problems_of(location):  # `directory.problems` reports them
             continue
-        shapes = attempt(found, lambda path=path: shapes_at(path))
+        shapes = attempt(found, lambda location=location: _shapes_of(location))
         if not shapes:
             continue
-        places[name] = shapes
+        columns[name] = shapes
         differing = [
             f"{key} {shapes[key]} there, {architecture[key]} here"
             for key in shapes
@@ -47,7 +94,24 @@ def look_at_checkpoints(config: Config, architecture: dict, found: Findings) -> 
             found.problems.append(f"{name} {path} is not of --hf-checkpoint's architecture: {'; '.join(differing)}")
         else:
             found.fine.append(f"{name} {path}: {', '.join(f'{key} {value}' for key, value in shapes.items())}")
-    found.differences += _differences(places)
+    found.differences += _differences(columns)
+
+
+# What the trainer compares of two Hugging Face directories, and what is printed of one.
+_COMPARED = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size")
+
+
+def _shapes_of(location: directory.Location) -> dict[str, Any]:
+    if location.is_hugging_face:
+        try:
+            architecture = language_model(read_hf_config(str(location.directory)))
+        except ValueError:
+            return {}  # look_at_weights reports it
+        return {name: architecture[name] for name in _COMPARED if name in architecture}
+    # Imports Megatron: seconds.
+    from slime_opd.megatron.checkpoint import shapes_at
+
+    return shapes_at(str(location.directory))
 
 
 def _differences(places: dict[str, dict[str, Any]]) -> list[str]:

@@ -5,7 +5,7 @@ from model_families import family_config
 from test_scripts import MODELS, PARAMETERS, model_arguments
 
 from slime_opd.config import parse
-from slime_opd.memory_estimate import estimates, size_of
+from slime_opd.memory_estimate import bytes_text, count_text, estimates, size_of
 
 QWEN3_8B = {
     "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -45,3 +45,16 @@ def test_experts_are_split_over_expert_parallel_ranks():
     split = total(f"{BASE} --actor-num-gpus-per-node 8 --expert-model-parallel-size 8", mixture)
     # 43.5e9 parameters of experts: 7/8 of their weights and gradients go; their optimizer was split over the ranks already.
     assert alone - split == pytest.approx(36 * 8 * 3 * 4096 * 12288 * 6 * 7 / 8 / 2**30, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.0 MiB"), (300_000, "0.3 MiB"), (12 * 2**20, "12 MiB"), (2**30, "1.0 GiB"), (1500 * 2**30, "1,500.0 GiB")],
+)
+def test_bytes_are_given_in_the_unit_that_shows_them(count, text):
+    assert bytes_text(count) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(340_000, "0.3M"), (35_000_000, "35M"), (8_190_735_360, "8.19B")])
+def test_parameters_are_given_in_the_unit_that_shows_them(count, text):
+    assert count_text(count) == text

@@ -1,5 +1,7 @@
 """The shell scripts parse, say what they were given, and stop what they start."""
 
+import json
+import math
 import os
 import re
 import signal
@@ -8,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from model_families import family_config
 
 from slime_opd.config import parse, problems
 from slime_opd.config.check_machine import check_architecture_flags
 from slime_opd.config.checks import COMBINATIONS
+from slime_opd.preflight.family_tensors import expected_tensors
 
 ROOT = Path(__file__).parents[2]
 MODELS = sorted((ROOT / "scripts/models").glob("*.sh"))
@@ -236,3 +240,13 @@ def test_setup_cpu_says_what_it_lacks():
     run = bash(f"'{script}' /nowhere", PYTHON="no-such-python")
     assert run.returncode == 1
     assert run.stderr.startswith("setup_cpu: error: found no no-such-python, expected Python 3.11 or newer")
+
+
+@pytest.mark.parametrize("script", MODELS, ids=lambda script: script.stem)
+def test_the_tensors_that_check_expects_are_the_published_models(script):
+    _, config = family_config(script.stem, parse(model_arguments(script)))
+    values = json.loads(config.to_json_string(use_diff=False))
+    started = time.perf_counter()
+    total = sum(math.prod(shape) for shape in expected_tensors(values).values())
+    assert time.perf_counter() - started < 5  # a mixture of 94 layers and 128 experts: 0.02 s where nothing else runs
+    assert total == pytest.approx(PARAMETERS[script.stem], rel=1e-5)

@@ -52,6 +52,9 @@ def test_a_run_that_makes_sense_has_no_problem_and_leaves_nothing_behind(place):
         and "--opd-teacher-load" in said
         and "GiB free" in said
     )
+    assert f"--hf-checkpoint and --opd-teacher-load {place}/student: 25 tensors, 106,944 values in F32" in said
+    assert found.figures[0].startswith("0.1M parameters; about 2.7 MiB on each training rank: weights 0.2 MiB")
+    assert found.closing_line == "ready: no problem was found"
     assert not (place / "save").exists()
 
 
@@ -67,6 +70,7 @@ def test_ten_mistakes_of_one_script_are_found_in_one_go(place, capsys):
         train.main(["--check", *shlex.split(words)])
     assert left.value.code == 2
     lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == f"{sum(line.startswith('problem ') for line in lines)} problems"
     printed = [line for line in lines if line.startswith("problem ")]
     differs = [line.split()[1:] for line in lines if line.startswith("differs ")]
     assert differs == [

@@ -1,0 +1,165 @@
+"""The tensors that a Hugging Face checkpoint of each family has, from its config.json: names and shapes.
+
+A pure function of the config, because building the model on the meta device takes half a minute for a mixture of 94 layers and 128 experts, and
+needs transformers. tests/unit/preflight/test_family_tensors.py compares it with the files that transformers writes, for every family.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from slime_opd.errors import CheckpointError
+
+Shapes = dict[str, tuple[int, ...]]
+
+_BIASED_QKV = ("qwen2", "mimo")
+_QK_NORM = ("qwen3", "qwen3_moe")
+# Families whose experts are DeepSeek-V3's: a router with a bias, shared experts, and dense layers first.
+_DEEPSEEK_EXPERTS = ("deepseek_v3", "glm4_moe")
+# No published model comes near it.
+_MOST_TENSORS = 2 * 10**6
+
+
+class _Numbers:
+    """The whole numbers of a config.json; a missing one is an error. Their types were checked when the file was read."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+
+    def __call__(self, name: str, default: int | None = None) -> int:
+        value = self._config.get(name)
+        value = default if value is None else value
+        if value is None:
+            raise CheckpointError(f"it has no {name}")
+        return value
+
+
+def expected_tensors(config: Mapping[str, Any]) -> Shapes:
+    """Shapes of all weights that are read of a model of this config, by name.
+
+    `config` is `config.hf_config.read_hf_config`'s, of a supported model_type. Raises CheckpointError where it lacks a number, or describes
+    millions of tensors.
+    """
+    read, kind = _Numbers(config), config.get("model_type")
+    hidden, vocabulary, layers = read("hidden_size"), read("vocab_size"), read("num_hidden_layers")
+    attention = (_latent_attention if kind == "deepseek_v3" else _attention)(config, read)
+    norms: Shapes = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
+    if kind == "glm4":
+        norms |= {"post_self_attn_layernorm.weight": (hidden,), "post_mlp_layernorm.weight": (hidden,)}
+    dense = {f"mlp.{name}": shape for name, shape in _mlp(config, read).items()}
+    sparse = _experts(config, read)
+    if layers * (len(attention) + len(norms) + max(len(dense), len(sparse))) > _MOST_TENSORS:
+        raise CheckpointError(f"num_hidden_layers is {layers}, which cannot be meant")
+    found: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
+    if not config.get("tie_word_embeddings"):
+        found["lm_head.weight"] = (vocabulary, hidden)
+    for layer in range(layers):
+        of_layer = {**norms, **attention, **(sparse if _is_sparse(config, read, layer) else dense)}
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+    return found
+
+
+def may_be_extra(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a weight that `expected_tensors` does not have may be in the files: it is not read, or is copied as it is."""
+    layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
+    is_multi_token_prediction = ".mtp" in name or (layer is not None and int(layer[1]) >= config["num_hidden_layers"])
+    of_tied = name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))
+    return is_multi_token_prediction or of_tied or name.endswith(("_scale_inv", "rotary_emb.inv_freq"))
+
+
+def _attention(config: Mapping[str, Any], read: _Numbers) -> Shapes:
+    kind, hidden, heads = config["model_type"], read("hidden_size"), read("num_attention_heads")
+    width = read("head_dim", max(1, hidden // heads))
+    queries, keys = heads * width, read("num_key_value_heads", heads) * width
+    rows = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
+    biased: tuple[str, ...] = ()
+    if kind in _BIASED_QKV:
+        biased = ("q_proj", "k_proj", "v_proj")
+    elif config.get("attention_bias") and kind != "mixtral":
+        biased = ("q_proj", "k_proj", "v_proj") if kind in ("glm4", "glm4_moe") else tuple(rows)
+    found: Shapes = {f"self_attn.{name}.weight": shape for name, shape in rows.items()}
+    found |= {f"self_attn.{name}.bias": rows[name][:1] for name in biased}
+    if kind in _QK_NORM or (kind == "glm4_moe" and config.get("use_qk_norm")):
+        found |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
+    return found
+
+
+def _latent_attention(config: Mapping[str, Any], read: _Numbers) -> Shapes:
+    hidden, heads = read("hidden_size"), read("num_attention_heads")
+    rotary, plain, value = read("qk_rope_head_dim"), read("qk_nope_head_dim"), read("v_head_dim")
+    latent = read("kv_lora_rank")
+    found: Shapes = {
+        "kv_a_proj_with_mqa.weight": (latent + rotary, hidden),
+        "kv_a_layernorm.weight": (latent,),
+        "kv_b_proj.weight": (heads * (plain + value), latent),
+        "o_proj.weight": (hidden, heads * value),
+    }
+    if config.get("q_lora_rank") is None:
+        found["q_proj.weight"] = (heads * (plain + rotary), hidden)
+    else:
+        rank = read("q_lora_rank")
+        found |= {
+            "q_a_proj.weight": (rank, hidden),
+            "q_a_layernorm.weight": (rank,),
+            "q_b_proj.weight": (heads * (plain + rotary), rank),
+        }
+    if config.get("attention_bias"):
+        biased = ("q_a_proj", "kv_a_proj_with_mqa", "o_proj")
+        found |= {f"{name}.bias": found[f"{name}.weight"][:1] for name in biased if f"{name}.weight" in found}
+    return {f"self_attn.{name}": shape for name, shape in found.items()}
+
+
+def _mlp(config: Mapping[str, Any], read: _Numbers, width: int | None = None) -> Shapes:
+    """Of a dense layer, or of shared experts of this `width` together."""
+    hidden, width = read("hidden_size"), width or read("intermediate_size")
+    if config["model_type"] == "glm4":
+        return {"gate_up_proj.weight": (2 * width, hidden), "down_proj.weight": (hidden, width)}
+    rows = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+    found: Shapes = {f"{name}.weight": shape for name, shape in rows.items()}
+    if config["model_type"] == "llama" and config.get("mlp_bias"):
+        found |= {f"{name}.bias": shape[:1] for name, shape in rows.items()}
+    return found
+
+
+def _experts(config: Mapping[str, Any], read: _Numbers) -> Shapes:
+    """Of a layer with experts; nothing for a family that has none."""
+    kind, hidden = config["model_type"], read("hidden_size")
+    if kind == "mixtral":
+        count, width = read("num_local_experts"), read("intermediate_size")
+        rows = {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}
+        prefix = "block_sparse_moe"
+    elif kind == "qwen3_moe" or kind in _DEEPSEEK_EXPERTS:
+        count = read("num_experts" if kind == "qwen3_moe" else "n_routed_experts")
+        width = read("moe_intermediate_size")
+        rows = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
+        prefix = "mlp"
+    else:
+        return {}
+    if count * len(rows) > _MOST_TENSORS:
+        raise CheckpointError(f"it has {count} experts, which cannot be meant")
+    found: Shapes = {f"{prefix}.gate.weight": (count, hidden)}
+    if kind in _DEEPSEEK_EXPERTS:
+        found["mlp.gate.e_score_correction_bias"] = (count,)
+        if shared := read("n_shared_experts", 0):
+            found |= {f"mlp.shared_experts.{name}": shape for name, shape in _mlp(config, read, shared * width).items()}
+    for expert in range(count):
+        found |= {f"{prefix}.experts.{expert}.{name}.weight": shape for name, shape in rows.items()}
+    return found
+
+
+def _is_sparse(config: Mapping[str, Any], read: _Numbers, layer: int) -> bool:
+    """Whether a layer has experts in place of an MLP."""
+    kind = config["model_type"]
+    if kind in _DEEPSEEK_EXPERTS:
+        return layer >= read("first_k_dense_replace", 0)
+    if kind == "qwen3_moe":
+        dense = config.get("mlp_only_layers") or []
+        return layer not in dense and (layer + 1) % read("decoder_sparse_step", 1) == 0
+    return kind == "mixtral"
