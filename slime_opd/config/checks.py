@@ -124,4 +124,7 @@ def notes(config: Config) -> list[str]:
 
 def _holds_checkpoint(directory: str) -> bool:
     names = ("latest_checkpointed_iteration.txt", "iter_*", "config.json")
-    return any(file for name in names for file in Path(directory).glob(name))
+    try:
+        return any(file for name in names for file in Path(directory).glob(name))
+    except OSError:  # a name that is too long, or a directory that may not be read: other rules report them
+        return False
