@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from slime_opd.checkpoint.start import Request
 from slime_opd.config import Config
+from slime_opd.config.hf_config import language_model, read_hf_config
 from slime_opd.config.options import options_of
 from slime_opd.config.redact import redact_value
 from slime_opd.errors import ConfigError
@@ -49,14 +48,10 @@ def identity_of(config: Config, prompts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _architecture(hf_checkpoint: str | None) -> dict[str, Any]:
-    file = Path(hf_checkpoint or "") / "config.json"
-    if not file.is_file():
-        return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = language_model(read_hf_config(hf_checkpoint))
     except ValueError as error:
-        raise ConfigError(f"--hf-checkpoint: {file} is not JSON ({error})") from error
-    config = config.get("text_config", config) if isinstance(config, dict) else {}
+        raise ConfigError(f"--hf-checkpoint: {error}") from error
     return {key: config[key] for key in _ARCHITECTURE if key in config}
 
 
