@@ -7,6 +7,7 @@ torch: the same bytes make the same calls there.
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 from pathlib import Path
@@ -88,6 +89,9 @@ def check_metadata(directory: Path) -> dict[str, int]:
     Raises CheckpointError where it cannot be read, names a class that is not allowed, or a file outside of the directory.
     """
     path = directory / ".metadata"
+    # Of a large model it makes a million small objects, which the garbage collector would go through again and again.
+    collects = gc.isenabled()
+    gc.disable()
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes()), path).load()
         stored = metadata.storage_data.values()
@@ -101,6 +105,9 @@ def check_metadata(directory: Path) -> dict[str, int]:
         raise CheckpointError(
             f".metadata cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
         ) from None
+    finally:
+        if collects:
+            gc.enable()
     sizes: dict[str, int] = {}
     for name, end in extents:
         if Path(name).name != name:
