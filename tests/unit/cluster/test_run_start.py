@@ -1,0 +1,56 @@
+"""What ends a run before it joins Ray: a damaged checkpoint, and another run in its directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from slime_opd.checkpoint.lock import LOCK, RunLock
+from slime_opd.cluster import session
+from slime_opd.cluster.run import Run
+from slime_opd.config.parser import parse
+from slime_opd.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    def join(address):
+        raise AssertionError("the run went on to join Ray")
+
+    monkeypatch.setattr(session, "join", join)
+
+
+def start(directory: Path, *more: str) -> None:
+    words = ["--loss-type", "sft_loss", "--run-dir", str(directory / "run"), *more]
+    with Run(parse(words), None, None):
+        pass
+
+
+def test_a_second_run_in_one_directory_is_refused_and_the_first_keeps_its_lock(tmp_path):
+    save = tmp_path / "save"
+    with RunLock(save):
+        with pytest.raises(ConfigError, match=f"--save {save} is in use by another run .process {os.getpid()} on"):
+            start(tmp_path, "--save", str(save))
+        assert str(os.getpid()) in (save / LOCK).read_text()
+
+
+def test_a_run_that_cannot_start_gives_its_lock_back(tmp_path):
+    with pytest.raises(AssertionError, match="join Ray"):
+        start(tmp_path, "--save", str(tmp_path / "save"))
+    with RunLock(tmp_path / "save"):
+        pass
+
+
+@pytest.mark.parametrize("flag", ["--load", "--ref-load", "--opd-teacher-load"])
+def test_a_checkpoint_that_is_not_whole_is_refused_with_the_flag_that_names_it(tmp_path, flag):
+    (tmp_path / "ckpt" / "iter_0000003").mkdir(parents=True)
+    (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("3")
+    with pytest.raises(ConfigError, match=rf"^{flag} .*iter_0000003: \.metadata is missing; no earlier checkpoint in"):
+        start(tmp_path, flag, str(tmp_path / "ckpt"))
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--load /etc is not empty and holds no checkpoint"):
+        start(tmp_path, "--load", "/etc")
