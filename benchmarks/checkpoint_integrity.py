@@ -49,14 +49,16 @@ def measure(rank: int, world_size: int, init_method: str, directory: str, gigaby
         )
         for number in range(TENSORS)
     }
-    seconds: dict[str, float] = {}
+    # By part: seconds, and seconds of CPU of all ranks and their writers.
+    seconds: dict[str, tuple[float, float]] = {}
 
     def timed(name: str, action) -> None:
         dist.barrier()
-        started = time.perf_counter()
+        started, busy = time.perf_counter(), sum(os.times()[:4])
         action()
-        dist.barrier()
-        seconds[name] = time.perf_counter() - started
+        spent = torch.tensor(sum(os.times()[:4]) - busy)
+        dist.all_reduce(spent)
+        seconds[name] = (time.perf_counter() - started, float(spent))
 
     on_first_rank(lambda: partial.mkdir(parents=True))
     filesystem_async._results_queue = queue.SimpleQueue()
@@ -93,11 +95,11 @@ def main() -> None:
         shutil.rmtree(directory)
     found = ranks[0]
     size = found.pop("bytes") / GB
-    save = found["write"] + found["hash"] + found["sync and rename"]
+    save = sum(found[name][0] for name in ("write", "hash", "sync and rename"))
     print(f"{size:.2f} GB, {options.ranks} ranks")
-    for name, seconds in found.items():
+    for name, (seconds, busy) in found.items():
         share = "" if name == "verify" else f", {seconds / save:.0%} of the save"
-        print(f"{name}: {seconds:.2f} s, {seconds / size:.2f} s/GB{share}")
+        print(f"{name}: {seconds / size:.2f} s/GB, {busy / size:.2f} s/GB of CPU{share}")
 
 
 if __name__ == "__main__":

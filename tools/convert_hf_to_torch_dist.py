@@ -38,30 +38,33 @@ def main(arguments: list[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
-    from slime_opd.checkpoint import directory
+    from slime_opd.checkpoint import directory, disk
     from slime_opd.checkpoint.lock import RunLock
     from slime_opd.checkpoint.tokenizer import copy_tokenizer
     from slime_opd.config.stages import ParallelConfig
-    from slime_opd.megatron import conversion, hugging_face, parallel
+    from slime_opd.megatron import checkpoint, conversion, hugging_face, parallel
     from slime_opd.megatron.verification import Verification, on_first_rank, write_manifest
 
     source = directory.require(config.model.hf_checkpoint, "--hf-checkpoint")
     config = completed(config, hugging_face.weights_dtype(config.model.hf_checkpoint))
     partial = target / "release.partial"
+    needed = sum(file.stat().st_size for file in hugging_face.weight_files(source.directory))
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        disk.check_room(target, "release", needed)
 
     with parallel.tool_process(ParallelConfig()), torch.no_grad(), ExitStack() as stack:
         if torch.distributed.get_rank() == 0:
             stack.enter_context(RunLock(target))
         Verification(enabled=not config.checkpoint.no_verify_checkpoint).require(source, "--hf-checkpoint")
-        on_first_rank(begin)
-        conversion.to_torch_dist(config, partial)
-        on_first_rank(lambda: copy_tokenizer(source.directory, partial))
-        write_manifest(partial)
-        final = on_first_rank(lambda: directory.publish(partial))
+        with checkpoint.writing(partial, needed):
+            on_first_rank(begin)
+            conversion.to_torch_dist(config, partial)
+            on_first_rank(lambda: copy_tokenizer(source.directory, partial))
+            write_manifest(partial)
+            final = on_first_rank(lambda: directory.publish(partial))
         if torch.distributed.get_rank() == 0:
             print(f"wrote {final}")
 

@@ -249,7 +249,7 @@ def save(
         remove_old(Path(root), keep)
         return final
 
-    with _writing(partial, needed):
+    with writing(partial, needed):
         on_first_rank(begin)
         # By default the writer's results pass through a queue in a process of its own, started by `spawn`: seconds of imports,
         # 300 MB, and it outlives a killed rank. A save that is waited for puts and gets them in this process.
@@ -268,7 +268,7 @@ def _own_bytes(state: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _writing(partial_directory: Path, needed: int) -> Iterator[None]:
+def writing(partial_directory: Path, needed: int) -> Iterator[None]:
     """Turn a failure to write a checkpoint into a CheckpointError, and remove what there is of it.
 
     Megatron raises a writer's failure on all ranks, but its reason on the first; one of the first rank's own files ends that rank

@@ -8,6 +8,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from slime_opd.checkpoint import manifest
+from slime_opd.checkpoint import disk, manifest
 from slime_opd.errors import CheckpointError
 from slime_opd.observe.progress import Progress
 
@@ -148,23 +149,42 @@ def write(
     )
     tensors = [{name: value for group in shard for name, value in group.tensors.items()} for shard in shards]
     plan = hashlib.sha256(repr((source, str(origin), tensors)).encode()).hexdigest()
-    done = _begin(output, plan, overwrite)
-    with Progress("writing", len(shards), unit="shards") as progress:
-        for name, shard, wanted in zip(names, shards, tensors, strict=True):
-            if name not in done:
-                _write_shard(output / name, shard, wanted)
-                done[name] = manifest.sha256(output / name)
-                _replace(output / _JOURNAL, json.dumps({"plan": plan, "done": done}))
-            progress.advance(1)
-    if len(shards) > 1:
-        total = sum(group.bytes for shard in shards for group in shard)
-        weight_map = {tensor: name for name, of_shard in zip(names, tensors, strict=True) for tensor in of_shard}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _replace(output / INDEX, json.dumps(index, indent=2) + "\n")
-    _copy_companions(origin, output, next(iter(tensors[0].values()))[1])
-    manifest.write(output, manifest.measure(output, manifest.listed_files(output, [_JOURNAL])))
-    (output / _JOURNAL).unlink()
-    return [name for name in names if name in done.reused]
+    with _room_for(output, sum(group.bytes for shard in shards for group in shard)):
+        done = _begin(output, plan, overwrite)
+        with Progress("writing", len(shards), unit="shards") as progress:
+            for name, shard, wanted in zip(names, shards, tensors, strict=True):
+                if name not in done:
+                    _write_shard(output / name, shard, wanted)
+                    done[name] = manifest.sha256(output / name)
+                    _replace(output / _JOURNAL, json.dumps({"plan": plan, "done": done}))
+                progress.advance(1)
+        if len(shards) > 1:
+            total = sum(group.bytes for shard in shards for group in shard)
+            weight_map = {tensor: name for name, of_shard in zip(names, tensors, strict=True) for tensor in of_shard}
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            _replace(output / INDEX, json.dumps(index, indent=2) + "\n")
+        _copy_companions(origin, output, next(iter(tensors[0].values()))[1])
+        manifest.write(output, manifest.measure(output, manifest.listed_files(output, [_JOURNAL])))
+        (output / _JOURNAL).unlink()
+        return [name for name in names if name in done.reused]
+
+
+@contextmanager
+def _room_for(output: Path, needed: int) -> Iterator[None]:
+    """Turn a disk that is full or read-only into a CheckpointError; what is complete stays for the next attempt."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = re.search(
+            r"No space left on device|Disk quota exceeded|Read-only file system|Permission denied", str(error)
+        )
+        if reason is None:
+            raise
+        there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        free = disk.format_bytes(shutil.disk_usage(there).free)
+        raise CheckpointError(
+            f"{output} was not written: {reason[0]} (all of it takes about {disk.format_bytes(needed)}, {free} are free); once this is mended, the same command continues with the first shard that is missing"
+        ) from error
 
 
 class _Done(dict[str, str]):

@@ -210,3 +210,33 @@ def test_a_checkpoint_that_names_a_function_is_not_read_by_the_conversion(tmp_pa
     with pytest.raises(CheckpointError, match=r"\.metadata names posix\.system, which no checkpoint needs"):
         torch_dist.Reader(tmp_path)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_full_disk_is_a_sentence_and_the_same_conversion_continues(origin, tmp_path, monkeypatch):
+    output, written_shards = tmp_path / "output", []
+
+    def full(state, path, metadata):
+        if written_shards:
+            raise OSError(28, "No space left on device", str(path))
+        written_shards.append(path)
+        save_file(state, path, metadata)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hugging_face, "save_file", full)
+        with pytest.raises(CheckpointError) as refusal:
+            convert(origin, output)
+    sentence = str(refusal.value)
+    assert sentence.startswith(f"{output} was not written: No space left on device (all of it takes about 320 bytes, ")
+    assert sentence.endswith(
+        "are free); once this is mended, the same command continues with the first shard that is missing"
+    )
+    assert convert(origin, output) == ["model-00001-of-00003.safetensors"]
+
+
+def test_another_failure_of_the_system_is_not_called_a_full_disk(origin, tmp_path, monkeypatch):
+    def broken(state, path, metadata):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(hugging_face, "save_file", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        convert(origin, tmp_path / "output")
