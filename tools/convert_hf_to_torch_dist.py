@@ -20,7 +20,7 @@ from pathlib import Path
 from slime_opd.checkpoint.lock import LOCK
 from slime_opd.config.config import Config
 from slime_opd.config.parser import command_line, parse
-from slime_opd.errors import ConfigError
+from slime_opd.errors import CheckpointError, ConfigError
 
 
 def main(arguments: list[str]) -> None:
@@ -80,5 +80,13 @@ def completed(config: Config, dtype: object) -> Config:
     return config
 
 
+def command(arguments: list[str]) -> None:
+    """`main`, for the command line: a checkpoint that cannot be read or written is answered as a wrong flag is."""
+    try:
+        main(arguments)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from error
+
+
 if __name__ == "__main__":
-    command_line(main)
+    command_line(command)

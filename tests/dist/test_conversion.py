@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ def test_two_processes_share_the_work_and_make_the_same_checkpoint(tiny_model_di
     made = run(*launcher, TOOLS / "convert_hf_to_torch_dist.py", "--hf-checkpoint", tiny_model_dir, "--save", tmp_path / "out")
     assert made.returncode == 0, made.stderr[-2000:]
     assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    kept = tmp_path / "out" / "release" / "tokenizer" / "tokenizer.json"
+    assert kept.read_bytes() == (tiny_model_dir / "tokenizer.json").read_bytes()
     again = run(TOOLS / "convert_hf_to_torch_dist.py", "--hf-checkpoint", tiny_model_dir, "--save", tmp_path / "out")
     assert again.returncode == 2 and "is not empty; choose another directory or say --force" in again.stderr
     words = ["--input-dir", tmp_path / "out", "--output-dir", tmp_path / "back", "--origin-hf-dir", tiny_model_dir]
@@ -151,3 +154,17 @@ def test_what_is_no_checkpoint_is_refused_with_a_sentence(tiny_model_dir, tmp_pa
     refused = run(TOOLS / "convert_torch_dist_to_hf.py", *[places.get(w, w) for w in words], "--output-dir", tmp_path / "o")
     assert refused.returncode == 2 and expected in refused.stderr and "Traceback" not in refused.stderr
     assert json.dumps(refused.stdout) == '""'
+
+
+def test_a_damaged_hugging_face_directory_is_not_converted(tiny_model_dir, tmp_path):
+    from slime_opd.checkpoint import manifest
+
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    manifest.write(model, manifest.measure(model, manifest.listed_files(model)))
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-100] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    refused = run(TOOLS / "convert_hf_to_torch_dist.py", "--hf-checkpoint", model, "--save", tmp_path / "out")
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert f"--hf-checkpoint {model}: model.safetensors is damaged: its contents differ from" in refused.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["run.lock"]
