@@ -89,7 +89,7 @@ class Stopping:
         self.save_first = False  # the run is to save before it ends
 
     def install(self) -> None:
-        """Take the signals over. Called again after Ray has started, which puts handlers of its own in their place."""
+        """Take the signals over."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_deadline)
@@ -186,30 +186,32 @@ def during(verb: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """For starting daemons: SIGTERM and SIGHUP wait meanwhile, and what is forked gets a session of its own, without them blocked.
+def daemons_apart() -> Iterator[None]:
+    """For starting Ray: this process keeps its signal handlers, and what is forked gets a session of its own.
 
-    So neither Ctrl-C nor a signal to the run's process group reaches the daemons. It relies on their being started by
-    `subprocess` with a `preexec_fn`, as Ray does, or by `os.fork`: only those run Python's hooks for forks.
+    `ray.init` sets handlers of its own, in Python, which are ignored here, and in native code, which are
+    replaced when this ends: in the moment between, while Ray connects, SIGTERM ends the process by Ray's way and its
+    warden does the rest. The sessions keep Ctrl-C and signals to the process group from the daemons; for that they have to be
+    started by `os.fork` or by `subprocess` with a `preexec_fn`, as Ray does: only those run Python's hooks for forks.
     """
-    waiting = {signal.SIGTERM, signal.SIGHUP}
     active = True
 
     def in_child() -> None:
         if active:
             os.setsid()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, waiting)
+
+    def keep(number: int, handler: Any) -> Any:
+        return signal.getsignal(number) if number in SIGNALS else set_handler(number, handler)
 
     os.register_at_fork(after_in_child=in_child)
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
+    set_handler, signal.signal = signal.signal, keep
     try:
         yield
     finally:
         active = False
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal = set_handler
+        for number in SIGNALS:
+            signal.signal(number, signal.getsignal(number))
 
 
 def _write(message: str) -> None:

@@ -60,10 +60,6 @@ class EngineActor:
             return "dead", f"its server ended with exit code {code}"
         return unhealthy(self._workers)
 
-    def stop(self) -> None:
-        """Stop the server."""
-        self._server.stop()
-
 
 class EngineGroup:
     """All engines of a run. `url` is where requests go: the engine, or the router in front of several."""
@@ -146,15 +142,9 @@ class EngineGroup:
         return options
 
     def stop(self) -> None:
-        """Stop the router and every server, and end their actors."""
+        """End the router and every engine, also one that is still starting; an actor's warden ends its server."""
         self._is_stopping = True
         if self._router is not None:
             self._router.stop()
         for actor in self._actors:
-            try:
-                ray.get(actor.stop.remote(), timeout=30)
-            except (ray.exceptions.RayError, AttributeError):
-                # It died before; its server died with it.
-                continue
-            finally:
-                ray.kill(actor)
+            ray.kill(actor)

@@ -14,7 +14,7 @@ from slime_opd.cluster.private_cluster import is_inside_job
 from slime_opd.config import Config
 from slime_opd.config.check_sizes import process_problem
 from slime_opd.errors import ConfigError
-from slime_opd.stopping import undisturbed
+from slime_opd.stopping import daemons_apart
 
 PLACEMENT_TIMEOUT_S = 120
 
@@ -50,7 +50,7 @@ def join(address: str) -> None:
     if ray.is_initialized():
         return
     try:
-        with undisturbed():
+        with daemons_apart():
             ray.init(
                 address=None if is_inside_job() else address,
                 log_to_driver=True,
