@@ -98,7 +98,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(outcomes, case):
 
 
 def overflow(rank, world_size, init_method, models):
-    """Metrics of a step whose loss scale is too large and of one that no scale mends, and whether they changed a weight."""
+    """Metrics of two rollouts of two steps, and whether the first changed a weight: its loss scale is too large for both.
+
+    In the second the scale is at its minimum, and a sample of the first step has a gradient that float16 cannot hold.
+    """
     from slime_opd.data.assemble import assemble, split
     from slime_opd.megatron.trainer import Trainer
     from slime_opd.observe.metrics import values
@@ -109,18 +112,20 @@ def overflow(rank, world_size, init_method, models):
     before = {name: weight.clone() for name, weight in trainer.exported_weights()}
     batch = assemble(make_samples(), config)
     metrics = [values(trainer.train(split(batch, config)[0]))]
+    unchanged = all(weight.equal(before[name]) for name, weight in trainer.exported_weights())
     scaler = trainer.optimizer.chained_optimizers[0].grad_scaler
     scaler._scale = scaler.min_scale.clone()
     advantages = batch.columns["advantages"].copy()
     advantages[np.flatnonzero(batch.columns["policy_weights"])[0]] = 1e30
     metrics.append(values(trainer.train(split(batch.with_column("advantages", advantages), config)[0])))
-    return metrics, all(weight.equal(before[name]) for name, weight in trainer.exported_weights())
+    return metrics, unchanged
 
 
 def test_a_step_that_overflows_float16_is_skipped_and_counted(tiny_model_dir, tmp_path):
     (first, second), unchanged = run_ranks(overflow, 1, tmp_path, (str(tiny_model_dir), str(tiny_model_dir)))[0]
-    assert first["train/skipped_steps"] == 1 and "train/grad_norm" not in first
+    assert first["train/skipped_steps"] == 2 and "train/grad_norm" not in first
     assert unchanged
-    # How the scale is found is no fault; at its minimum, or where the loss itself is not finite, it is.
-    assert first["train/skipped_steps/overflow"] == 1 and first["train/skipped_in_a_row"] == 0
-    assert second["train/skipped_steps/overflow"] == 0 and second["train/skipped_in_a_row"] == 1
+    # How the scale is found is no fault; a gradient that does not fit at the smallest scale is, and the next step trains.
+    assert first["train/skipped_steps/overflow"] == 2 and first["train/skipped_in_a_row"] == 0
+    assert second["train/skipped_steps/gradient"] == second["train/skipped_steps"] == 1
+    assert second["train/skipped_in_a_row"] == 0 and second["train/grad_norm"] > 0
