@@ -132,19 +132,6 @@ HONOURED: dict[str, str] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_eps", "clip_grad"), "honoured from the next step"),
     **dict.fromkeys(
         (
-            "prompt_data",
-            "input_key",
-            "label_key",
-            "apply_chat_template",
-            "apply_chat_template_kwargs",
-            "rollout_max_prompt_len",
-            "too_long_prompts",
-        ),
-        _PROMPTS,
-    ),
-    **dict.fromkeys(("metadata_key", "num_epoch", "max_row_bytes"), _HONOURED),
-    **dict.fromkeys(
-        (
             "use_rotary_position_embeddings",
             "no_position_embedding",
             "spec",
@@ -208,6 +195,9 @@ def effect_of(name: str, *, loads_optimizer: bool = True) -> tuple[str, bool]:
         return _HONOURED if name in REFUSED or name.startswith("sglang-") else "unknown to this version", False
     if option.stage == "megatron":
         return _COMPARED, False
+    if option.stage == "data":
+        # Whatever is read, and however: the prompts that come out are compared with the checkpoint's.
+        return _PROMPTS, False
     if option.stage in STATELESS_STAGES:
         return _HONOURED, False
     raise KeyError(f"{flag(name)} is in neither REFUSED nor HONOURED of slime_opd/checkpoint/differences.py")
