@@ -1,0 +1,149 @@
+"""The kinds of kill: what is killed, how, in which phase of a run, and what the run must then do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from signal import Signals
+
+SFT, SFT_TWO_RANKS = "sft", "sft_two_ranks"
+GRPO, SGLANG_TEACHER, TWO_ENGINES = "grpo", "sglang_teacher", "two_engines"
+WITH_ENGINE = (GRPO, SGLANG_TEACHER, TWO_ENGINES)
+ALL_STACKS = (SFT, SFT_TWO_RANKS, *WITH_ENGINE)
+
+
+class Phase(Enum):
+    """What a run does at the moment of a kill."""
+
+    START = "start"
+    GENERATE = "generate"
+    TRAIN = "train"
+    UPDATE_WEIGHTS = "update weights"
+    SAVE = "save"
+
+
+# Supervised fine-tuning generates nothing.
+PHASES_OF_SFT = (Phase.START, Phase.TRAIN, Phase.SAVE)
+
+
+class Role(Enum):
+    """What a process of a run is."""
+
+    DRIVER = "driver"
+    GCS = "Ray's GCS"
+    RAYLET = "raylet"
+    AGENT = "Ray's agent"
+    RAY = "another process of Ray"
+    TRAINER = "trainer rank"
+    WRITER = "checkpoint writer"
+    SHARED_MEMORY = "torch's shared-memory manager"
+    ENGINE_ACTOR = "engine actor"
+    GUARD = "server guard"
+    LAUNCHER = "engine launcher"
+    SCHEDULER = "engine scheduler"
+    DETOKENIZER = "engine detokenizer"
+    ROUTER = "router"
+    REWARD = "reward worker"
+    OTHER = "another process"
+
+
+class Way(Enum):
+    """How a process is attacked."""
+
+    SIGNAL = "a signal to the process"
+    GROUP = "a signal to its process group"
+    HANG_UP = "its terminal is closed"
+    STOP = "stopped for a while, then continued"
+
+
+class Outcome(Enum):
+    """What a run must do after the kill. Whatever it does, it leaves nothing behind and the same command continues it."""
+
+    ENDS = "ends"
+    SURVIVES = "survives"
+    EITHER = "ends or survives"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of kill.
+
+    `codes` are the exit codes that a run may end with, as `subprocess.Popen.returncode` has them. With `explains` the
+    run ends with a sentence: a line that starts with "slime_opd: error: ", and no traceback.
+    """
+
+    name: str
+    role: Role
+    stacks: tuple[str, ...] = ALL_STACKS
+    phases: tuple[Phase, ...] = tuple(Phase)
+    signal: Signals = Signals.SIGKILL
+    way: Way = Way.SIGNAL
+    outcome: Outcome = Outcome.ENDS
+    codes: tuple[int, ...] = field(default=(1,))
+    explains: bool = True
+
+    @property
+    def is_in_terminal(self) -> bool:
+        """Whether the run must have a terminal of its own."""
+        return self.way is Way.HANG_UP
+
+    def phases_on(self, stack: str) -> tuple[Phase, ...]:
+        """The phases of this kind that a run of `stack` has."""
+        return tuple(phase for phase in self.phases if stack in WITH_ENGINE or phase in PHASES_OF_SFT)
+
+
+_RUNNING = (Phase.GENERATE, Phase.TRAIN, Phase.UPDATE_WEIGHTS, Phase.SAVE)
+_USING_THE_ENGINE = (Phase.START, Phase.GENERATE, Phase.UPDATE_WEIGHTS)
+
+
+def on_stacks(kinds: Iterable[Kind], stacks: Sequence[str]) -> list[Kind]:
+    """The kinds as far as they apply to these stacks; those that apply to none are left out."""
+    narrowed = [replace(kind, stacks=tuple(stack for stack in kind.stacks if stack in stacks)) for kind in kinds]
+    return [kind for kind in narrowed if kind.stacks]
+
+
+def _of_driver(name: str, signal: Signals, codes: tuple[int, ...], way: Way = Way.SIGNAL) -> Kind:
+    return Kind(name, Role.DRIVER, signal=signal, way=way, codes=codes, explains=False)
+
+
+def _survived(name: str, role: Role, **fields: object) -> Kind:
+    return Kind(name, role, outcome=Outcome.SURVIVES, **fields)
+
+
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        _of_driver("driver-kill", Signals.SIGKILL, (-9,)),
+        _of_driver("driver-term", Signals.SIGTERM, (143,)),
+        # 128 + 2, or ended by the signal itself, as Python does where nothing handles KeyboardInterrupt.
+        _of_driver("driver-int", Signals.SIGINT, (130, -2)),
+        _of_driver("terminal-closed", Signals.SIGHUP, (129, -1), Way.HANG_UP),
+        _of_driver("group-kill", Signals.SIGKILL, (-9,), Way.GROUP),
+        Kind("gcs-kill", Role.GCS),
+        Kind("raylet-kill", Role.RAYLET),
+        Kind("ray-agent-kill", Role.AGENT, outcome=Outcome.EITHER),
+        Kind("trainer-kill", Role.TRAINER, (SFT, *WITH_ENGINE)),
+        Kind("one-of-two-ranks-kill", Role.TRAINER, (SFT_TWO_RANKS,)),
+        Kind("writer-kill", Role.WRITER, phases=(Phase.SAVE,), outcome=Outcome.EITHER),
+        Kind(
+            "shared-memory-manager-kill", Role.SHARED_MEMORY, WITH_ENGINE, phases=_RUNNING[:3], outcome=Outcome.EITHER
+        ),
+        Kind("engine-actor-kill", Role.ENGINE_ACTOR, WITH_ENGINE),
+        Kind("server-guard-kill", Role.GUARD, WITH_ENGINE, outcome=Outcome.EITHER),
+        Kind("engine-launcher-kill", Role.LAUNCHER, WITH_ENGINE),
+        Kind("engine-scheduler-kill", Role.SCHEDULER, WITH_ENGINE),
+        Kind("engine-detokenizer-kill", Role.DETOKENIZER, WITH_ENGINE, phases=_USING_THE_ENGINE),
+        Kind("router-kill", Role.ROUTER, (TWO_ENGINES,), phases=_RUNNING),
+        _survived("reward-worker-kill", Role.REWARD, stacks=(GRPO,), phases=_RUNNING[:1]),
+        _survived("trainer-stop", Role.TRAINER, phases=_RUNNING, signal=Signals.SIGSTOP, way=Way.STOP),
+        _survived(
+            "engine-stop",
+            Role.SCHEDULER,
+            stacks=WITH_ENGINE,
+            phases=_RUNNING[:3],
+            signal=Signals.SIGSTOP,
+            way=Way.STOP,
+        ),
+    )
+}

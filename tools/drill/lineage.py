@@ -1,0 +1,264 @@
+"""One run through several kills: the same command is started again after each, until it has finished."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from drill.attempt import PROGRESS_LIMIT_S, Attempt, Ended, Stuck, moments, read_records, saved_step
+from drill.judge import problems_of
+from drill.kinds import Kind, Outcome, Phase, Role, Way
+from drill.plan import Trial
+from drill.processes import Process, shared_memory
+from drill.results import FINISHED, Result
+from drill.stacks import Material, command, rollouts
+from drill.steps import check_start, missing
+from drill.weights import differing_tensors
+
+# A run with fewer steps to go is finished: a kill needs steps before it and after it.
+_FEWEST_STEPS_LEFT = 9
+_MOST_TRIES = 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a drill share. `references` are the final checkpoints of uninterrupted runs, by stack."""
+
+    directory: Path
+    material: Material
+    teacher_url: str | None
+    references: Mapping[str, Path]
+    say: Callable[[str], None]
+    hang_limit_s: float = 90.0
+    clean_limit_s: float = 10.0
+    stop_s: float = 20.0
+
+
+class Lineage:
+    """All starts of one command. `run` takes kills off a queue, does them, and lets the run finish."""
+
+    def __init__(self, setting: Setting, stack: str, name: str) -> None:
+        self.results: list[Result] = []
+        self.broken: str | None = None
+        self._setting, self._stack, self.name = setting, stack, name
+        self._directory = setting.directory / name
+        self._directory.mkdir(parents=True)
+        self.save = self._directory / "save"
+        self._command = command(stack, setting.material, self.save, setting.teacher_url)
+        self._attempt: Attempt | None = None
+        self._starts = 0
+        # Kills since which no start that has ended has logged a step: what is wrong with the next steps is theirs.
+        self._unsettled: list[Result] = []
+
+    def run(self, queue: deque[Trial]) -> None:
+        """Do kills of the queue, as many as fit, and finish the run. A kill that could not be done goes back into the queue."""
+        try:
+            while self.broken is None and self._has_room() and (trial := self._take(queue)) is not None:
+                if not self._do(trial):
+                    self._put_back(trial, queue)
+            if self.broken is None:
+                self._finish()
+        finally:
+            if self._attempt is not None:
+                self._attempt.close()
+
+    def _has_room(self) -> bool:
+        left = rollouts(self._stack) - max([saved_step(self.save), *(self._attempt.steps() if self._attempt else [])])
+        return left >= _FEWEST_STEPS_LEFT
+
+    def _take(self, queue: deque[Trial]) -> Trial | None:
+        """The next kill that can be done now: a run that has survived is past its start, and has no terminal."""
+        for trial in queue:
+            if self._attempt is None or (trial.phase is not Phase.START and not trial.kind.is_in_terminal):
+                queue.remove(trial)
+                return trial
+        return None
+
+    def _put_back(self, trial: Trial, queue: deque[Trial]) -> None:
+        if trial.tries + 1 < _MOST_TRIES:
+            queue.append(trial.again())
+            return
+        result = _result_of(trial)
+        result.problems.append(f"could not be done in {_MOST_TRIES} runs: no {trial.kind.role.value} at its moments")
+        self.results.append(result)
+        self._say(result)
+
+    def _do(self, trial: Trial) -> bool:
+        """Whether the kill could be done."""
+        if self._attempt is None:
+            self._start(in_terminal=trial.kind.is_in_terminal)
+        attempt = self._attempt
+        try:
+            target = self._aim(attempt, trial)
+        except (Ended, Stuck) as reason:
+            self._break(f"the same command did not continue: {reason}")
+            return False
+        if target is None:
+            return False
+        result = _result_of(trial)
+        self.results.append(result)
+        printed = attempt.log.stat().st_size
+        known = attempt.known.values()
+        segments = shared_memory(known)
+        begun = time.monotonic()
+        self._attack(target, trial.kind)
+        self._watch(attempt, trial.kind, result)
+        result.seconds_to_end = time.monotonic() - begun
+        has_survived = result.code is None and not result.hung
+        if not has_survived:
+            self._look_at_what_is_left(attempt, result, segments)
+        result.output_lines = attempt.output(printed).count("\n")
+        result.problems += problems_of(result, trial.kind, attempt.output(printed), self._setting.clean_limit_s)
+        if has_survived:
+            self._unsettled.append(result)
+        else:
+            self._settle()
+            self._unsettled.append(result)
+        return True
+
+    def _start(self, in_terminal: bool = False) -> None:
+        self._starts += 1
+        log = self._directory / f"start_{self._starts}.log"
+        self._attempt = Attempt(self._command, self.save, log, in_terminal=in_terminal)
+
+    def _aim(self, attempt: Attempt, trial: Trial) -> Process | None:
+        """The process to kill, at a moment that suits; None where this start has no such moment (any more)."""
+        for _ in moments(attempt, trial):
+            targets = [process for process in attempt.processes() if process.role is trial.kind.role]
+            if targets:
+                targets.sort(key=lambda process: process.pid)
+                return targets[int(trial.fraction * 1000) % len(targets)]
+        return None
+
+    def _attack(self, target: Process, kind: Kind) -> None:
+        attempt = self._attempt
+        if kind.way is Way.HANG_UP:
+            attempt.hang_up()
+        elif kind.way is Way.GROUP:
+            _kill_group(attempt.pid, kind.signal)
+        else:
+            target.send(kind.signal)
+        if kind.way is Way.STOP:
+            attempt.wait_end(self._setting.stop_s)
+            target.send(signal.SIGCONT)
+
+    def _watch(self, attempt: Attempt, kind: Kind, result: Result) -> None:
+        """Wait until the run has ended, or has done two more steps where it may survive."""
+        done = len(attempt.steps())
+        limit = self._setting.hang_limit_s
+        if kind.outcome is Outcome.ENDS:
+            result.code = attempt.wait_end(limit)
+            result.hung = result.code is None
+            return
+        try:
+            attempt.wait(lambda: len(attempt.steps()) >= done + 2, limit)
+        except Ended:
+            result.code = attempt.exit_code()
+        except Stuck:
+            result.hung = True
+
+    def _look_at_what_is_left(self, attempt: Attempt, result: Result, segments: set[Path]) -> None:
+        """Wait for all processes to end, up to the limit; then kill what is left, so that it does not disturb the next start."""
+        begun = time.monotonic()
+        if not result.hung:
+            while (left := attempt.left()) and time.monotonic() - begun < self._setting.clean_limit_s:
+                time.sleep(0.05)
+            result.left = [str(process) for process in left]
+            result.seconds_to_clean = None if left else time.monotonic() - begun
+            own = shared_memory(attempt.known.values()) | segments
+            result.shared_memory = sorted(path.name for path in own if path.exists())
+        attempt.close()
+        for path in shared_memory(attempt.known.values()) | segments:
+            path.unlink(missing_ok=True)
+
+    def _settle(self) -> None:
+        """Check the steps of the start that has ended, against what came before it."""
+        attempt, self._attempt = self._attempt, None
+        steps = attempt.steps()
+        if not steps:
+            return
+        check = check_start(steps, attempt.saved_before)
+        problems = []
+        if check.lost or check.doubled:
+            problems.append(
+                f"the start after it found step {attempt.saved_before} saved and did steps {steps[0]} to {steps[-1]}: {len(check.lost)} lost, {len(check.doubled)} doubled"
+            )
+        if attempt.saved_before and "resum" not in attempt.output():
+            problems.append("the start after it did not say that it resumed")
+        for result in self._unsettled:
+            result.steps_known = True
+        if self._unsettled:
+            self._unsettled[-1].lost, self._unsettled[-1].doubled = list(check.lost), list(check.doubled)
+            self._unsettled[-1].problems += problems
+        elif problems:
+            self._setting.say(f"{self.name}: {'; '.join(problems)}")
+        for result in self._unsettled:
+            self._say(result)
+        self._unsettled = []
+
+    def _finish(self) -> None:
+        """Let the run end by itself, and look at what it has done in all."""
+        if self._attempt is None:
+            self._start()
+        attempt = self._attempt
+        attempt.wait(lambda: attempt.steps() or attempt.exit_code() is not None)
+        attempt.processes()
+        segments = shared_memory(attempt.known.values())
+        code = attempt.wait_end(PROGRESS_LIMIT_S)
+        if code != 0:
+            self._break("the same command did not finish: " + ("it hangs" if code is None else f"exit code {code}"))
+            return
+        result = Result(0, FINISHED, self._stack, "end", code)
+        self._look_at_what_is_left(attempt, result, segments)
+        result.problems += problems_of(result, _NO_KILL, "", self._setting.clean_limit_s)
+        self._settle()
+        result.lost = list(missing([record["step"] for record in read_records(self.save)], rollouts(self._stack)))
+        if result.lost:
+            result.problems.append(f"no metrics of steps {result.lost}")
+        self.results.append(result)
+        if self._stack in self._setting.references:
+            self._compare()
+        self._say(result)
+
+    def _compare(self) -> None:
+        differing = differing_tensors(self._setting.references[self._stack], self.final_checkpoint())
+        for result in self.results:
+            result.bit_equal = not differing
+            if differing:
+                result.problems.append(f"{len(differing)} tensors differ at the end, first {differing[0]}")
+
+    def final_checkpoint(self) -> Path:
+        """Directory of the last checkpoint."""
+        return self.save / f"iter_{saved_step(self.save):07d}"
+
+    def _break(self, reason: str) -> None:
+        """Give the run up: its last kill is what it did not recover from."""
+        attempt, self._attempt = self._attempt, None
+        attempt.close()
+        lines = attempt.output().strip().splitlines()
+        self.broken = f"{reason}; {attempt.log} ends with {lines[-1] if lines else 'nothing'!r}"
+        for result in self._unsettled:
+            result.problems.append(self.broken)
+            self._say(result)
+        self._unsettled = []
+
+    def _say(self, result: Result) -> None:
+        self._setting.say(f"{self.name}: {result.line()}")
+
+
+_NO_KILL = Kind("none", Role.DRIVER, codes=(0,), explains=False)
+
+
+def _result_of(trial: Trial) -> Result:
+    return Result(trial.number, trial.kind.name, trial.stack, trial.phase.value)
+
+
+def _kill_group(group: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)

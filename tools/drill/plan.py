@@ -1,0 +1,65 @@
+"""Which kills a drill does, drawn from its seed: every kind equally often, over the stacks and phases it applies to."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from drill.kinds import ALL_STACKS, Kind, Phase
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One kill to do.
+
+    `after` is the number of steps that the run does first; `fraction` (0 to 1) places the kill within its phase and
+    chooses among several processes of one role; `tries` counts the runs in which it could not be done.
+    """
+
+    number: int
+    kind: Kind
+    stack: str
+    phase: Phase
+    after: int
+    fraction: float
+    tries: int = 0
+
+    def again(self) -> Trial:
+        """The same kill at another moment."""
+        return replace(self, tries=self.tries + 1, after=1, fraction=(self.fraction + 0.37) % 1)
+
+
+def plan(kills: int, seed: int, kinds: Sequence[Kind]) -> list[Trial]:
+    """`kills` trials. The same arguments give the same trials."""
+    generator = random.Random(seed)
+    order = generator.sample(kinds, len(kinds))
+    settings = {kind.name: itertools.cycle(_settings(kind, generator)) for kind in order}
+    trials = []
+    for number in range(1, kills + 1):
+        kind = order[(number - 1) % len(order)]
+        stack, phase = next(settings[kind.name])
+        trials.append(Trial(number, kind, stack, phase, generator.randint(1, 3), generator.random()))
+    return trials
+
+
+def batches(trials: Sequence[Trial], size: int = 5) -> list[tuple[str, list[Trial]]]:
+    """The kills that each run is put through: up to `size` of one stack, in order, with that stack."""
+    found = []
+    for stack in ALL_STACKS:
+        own = [trial for trial in trials if trial.stack == stack]
+        found += [(stack, own[start : start + size]) for start in range(0, len(own), size)]
+    return found
+
+
+def _settings(kind: Kind, generator: random.Random) -> list[tuple[str, Phase]]:
+    """Every pair of stack and phase that a kind applies to, from a drawn one on; neighbours are of different stacks."""
+    per_stack = []
+    for stack in kind.stacks:
+        phases = kind.phases_on(stack)
+        per_stack.append([(stack, phase) for phase in generator.sample(phases, len(phases))])
+    rounds = itertools.zip_longest(*per_stack)
+    pairs = [pair for pairs_of_round in rounds for pair in pairs_of_round if pair is not None]
+    first = generator.randrange(len(pairs))
+    return pairs[first:] + pairs[:first]

@@ -1,0 +1,121 @@
+"""The processes and the shared memory of a run, found by a mark in their environment.
+
+A run's processes inherit the environment of its driver: Ray's own, its workers, the servers and what those spawn. So they
+are found after their parents have died, and beside other runs on the same machine. Linux only: it reads /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from drill.kinds import Role
+
+MARK = "FAULT_DRILL_RUN"
+
+_SHARED_MEMORY = Path("/dev/shm")
+# Of a process's title or command line; the first that matches holds.
+_ROLES = (
+    (r"guard\.py ", Role.GUARD),  # before what it guards, whose command line is the end of its own
+    (r"gcs_server", Role.GCS),
+    (r"raylet/raylet ", Role.RAYLET),
+    (r"ray::(DashboardAgent|RuntimeEnvAgent)", Role.AGENT),
+    (r"ray::EngineActor", Role.ENGINE_ACTOR),
+    (r"ray::TrainerActor", Role.TRAINER),
+    (r"ray::|/ray/", Role.RAY),
+    (r"torch_shm_manager", Role.SHARED_MEMORY),
+    (r"slime_opd\.engine\.cpu_launcher", Role.LAUNCHER),
+    (r"sglang::scheduler", Role.SCHEDULER),
+    (r"sglang::detokenizer", Role.DETOKENIZER),
+    (r"-m sglang_router", Role.ROUTER),
+    (r"math_worker\.py", Role.REWARD),
+)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process that was seen alive. With `started` (clock ticks since boot) a later process of the same id is told apart."""
+
+    pid: int
+    parent: int
+    started: int
+    command: str
+    role: Role
+
+    def __str__(self) -> str:
+        return f"{self.role.value} {self.pid}"
+
+    def is_alive(self) -> bool:
+        """Whether it still runs: a zombie does not."""
+        with contextlib.suppress(OSError):
+            state, _, started = _stat(self.pid)
+            return started == self.started and state not in "ZX"
+        return False
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal; nothing where it has ended."""
+        if self.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+
+def marked(mark: str, driver: int | None = None) -> list[Process]:
+    """The live processes whose environment holds the mark. `driver` is the process id of the run's driver."""
+    needle = f"{MARK}={mark}\0".encode()
+    found: dict[int, Process] = {}
+    for entry in os.listdir("/proc"):
+        # A process may end while it is looked at; one of another user is not the run's.
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and needle in Path(f"/proc/{entry}/environ").read_bytes() + b"\0":
+                found[int(entry)] = _describe(int(entry), driver)
+    return [_with_parent(process, found) for process in found.values()]
+
+
+def shared_memory(processes: Iterable[Process]) -> set[Path]:
+    """The files in /dev/shm that carry the id of one of these processes, as torch's do, or that one has mapped now."""
+    processes = list(processes)
+    owners = {process.pid for process in processes}
+    names = {path for path in _SHARED_MEMORY.iterdir() if owners & {int(part) for part in _numbers(path.name)}}
+    for process in processes:
+        with contextlib.suppress(OSError):
+            maps = Path(f"/proc/{process.pid}/maps").read_text(errors="replace")
+            names |= {Path(path) for path in re.findall(r"(/dev/shm/\S+)$", maps, re.MULTILINE)}
+    return {path for path in names if path.exists()}
+
+
+def role_of(command: str) -> Role:
+    """What the process with this title or command line is, as far as that alone tells."""
+    return next((role for pattern, role in _ROLES if re.search(pattern, command)), Role.OTHER)
+
+
+def _numbers(name: str) -> list[str]:
+    """The numbers in a name like torch_4711_123456_0, up to the size of a process id."""
+    return [part for part in re.findall(r"\d+", name) if len(part) <= 7]
+
+
+def _describe(pid: int, driver: int | None) -> Process:
+    _, parent, started = _stat(pid)
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").split(b"\0")
+    command = b" ".join(words).decode(errors="replace")
+    return Process(pid, parent, started, command, Role.DRIVER if pid == driver else role_of(command))
+
+
+def _with_parent(process: Process, found: dict[int, Process]) -> Process:
+    """A trainer's children that write checkpoints have its own title, where they are forked, or multiprocessing's."""
+    parent = found.get(process.parent)
+    is_child = parent is not None and parent.role is Role.TRAINER
+    if is_child and (process.role is Role.TRAINER or "spawn_main" in process.command):
+        return Process(process.pid, process.parent, process.started, process.command, Role.WRITER)
+    return process
+
+
+def _stat(pid: int) -> tuple[str, int, int]:
+    """State, parent's id and start time of a process. Raises OSError where there is none."""
+    # The name, in parentheses, may itself hold spaces and parentheses.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[1]), int(fields[19])

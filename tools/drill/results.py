@@ -1,0 +1,94 @@
+"""The outcome of a kill, and the table of all outcomes by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# In place of a kind: a run that was let finish.
+FINISHED = "none: the run finishes"
+
+
+@dataclass
+class Result:
+    """What happened after one kill; `problems` is empty where all was as it should be.
+
+    `code` is the exit code of the driver, None where it survived or hung. `steps_known` says whether a later start of the
+    same command logged a step, so that `lost` and `doubled` have a meaning. `bit_equal` is None for a run that samples.
+    """
+
+    number: int
+    kind: str
+    stack: str
+    phase: str
+    code: int | None = None
+    hung: bool = False
+    seconds_to_end: float | None = None
+    seconds_to_clean: float | None = None
+    left: list[str] = field(default_factory=list)
+    shared_memory: list[str] = field(default_factory=list)
+    output_lines: int = 0
+    steps_known: bool = False
+    lost: list[int] = field(default_factory=list)
+    doubled: list[int] = field(default_factory=list)
+    bit_equal: bool | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def line(self) -> str:
+        """One line about this kill."""
+        end = "hung" if self.hung else "survived" if self.code is None else f"exit code {self.code}"
+        if self.seconds_to_end is not None:
+            end += f" after {self.seconds_to_end:.1f} s"
+        if self.seconds_to_clean is not None:
+            end += f", all gone after {self.seconds_to_clean:.1f} s"
+        verdict = "; ".join(self.problems) or "ok"
+        name = f"kill {self.number}, {self.kind}" if self.number else self.kind
+        return f"{name} in {self.phase!r} of {self.stack}: {end}: {verdict}"
+
+
+COLUMNS = (
+    "kind",
+    "kills",
+    "failed",
+    "processes left",
+    "shared memory left",
+    "hung",
+    "s to end (max)",
+    "s to clean (max)",
+    "steps lost",
+    "steps doubled",
+    "bit-equal",
+)
+
+
+def table(results: Sequence[Result]) -> str:
+    """A Markdown table: a row per kind, one of all kills, and one of the runs' own ends."""
+    kills = [result for result in results if result.kind != FINISHED]
+    kinds = sorted({result.kind for result in kills})
+    rows = [_row(kind, [result for result in kills if result.kind == kind]) for kind in kinds]
+    rows.append(_row("**all kills**", kills))
+    rows.append(_row(FINISHED, [result for result in results if result.kind == FINISHED]))
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (list(COLUMNS), ["---"] * len(COLUMNS), *rows))
+
+
+def _row(name: str, results: Sequence[Result]) -> list[str]:
+    compared = [result.bit_equal for result in results if result.bit_equal is not None]
+    return [
+        name,
+        str(len(results)),
+        str(sum(bool(result.problems) for result in results)),
+        str(sum(len(result.left) for result in results)),
+        str(sum(len(result.shared_memory) for result in results)),
+        str(sum(result.hung for result in results)),
+        _largest([result.seconds_to_end for result in results]),
+        _largest([result.seconds_to_clean for result in results]),
+        str(sum(len(result.lost) for result in results)),
+        str(sum(len(result.doubled) for result in results)),
+        f"{sum(compared)} of {len(compared)}" if compared else "—",
+    ]
+
+
+def _largest(values: Sequence[Any]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{max(known):.1f}" if known else "—"

@@ -1,0 +1,34 @@
+"""Which steps one start of a run has lost or done twice, and which are in its metrics at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepCheck:
+    """Steps that a start should have done and has not, and steps that it should not have done (again)."""
+
+    lost: tuple[int, ...]
+    doubled: tuple[int, ...]
+
+
+def check_start(steps: Sequence[int], saved: int) -> StepCheck:
+    """The check of a start that found `saved` steps in the last checkpoint, and then logged `steps` (from 1).
+
+    It has to go on with the step after the checkpoint, and do each step once: a step up to `saved` is done in vain.
+    """
+    expected = set(range(saved + 1, max(steps, default=saved) + 1))
+    done: set[int] = set()
+    doubled = []
+    for step in steps:
+        if step <= saved or step in done:
+            doubled.append(step)
+        done.add(step)
+    return StepCheck(tuple(sorted(expected - done)), tuple(doubled))
+
+
+def missing(steps: Sequence[int], last: int) -> tuple[int, ...]:
+    """The steps from 1 to `last` that no record is about."""
+    return tuple(sorted(set(range(1, last + 1)) - set(steps)))
