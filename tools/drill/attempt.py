@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from drill.kinds import WITH_ENGINE, Phase, Role
 from drill.plan import Trial
-from drill.processes import MARK, Process, marked
+from drill.processes import MARK, Process, descendants, marked
 from drill.stacks import SAVE_INTERVAL, environment
 
 T = TypeVar("T")
@@ -84,6 +84,11 @@ class Attempt:
         found = marked(self.mark, self.pid)
         self.known.update({process.pid: process for process in found})
         return found
+
+    def note_descendants(self) -> None:
+        """Add to `known` what the driver's processes have started with an environment of its own, without the mark."""
+        for process in descendants(self.pid):
+            self.known.setdefault(process.pid, process)
 
     def left(self) -> list[Process]:
         """What is alive of all processes of this start, the driver included."""

@@ -18,7 +18,7 @@ from drill.plan import Trial
 from drill.processes import Process, shared_memory
 from drill.results import FINISHED, Result
 from drill.stacks import Material, command, rollouts
-from drill.steps import check_start, missing
+from drill.steps import check_start, indistinct, missing
 from drill.weights import differing_tensors
 
 # A run with fewer steps to go is finished: a kill needs steps before it and after it.
@@ -104,8 +104,8 @@ class Lineage:
         result = _result_of(trial)
         self.results.append(result)
         printed = attempt.log.stat().st_size
-        known = attempt.known.values()
-        segments = shared_memory(known)
+        attempt.note_descendants()
+        segments = shared_memory(attempt.known.values())
         begun = time.monotonic()
         self._attack(target, trial.kind)
         self._watch(attempt, trial.kind, result)
@@ -209,6 +209,7 @@ class Lineage:
         attempt = self._attempt
         attempt.wait(lambda: attempt.steps() or attempt.exit_code() is not None)
         attempt.processes()
+        attempt.note_descendants()
         segments = shared_memory(attempt.known.values())
         code = attempt.wait_end(PROGRESS_LIMIT_S)
         if code != 0:
@@ -218,7 +219,10 @@ class Lineage:
         self._look_at_what_is_left(attempt, result, segments)
         result.problems += problems_of(result, _NO_KILL, "", self._setting.clean_limit_s)
         self._settle()
-        result.lost = list(missing([record["step"] for record in read_records(self.save)], rollouts(self._stack)))
+        records = read_records(self.save)
+        if repeated := indistinct(records):
+            result.problems.append(f"metrics.jsonl does not tell the attempts at steps {list(repeated)} apart")
+        result.lost = list(missing([record["step"] for record in records], rollouts(self._stack)))
         if result.lost:
             result.problems.append(f"no metrics of steps {result.lost}")
         self.results.append(result)

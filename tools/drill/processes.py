@@ -76,6 +76,22 @@ def marked(mark: str, driver: int | None = None) -> list[Process]:
     return [_with_parent(process, found) for process in found.values()]
 
 
+def descendants(pid: int) -> list[Process]:
+    """The live processes that a process has started, and those that they have, whatever their environment holds."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit():
+                children.setdefault(_stat(int(entry))[1], []).append(int(entry))
+    found, waiting = [], [pid]
+    while waiting:
+        for child in children.get(waiting.pop(), []):
+            waiting.append(child)
+            with contextlib.suppress(OSError):
+                found.append(_describe(child, None))
+    return [process for process in found if process.is_alive()]
+
+
 def shared_memory(processes: Iterable[Process]) -> set[Path]:
     """The files in /dev/shm that carry the id of one of these processes, as torch's do, or that one has mapped now."""
     processes = list(processes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,15 @@ def check_start(steps: Sequence[int], saved: int) -> StepCheck:
 def missing(steps: Sequence[int], last: int) -> tuple[int, ...]:
     """The steps from 1 to `last` that no record is about."""
     return tuple(sorted(set(range(1, last + 1)) - set(steps)))
+
+
+def indistinct(records: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """The steps with two records of one attempt: a reader of the metrics cannot tell which of them holds."""
+    seen: set[tuple[int, Any]] = set()
+    found = set()
+    for record in records:
+        key = (record["step"], record.get("attempt"))
+        if key in seen:
+            found.add(record["step"])
+        seen.add(key)
+    return tuple(sorted(found))
