@@ -75,8 +75,8 @@ class Campaign:
 
     def _run(self, lineage: Lineage, queue: deque[Trial]) -> list[Result]:
         lineage.run(queue)
-        if lineage.broken is not None:
-            self.problems.append(f"{lineage.name}: {lineage.broken}")
+        for problem in lineage.problems:
+            self.problems.append(f"{lineage.name}: {problem}")
             self._say(self.problems[-1])
         return lineage.results
 

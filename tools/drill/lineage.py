@@ -45,7 +45,9 @@ class Lineage:
 
     def __init__(self, setting: Setting, stack: str, name: str) -> None:
         self.results: list[Result] = []
-        self.broken: str | None = None
+        # What is wrong, and is no kill's doing or is also said of one.
+        self.problems: list[str] = []
+        self._is_broken = False
         self._setting, self._stack, self.name = setting, stack, name
         self._directory = setting.directory / name
         self._directory.mkdir(parents=True)
@@ -53,16 +55,18 @@ class Lineage:
         self._command = command(stack, setting.material, self.save, setting.teacher_url)
         self._attempt: Attempt | None = None
         self._starts = 0
-        # Kills since which no start that has ended has logged a step: what is wrong with the next steps is theirs.
+        # Kills since which no start has logged a step: what is wrong with the steps of the next start is theirs.
         self._unsettled: list[Result] = []
+        # Kills that the present start has survived.
+        self._survived: list[Result] = []
 
     def run(self, queue: deque[Trial]) -> None:
         """Do kills of the queue, as many as fit, and finish the run. A kill that could not be done goes back into the queue."""
         try:
-            while self.broken is None and self._has_room() and (trial := self._take(queue)) is not None:
+            while not self._is_broken and self._has_room() and (trial := self._take(queue)) is not None:
                 if not self._do(trial):
                     self._put_back(trial, queue)
-            if self.broken is None:
+            if not self._is_broken:
                 self._finish()
         finally:
             if self._attempt is not None:
@@ -85,7 +89,7 @@ class Lineage:
             queue.append(trial.again())
             return
         result = _result_of(trial)
-        result.problems.append(f"could not be done in {_MOST_TRIES} runs: no {trial.kind.role.value} at its moments")
+        result.problems.append(f"could not be done at {_MOST_TRIES} tries: no {trial.kind.role.value} at its moments")
         self.results.append(result)
         self._say(result)
 
@@ -97,6 +101,8 @@ class Lineage:
         try:
             target = self._aim(attempt, trial)
         except (Ended, Stuck) as reason:
+            if attempt.exit_code() == 0:
+                return False
             self._break(f"the same command did not continue: {reason}")
             return False
         if target is None:
@@ -116,7 +122,7 @@ class Lineage:
         result.output_lines = attempt.output(printed).count("\n")
         result.problems += problems_of(result, trial.kind, attempt.output(printed), self._setting.clean_limit_s)
         if has_survived:
-            self._unsettled.append(result)
+            self._survived.append(result)
         else:
             self._settle()
             self._unsettled.append(result)
@@ -159,7 +165,8 @@ class Lineage:
         try:
             attempt.wait(lambda: len(attempt.steps()) >= done + 2, limit)
         except Ended:
-            result.code = attempt.exit_code()
+            # A run that had but few steps to go has survived by finishing.
+            result.code = attempt.exit_code() or None
         except Stuck:
             result.hung = True
 
@@ -191,16 +198,18 @@ class Lineage:
             )
         if attempt.saved_before and "resum" not in attempt.output():
             problems.append("the start after it did not say that it resumed")
-        for result in self._unsettled:
+        ended, survived = self._unsettled, self._survived
+        self._unsettled, self._survived = [], []
+        # The kill that this start came after; where there was none, what it has survived.
+        blamed = (ended or survived)[-1:]
+        for result in blamed:
+            result.lost, result.doubled = list(check.lost), list(check.doubled)
+            result.problems += problems
+        if not blamed:
+            self.problems += problems
+        for result in ended + survived:
             result.steps_known = True
-        if self._unsettled:
-            self._unsettled[-1].lost, self._unsettled[-1].doubled = list(check.lost), list(check.doubled)
-            self._unsettled[-1].problems += problems
-        elif problems:
-            self._setting.say(f"{self.name}: {'; '.join(problems)}")
-        for result in self._unsettled:
             self._say(result)
-        self._unsettled = []
 
     def _finish(self) -> None:
         """Let the run end by itself, and look at what it has done in all."""
@@ -246,11 +255,12 @@ class Lineage:
         attempt, self._attempt = self._attempt, None
         attempt.close()
         lines = attempt.output().strip().splitlines()
-        self.broken = f"{reason}; {attempt.log} ends with {lines[-1] if lines else 'nothing'!r}"
-        for result in self._unsettled:
-            result.problems.append(self.broken)
+        self._is_broken = True
+        self.problems.append(f"{reason}; {attempt.log} ends with {lines[-1] if lines else 'nothing'!r}")
+        for result in self._unsettled + self._survived:
+            result.problems.append(self.problems[-1])
             self._say(result)
-        self._unsettled = []
+        self._unsettled, self._survived = [], []
 
     def _say(self, result: Result) -> None:
         self._setting.say(f"{self.name}: {result.line()}")

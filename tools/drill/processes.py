@@ -48,7 +48,8 @@ class Process:
     role: Role
 
     def __str__(self) -> str:
-        return f"{self.role.value} {self.pid}"
+        command = f" ({self.command[-80:]})" if self.role in (Role.OTHER, Role.RAY) else ""
+        return f"{self.role.value} {self.pid}{command}"
 
     def is_alive(self) -> bool:
         """Whether it still runs: a zombie does not."""
