@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 
@@ -9,7 +10,10 @@ def differing_tensors(one: Path, other: Path) -> list[str]:
     """Keys of the tensors that differ between two torch_dist checkpoint directories, or that only one of them has."""
     import torch
 
-    from slime_opd.megatron.torch_dist import Reader
+    with warnings.catch_warnings():
+        # Megatron's, about what is not installed.
+        warnings.simplefilter("ignore")
+        from slime_opd.megatron.torch_dist import Reader
 
     readers = [Reader(directory) for directory in (one, other)]
     described = [reader.tensors() for reader in readers]
