@@ -53,7 +53,8 @@ class Attempt:
         self._begun = time.time()
         # Ray's sockets have a path of at most 107 bytes, so not below the work directory.
         self._ray_directory = Path(tempfile.mkdtemp(prefix="drill_", dir="/tmp"))
-        own = {**environment(), MARK: self.mark, "RAY_TMPDIR": str(self._ray_directory)}
+        # setproctitle, which Ray and SGLang call, would write a long title over the environment, and so over the mark.
+        own = {**environment(), MARK: self.mark, "SPT_NOENV": "1", "RAY_TMPDIR": str(self._ray_directory)}
         self._is_hung_up, self._screen = threading.Event(), None
         if in_terminal:
             self._process = self._start_in_terminal(command, own)

@@ -39,7 +39,7 @@ class Role(Enum):
     WRITER = "checkpoint writer"
     SHARED_MEMORY = "torch's shared-memory manager"
     ENGINE_ACTOR = "engine actor"
-    GUARD = "server guard"
+    WARDEN = "warden"
     LAUNCHER = "engine launcher"
     SCHEDULER = "engine scheduler"
     DETOKENIZER = "engine detokenizer"
@@ -130,7 +130,7 @@ KINDS: dict[str, Kind] = {
             "shared-memory-manager-kill", Role.SHARED_MEMORY, WITH_ENGINE, phases=_RUNNING[:3], outcome=Outcome.EITHER
         ),
         Kind("engine-actor-kill", Role.ENGINE_ACTOR, WITH_ENGINE),
-        Kind("server-guard-kill", Role.GUARD, WITH_ENGINE, outcome=Outcome.EITHER),
+        Kind("warden-kill", Role.WARDEN, outcome=Outcome.EITHER),
         Kind("engine-launcher-kill", Role.LAUNCHER, WITH_ENGINE),
         Kind("engine-scheduler-kill", Role.SCHEDULER, WITH_ENGINE),
         Kind("engine-detokenizer-kill", Role.DETOKENIZER, WITH_ENGINE, phases=_USING_THE_ENGINE),

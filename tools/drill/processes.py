@@ -21,7 +21,7 @@ MARK = "FAULT_DRILL_RUN"
 _SHARED_MEMORY = Path("/dev/shm")
 # Of a process's title or command line; the first that matches holds.
 _ROLES = (
-    (r"guard\.py ", Role.GUARD),  # before what it guards, whose command line is the end of its own
+    (r"slime_opd/lifetimes\.py ", Role.WARDEN),
     (r"gcs_server", Role.GCS),
     (r"raylet/raylet ", Role.RAYLET),
     (r"ray::(DashboardAgent|RuntimeEnvAgent)", Role.AGENT),

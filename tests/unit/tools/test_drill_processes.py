@@ -23,7 +23,7 @@ COMMANDS = {
     "ray::TrainerActor": Role.TRAINER,
     "ray::TrainerActor.train": Role.TRAINER,
     "ray::EngineActor.start": Role.ENGINE_ACTOR,
-    "/venv/bin/python -S /x/slime_opd/engine/guard.py 17 /venv/bin/python -m slime_opd.engine.cpu_launcher": Role.GUARD,
+    "/venv/bin/python -I -S /x/slime_opd/lifetimes.py 4f1c/engine-0 17": Role.WARDEN,
     "/venv/bin/python -m slime_opd.engine.cpu_launcher --model-path m": Role.LAUNCHER,
     "sglang::scheduler": Role.SCHEDULER,
     "sglang::detokenizer": Role.DETOKENIZER,
