@@ -55,6 +55,8 @@ class Attempt:
         self._ray_directory = Path(tempfile.mkdtemp(prefix="drill_", dir="/tmp"))
         # setproctitle, which Ray and SGLang call, would write a long title over the environment, and so over the mark.
         own = {**environment(), MARK: self.mark, "SPT_NOENV": "1", "RAY_TMPDIR": str(self._ray_directory)}
+        # The drill alone kills, however full the machine's memory is.
+        own["RAY_memory_monitor_refresh_ms"] = "0"
         self._is_hung_up, self._screen = threading.Event(), None
         if in_terminal:
             self._process = self._start_in_terminal(command, own)
@@ -222,7 +224,8 @@ def _in_save(attempt: Attempt, trial: Trial) -> Iterator[None]:
         # Not one that an earlier start has left: it is removed when the next save begins.
         begun = len(attempt.steps())
         attempt.wait(lambda begun=begun: len(attempt.steps()) > begun and attempt.steps()[-1] % SAVE_INTERVAL == 0)
-        attempt.wait(lambda: any(attempt.save.glob("*.partial")))
+        attempt.processes()
+        attempt.wait(lambda: any(attempt.save.glob("*.partial")), poll_s=0.001)
         if trial.kind.role is not Role.WRITER:
             time.sleep(0.3 * trial.fraction)
         deadline = time.monotonic() + 2

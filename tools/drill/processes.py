@@ -65,6 +65,24 @@ class Process:
                 os.kill(self.pid, number)
 
 
+class WriterWatch:
+    """Sees the checkpoint writers that trainer ranks fork from now on; fast, for some live no longer than milliseconds."""
+
+    def __init__(self, trainers: Iterable[Process]) -> None:
+        self._trainers = {process.pid: process for process in trainers}
+        self._seen = set(os.listdir("/proc"))
+
+    def look(self) -> list[Process]:
+        """Those that have appeared since the last look."""
+        new = [entry for entry in os.listdir("/proc") if entry.isdigit() and entry not in self._seen]
+        self._seen.update(new)
+        found = []
+        for entry in new:
+            with contextlib.suppress(OSError):
+                found.append(_with_parent(_describe(int(entry), None), self._trainers))
+        return [process for process in found if process.role is Role.WRITER]
+
+
 def marked(mark: str, driver: int | None = None) -> list[Process]:
     """The live processes whose environment holds the mark. `driver` is the process id of the run's driver."""
     needle = f"{MARK}={mark}\0".encode()

@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from drill.kinds import Role
-from drill.processes import MARK, descendants, marked, role_of, shared_memory
+from drill.processes import MARK, WriterWatch, descendants, marked, role_of, shared_memory
 
 # Titles and command lines as a run has them.
 COMMANDS = {
@@ -66,15 +67,30 @@ def test_a_process_is_found_by_its_mark_after_its_parent_was_killed_and_a_zombie
             process.send(signal.SIGKILL)
 
 
+def test_a_child_that_a_trainer_rank_forks_is_a_checkpoint_writer():
+    (trainer,) = (process for process in marked_child())
+    trainer = replace(trainer, pid=os.getpid(), role=Role.TRAINER)
+    watch = WriterWatch([trainer])
+    assert watch.look() == []
+    child = subprocess.Popen(
+        [sys.executable, "-S", "-c", "from multiprocessing.spawn import spawn_main; input()"], stdin=subprocess.PIPE
+    )
+    try:
+        assert [process.pid for process in watch.look()] == [child.pid]
+        assert watch.look() == []
+    finally:
+        child.communicate()
+
+
 def test_a_shared_memory_segment_is_known_by_the_process_id_in_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr("drill.processes._SHARED_MEMORY", tmp_path)
-    (own,) = (process for process in _with_mark() if process.pid)
+    (own,) = (process for process in marked_child() if process.pid)
     for name in (f"torch_{own.pid}_123456789_0", f"torch_{own.pid + 1}_123456789_0", "sem.mp-abc"):
         (tmp_path / name).touch()
     assert {path.name for path in shared_memory([own]) if path.parent == tmp_path} == {f"torch_{own.pid}_123456789_0"}
 
 
-def _with_mark():
+def marked_child():
     mark = f"alone-{os.getpid()}"
     child = subprocess.Popen(
         [sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, env={**os.environ, MARK: mark}
