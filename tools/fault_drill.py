@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> int:
         return 0
     from drill.campaign import Campaign
 
+    # As Ctrl-C: by way of every `finally`, which ends the runs and the teacher.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     directory = Path(options.workdir) if options.workdir else Path(tempfile.mkdtemp(prefix="fault_drill_"))
     begun = time.monotonic()
     with Campaign(directory, hang_limit_s=options.hang_limit_s, stop_s=options.stop_s) as campaign:

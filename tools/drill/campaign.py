@@ -29,6 +29,7 @@ class Campaign:
         self._stack = ExitStack()
         self._lock = threading.Lock()
         self._runs = 0
+        self._running: list[Lineage] = []
 
     def __enter__(self) -> Campaign:
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -57,8 +58,15 @@ class Campaign:
             results += self._run(reference, deque())
             references[stack] = reference.final_checkpoint()
         with ThreadPoolExecutor(jobs) as pool:
-            for done in pool.map(lambda batch: self._run_batch(setting, *batch), batches):
-                results += done
+            try:
+                for done in pool.map(lambda batch: self._run_batch(setting, *batch), batches):
+                    results += done
+            except BaseException:
+                # The pool waits for its threads, so those must come to an end: their runs are killed, and no more are started.
+                setting.is_interrupted.set()
+                for lineage in list(self._running):
+                    lineage.kill()
+                raise
         if teacher is not None and teacher.exit_code() is not None:
             self.problems.append(f"the teacher, which is no part of the runs, ended with {teacher.exit_code()}")
         return results
@@ -74,7 +82,11 @@ class Campaign:
         return results
 
     def _run(self, lineage: Lineage, queue: deque[Trial]) -> list[Result]:
-        lineage.run(queue)
+        self._running.append(lineage)
+        try:
+            lineage.run(queue)
+        finally:
+            self._running.remove(lineage)
         for problem in lineage.problems:
             self.problems.append(f"{lineage.name}: {problem}")
             self._say(self.problems[-1])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from drill.attempt import PROGRESS_LIMIT_S, Attempt, Ended, Stuck, moments, read_records, saved_step
@@ -38,6 +39,11 @@ class Setting:
     hang_limit_s: float = 90.0
     clean_limit_s: float = 10.0
     stop_s: float = 20.0
+    is_interrupted: threading.Event = field(default_factory=threading.Event)
+
+
+class Interrupted(Exception):
+    """The drill itself is being ended."""
 
 
 class Lineage:
@@ -130,7 +136,14 @@ class Lineage:
             self._unsettled.append(result)
         return True
 
+    def kill(self) -> None:
+        """Kill the run, from another thread."""
+        if self._attempt is not None:
+            self._attempt.close()
+
     def _start(self, in_terminal: bool = False) -> None:
+        if self._setting.is_interrupted.is_set():
+            raise Interrupted
         self._starts += 1
         log = self._directory / f"start_{self._starts}.log"
         self._attempt = Attempt(self._command, self.save, log, in_terminal=in_terminal)

@@ -44,8 +44,10 @@ def make_material(directory: Path) -> Material:
 def environment() -> dict[str, str]:
     """The environment of a run: this repository's package, and one thread per process."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
+    # The scope of the drill's own teacher, which ends with the drill: a run has one of its own, as when a user starts it.
+    inherited = {name: value for name, value in os.environ.items() if name != "SLIME_OPD_RUN"}
     search_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, **own, "PYTHONPATH": os.pathsep.join(search_path)}
+    return {**inherited, **own, "PYTHONPATH": os.pathsep.join(search_path)}
 
 
 def rollouts(stack: str) -> int:
