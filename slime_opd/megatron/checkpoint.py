@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import queue
 import re
 import shutil
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -41,6 +39,7 @@ from slime_opd.checkpoint.tokenizer import copy_tokenizer
 from slime_opd.checkpoint.whole import refusal
 from slime_opd.errors import CheckpointError
 from slime_opd.megatron import hugging_face
+from slime_opd.megatron.checkpoint_writer import write_in_this_process
 from slime_opd.megatron.model import HiddenStatesModel
 from slime_opd.megatron.verification import gather, on_first_rank, write_manifest
 
@@ -251,9 +250,7 @@ def save(
 
     with writing(partial, needed):
         on_first_rank(begin)
-        # By default the writer's results pass through a queue in a process of its own, started by `spawn`: seconds of imports,
-        # 300 MB, and it outlives a killed rank. A save that is waited for puts and gets them in this process.
-        filesystem_async._results_queue = queue.SimpleQueue()
+        write_in_this_process()
         dist_checkpointing.save(state, str(partial))
         on_first_rank(add_companions)
         write_manifest(partial)
