@@ -13,7 +13,7 @@ pytestmark = pytest.mark.e2e
 # One run of fine-tuning, killed three times, ends bit-equal to one that is left alone; one run with an engine and reward
 # workers is killed twice. The kinds are those whose failures were the worst: orphans, a hang, steps done again.
 KILLS = {
-    SFT: [("driver-term", Phase.TRAIN), ("writer-kill", Phase.SAVE), ("driver-kill", Phase.SAVE)],
+    SFT: [("driver-term", Phase.TRAIN), ("trainer-kill", Phase.SAVE), ("driver-kill", Phase.SAVE)],
     GRPO: [("driver-kill", Phase.GENERATE), ("engine-scheduler-kill", Phase.GENERATE)],
 }
 

@@ -224,10 +224,8 @@ def _in_save(attempt: Attempt, trial: Trial) -> Iterator[None]:
         # Not one that an earlier start has left: it is removed when the next save begins.
         begun = len(attempt.steps())
         attempt.wait(lambda begun=begun: len(attempt.steps()) > begun and attempt.steps()[-1] % SAVE_INTERVAL == 0)
-        attempt.processes()
-        attempt.wait(lambda: any(attempt.save.glob("*.partial")), poll_s=0.001)
-        if trial.kind.role is not Role.WRITER:
-            time.sleep(0.3 * trial.fraction)
+        attempt.wait(lambda: any(attempt.save.glob("*.partial")))
+        time.sleep(0.3 * trial.fraction)
         deadline = time.monotonic() + 2
         yield
         while any(attempt.save.glob("*.partial")) and time.monotonic() < deadline:

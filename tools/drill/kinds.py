@@ -36,7 +36,6 @@ class Role(Enum):
     AGENT = "Ray's agent"
     RAY = "another process of Ray"
     TRAINER = "trainer rank"
-    WRITER = "checkpoint writer"
     SHARED_MEMORY = "torch's shared-memory manager"
     ENGINE_ACTOR = "engine actor"
     WARDEN = "warden"
@@ -125,7 +124,6 @@ KINDS: dict[str, Kind] = {
         Kind("ray-agent-kill", Role.AGENT, outcome=Outcome.EITHER),
         Kind("trainer-kill", Role.TRAINER, (SFT, *WITH_ENGINE)),
         Kind("one-of-two-ranks-kill", Role.TRAINER, (SFT_TWO_RANKS,)),
-        Kind("writer-kill", Role.WRITER, phases=(Phase.SAVE,), outcome=Outcome.EITHER),
         Kind(
             "shared-memory-manager-kill", Role.SHARED_MEMORY, WITH_ENGINE, phases=_RUNNING[:3], outcome=Outcome.EITHER
         ),

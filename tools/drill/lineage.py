@@ -16,7 +16,7 @@ from drill.attempt import PROGRESS_LIMIT_S, Attempt, Ended, Stuck, moments, read
 from drill.judge import problems_of
 from drill.kinds import Kind, Outcome, Phase, Role, Way
 from drill.plan import Trial
-from drill.processes import Process, WriterWatch, shared_memory
+from drill.processes import Process, shared_memory
 from drill.results import FINISHED, Result
 from drill.stacks import Material, command, rollouts
 from drill.steps import check_start, indistinct, missing
@@ -116,10 +116,8 @@ class Lineage:
         result = _result_of(trial)
         self.results.append(result)
         printed = attempt.log.stat().st_size
-        segments: set[Path] = set()
-        if trial.kind.role is not Role.WRITER:  # which would have ended meanwhile
-            attempt.note_descendants()
-            segments = shared_memory(attempt.known.values())
+        attempt.note_descendants()
+        segments = shared_memory(attempt.known.values())
         begun = time.monotonic()
         self._attack(target, trial.kind)
         self._watch(attempt, trial.kind, result)
@@ -150,13 +148,8 @@ class Lineage:
 
     def _aim(self, attempt: Attempt, trial: Trial) -> Process | None:
         """The process to kill, at a moment that suits; None where this start has no such moment (any more)."""
-        watch: WriterWatch | None = None
         for _ in moments(attempt, trial):
-            if trial.kind.role is Role.WRITER:
-                watch = watch or WriterWatch(p for p in attempt.known.values() if p.role is Role.TRAINER)
-                targets = watch.look()
-            else:
-                targets = [process for process in attempt.processes() if process.role is trial.kind.role]
+            targets = [process for process in attempt.processes() if process.role is trial.kind.role]
             if targets:
                 targets.sort(key=lambda process: process.pid)
                 return targets[int(trial.fraction * 1000) % len(targets)]

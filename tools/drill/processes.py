@@ -65,34 +65,16 @@ class Process:
                 os.kill(self.pid, number)
 
 
-class WriterWatch:
-    """Sees the checkpoint writers that trainer ranks fork from now on; fast, for some live no longer than milliseconds."""
-
-    def __init__(self, trainers: Iterable[Process]) -> None:
-        self._trainers = {process.pid: process for process in trainers}
-        self._seen = set(os.listdir("/proc"))
-
-    def look(self) -> list[Process]:
-        """Those that have appeared since the last look."""
-        new = [entry for entry in os.listdir("/proc") if entry.isdigit() and entry not in self._seen]
-        self._seen.update(new)
-        found = []
-        for entry in new:
-            with contextlib.suppress(OSError):
-                found.append(_with_parent(_describe(int(entry), None), self._trainers))
-        return [process for process in found if process.role is Role.WRITER]
-
-
 def marked(mark: str, driver: int | None = None) -> list[Process]:
     """The live processes whose environment holds the mark. `driver` is the process id of the run's driver."""
     needle = f"{MARK}={mark}\0".encode()
-    found: dict[int, Process] = {}
+    found = []
     for entry in os.listdir("/proc"):
         # A process may end while it is looked at; one of another user is not the run's.
         with contextlib.suppress(OSError):
             if entry.isdigit() and needle in Path(f"/proc/{entry}/environ").read_bytes() + b"\0":
-                found[int(entry)] = _describe(int(entry), driver)
-    return [_with_parent(process, found) for process in found.values()]
+                found.append(_describe(int(entry), driver))
+    return found
 
 
 def descendants(pid: int) -> list[Process]:
@@ -138,15 +120,6 @@ def _describe(pid: int, driver: int | None) -> Process:
     words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").split(b"\0")
     command = b" ".join(words).decode(errors="replace")
     return Process(pid, parent, started, command, Role.DRIVER if pid == driver else role_of(command))
-
-
-def _with_parent(process: Process, found: dict[int, Process]) -> Process:
-    """A trainer's children that write checkpoints have its own title, where they are forked, or multiprocessing's."""
-    parent = found.get(process.parent)
-    is_child = parent is not None and parent.role is Role.TRAINER
-    if is_child and (process.role is Role.TRAINER or "spawn_main" in process.command):
-        return Process(process.pid, process.parent, process.started, process.command, Role.WRITER)
-    return process
 
 
 def _stat(pid: int) -> tuple[str, int, int]:

@@ -7,11 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 from drill.kinds import Role
-from drill.processes import MARK, WriterWatch, descendants, marked, role_of, shared_memory
+from drill.processes import MARK, descendants, marked, role_of, shared_memory
 
 # Titles and command lines as a run has them.
 COMMANDS = {
@@ -65,21 +64,6 @@ def test_a_process_is_found_by_its_mark_after_its_parent_was_killed_and_a_zombie
         child.wait()
         for process in marked(mark):
             process.send(signal.SIGKILL)
-
-
-def test_a_child_that_a_trainer_rank_forks_is_a_checkpoint_writer():
-    (trainer,) = (process for process in marked_child())
-    trainer = replace(trainer, pid=os.getpid(), role=Role.TRAINER)
-    watch = WriterWatch([trainer])
-    assert watch.look() == []
-    child = subprocess.Popen(
-        [sys.executable, "-S", "-c", "from multiprocessing.spawn import spawn_main; input()"], stdin=subprocess.PIPE
-    )
-    try:
-        assert [process.pid for process in watch.look()] == [child.pid]
-        assert watch.look() == []
-    finally:
-        child.communicate()
 
 
 def test_a_shared_memory_segment_is_known_by_the_process_id_in_its_name(tmp_path, monkeypatch):
