@@ -28,6 +28,7 @@ T = TypeVar("T")
 
 # Seconds that a run may take to do the next thing, on a machine that is busy with others.
 PROGRESS_LIMIT_S = 300
+_CLOSE_LIMIT_S = 60
 _POLL_S = 0.01
 # A kill in the start-up comes up to this long after a process has appeared.
 _START_SPREAD_S = 3.0
@@ -142,8 +143,11 @@ class Attempt:
         return None
 
     def close(self) -> None:
-        """Kill what is left of it."""
+        """Kill what is left of it. Raises RuntimeError where that does not end."""
+        deadline = time.monotonic() + _CLOSE_LIMIT_S
         while left := self.left():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"could not kill {', '.join(map(str, left))} in {_CLOSE_LIMIT_S:g} s")
             for process in left:
                 process.send(signal.SIGKILL)
             self._process.poll()

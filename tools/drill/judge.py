@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from drill.kinds import Kind, Outcome
 from drill.results import Result
 
-_ERROR = re.compile(r"^slime_opd: error: ", re.MULTILINE)
 _DUMPS = ("Traceback (most recent call last)", "Fatal Python error", "Stack trace", "*** SIG")
 
 
@@ -34,7 +31,7 @@ def _problems_of_end(code: int, kind: Kind, output: str) -> list[str]:
     problems = []
     if code not in kind.codes:
         problems.append(f"exit code {code}, expected {' or '.join(map(str, kind.codes))}")
-    if kind.explains and not _ERROR.search(output):
-        problems.append("no line that starts with 'slime_opd: error: '")
+    if not any(line.startswith(kind.sentence) for line in ["", *output.splitlines()]):
+        problems.append(f"no line that starts with {kind.sentence!r}")
     problems += [f"printed {dump!r}" for dump in _DUMPS if dump in output]
     return problems

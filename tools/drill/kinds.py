@@ -68,8 +68,8 @@ class Outcome(Enum):
 class Kind:
     """One kind of kill.
 
-    `codes` are the exit codes that a run may end with, as `subprocess.Popen.returncode` has them. With `explains` the
-    run ends with a sentence: a line that starts with "slime_opd: error: ", and no traceback.
+    `codes` are the exit codes that a run may end with, as `subprocess.Popen.returncode` has them. `sentence` is how a line
+    begins that the run prints after the kill if it ends; "" where it cannot print any.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Kind:
     way: Way = Way.SIGNAL
     outcome: Outcome = Outcome.ENDS
     codes: tuple[int, ...] = field(default=(1,))
-    explains: bool = True
+    sentence: str = "slime_opd: error: "
 
     @property
     def is_in_terminal(self) -> bool:
@@ -102,8 +102,8 @@ def on_stacks(kinds: Iterable[Kind], stacks: Sequence[str]) -> list[Kind]:
     return [kind for kind in narrowed if kind.stacks]
 
 
-def _of_driver(name: str, signal: Signals, codes: tuple[int, ...], way: Way = Way.SIGNAL) -> Kind:
-    return Kind(name, Role.DRIVER, signal=signal, way=way, codes=codes, explains=False)
+def _of_driver(name: str, signal: Signals, code: int, way: Way = Way.SIGNAL, sentence: str = "") -> Kind:
+    return Kind(name, Role.DRIVER, signal=signal, way=way, codes=(code,), sentence=sentence)
 
 
 def _survived(name: str, role: Role, **fields: object) -> Kind:
@@ -113,12 +113,11 @@ def _survived(name: str, role: Role, **fields: object) -> Kind:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        _of_driver("driver-kill", Signals.SIGKILL, (-9,)),
-        _of_driver("driver-term", Signals.SIGTERM, (143,)),
-        # 128 + 2, or ended by the signal itself, as Python does where nothing handles KeyboardInterrupt.
-        _of_driver("driver-int", Signals.SIGINT, (130, -2)),
-        _of_driver("terminal-closed", Signals.SIGHUP, (129, -1), Way.HANG_UP),
-        _of_driver("group-kill", Signals.SIGKILL, (-9,), Way.GROUP),
+        _of_driver("driver-kill", Signals.SIGKILL, -9),
+        _of_driver("driver-term", Signals.SIGTERM, 143, sentence="slime_opd: SIGTERM: "),
+        _of_driver("driver-int", Signals.SIGINT, 130, sentence="slime_opd: SIGINT: "),
+        _of_driver("terminal-closed", Signals.SIGHUP, 129, Way.HANG_UP),
+        _of_driver("group-kill", Signals.SIGKILL, -9, Way.GROUP),
         Kind("gcs-kill", Role.GCS),
         Kind("raylet-kill", Role.RAYLET),
         Kind("ray-agent-kill", Role.AGENT, outcome=Outcome.EITHER),

@@ -279,7 +279,7 @@ class Lineage:
         self._setting.say(f"{self.name}: {result.line()}")
 
 
-_NO_KILL = Kind("none", Role.DRIVER, codes=(0,), explains=False)
+_NO_KILL = Kind("none", Role.DRIVER, codes=(0,), sentence="")
 
 
 def _result_of(trial: Trial) -> Result:

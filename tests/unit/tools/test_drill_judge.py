@@ -48,9 +48,13 @@ def test_a_stopped_process_must_be_survived_and_a_killed_agent_may_be():
     assert problems(replace(agent, code=-6)) == ["exit code -6, expected 1"]
 
 
-def test_a_signal_to_the_driver_needs_no_sentence_but_its_exit_code():
-    assert problems(replace(GOOD, kind="driver-term", code=143), "") == []
-    assert problems(replace(GOOD, kind="driver-term", code=1), "") == ["exit code 1, expected 143"]
+def test_a_signal_to_the_driver_is_answered_by_its_exit_code_and_name():
+    told = replace(GOOD, kind="driver-term", code=143)
+    assert problems(told, "\nslime_opd: SIGTERM: ending: nothing is unsaved\n") == []
+    assert problems(told, "") == ["no line that starts with 'slime_opd: SIGTERM: '"]
+    assert problems(replace(told, code=1), "slime_opd: SIGTERM: x\n") == ["exit code 1, expected 143"]
+    killed = replace(GOOD, kind="driver-kill", code=-9)
+    assert problems(killed, "") == []
 
 
 def test_a_kill_is_aimed_by_the_durations_of_the_step_before():

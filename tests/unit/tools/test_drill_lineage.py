@@ -32,7 +32,12 @@ if saved and fault == "refuses":
 if saved and fault != "silent":
     print("resumed", flush=True)
 first = {{"begins anew": 1, "skips a step": saved + 1 + (saved > 0)}}.get(fault, saved + 1)
-signal.signal(signal.SIGTERM, signal.SIG_IGN if fault == "hangs" else lambda *_: sys.exit(143))
+def end(number, frame):
+    print(f"slime_opd: {{signal.Signals(number).name}}: ending", flush=True)
+    sys.exit(128 + number)
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN if fault == "hangs" else end)
+signal.signal(signal.SIGHUP, lambda number, frame: sys.exit(128 + number))
 if fault == "leaves a process":
     subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"], start_new_session=True)
 for step in range(first, {STEPS} + 1):
@@ -91,7 +96,7 @@ def test_a_run_that_takes_its_kills_well_has_no_problem(tmp_path, monkeypatch):
 
 def test_a_closed_terminal_reaches_the_run_as_a_hang_up(tmp_path, monkeypatch):
     results = drill(tmp_path, monkeypatch, "none", trial("terminal-closed"))
-    assert [result.code for result in results] == [-1, 0]
+    assert [result.code for result in results] == [129, 0]
     assert results[0].problems == []
 
 
