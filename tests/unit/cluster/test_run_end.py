@@ -67,7 +67,7 @@ def run(monkeypatch, tmp_path):
         rollout=RolloutConfig(num_rollout=100),
         checkpoint=CheckpointConfig(save=str(tmp_path)),
     )
-    yield SmallRun(config, None, Source(), Stopping(grace_s=60, saves=True))
+    yield SmallRun(config, None, Source(), [], stopping=Stopping(grace_s=60, saves=True))
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
