@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Any
-
 from slime_opd.config.config import Config
 from slime_opd.config.hf_config import language_model, read_hf_config
 from slime_opd.config.options import flag
@@ -63,17 +59,3 @@ def _limit_of_model(config: Config) -> tuple[int | None, str]:
     is_scaled = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
     factor = 1 if is_scaled else scaling.get("factor") or 1
     return int(positions * factor), f"{config.model.hf_checkpoint}/config.json (max_position_embeddings)"
-
-
-def read_json(directory: str | None, name: str) -> dict[str, Any]:
-    """A JSON file of a Hugging Face directory; {} where it does not exist. Raises ConfigError where it is no JSON object."""
-    path = Path(directory or "") / name
-    if directory is None or not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--hf-checkpoint: {path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"--hf-checkpoint: {path} is no JSON object")
-    return found

@@ -33,19 +33,28 @@ def read_hf_config(directory: str | None) -> dict[str, Any]:
 
     Raises ValueError with one line for each thing that is wrong with it: it cannot be read, is not JSON, or has a value that cannot be of its key.
     """
+    config = read_json_object(directory, "config.json")
     file = Path(directory or "") / "config.json"
+    if problems := [f"{file}: {problem}" for problem in _problems(config)]:
+        raise ValueError("\n".join(problems))
+    return config
+
+
+def read_json_object(directory: str | None, name: str) -> dict[str, Any]:
+    """The JSON object in file `name` of a directory; {} where there is no such file. Raises ValueError where it cannot be read."""
+    if directory is None:
+        return {}
+    file = Path(directory) / name
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        return {}  # check_checkpoints_exist reports it
+        return {}
     except OSError as error:
         raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError):
         raise ValueError(f"{file} is not JSON") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file} is not a JSON object")
-    if problems := [f"{file}: {problem}" for problem in _problems(config)]:
-        raise ValueError("\n".join(problems))
     return config
 
 
