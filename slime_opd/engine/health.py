@@ -30,17 +30,18 @@ class Worker:
 
 
 def workers_of(pid: int) -> list[Worker]:
-    """The processes below `pid` that a server cannot do without. [] where `pid` itself is gone."""
+    """The processes that a server cannot do without: `pid` and below it. [] where `pid` itself is gone."""
     found = []
     try:
-        children = psutil.Process(pid).children(recursive=True)
+        server = psutil.Process(pid)
+        processes = [server, *server.children(recursive=True)]
     except psutil.NoSuchProcess:
         return found
-    for child in children:
+    for process in processes:
         try:
-            name = worker_name(child.cmdline())
+            name = worker_name(process.cmdline())
             if name is not None:
-                found.append(Worker(name, child.pid, child.create_time()))
+                found.append(Worker(name, process.pid, process.create_time()))
         except psutil.NoSuchProcess:  # it ended while it was looked at
             continue
     return found

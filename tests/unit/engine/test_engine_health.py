@@ -26,7 +26,10 @@ sys.stdin.read()
 def server():
     """(its process, the id of its scheduler, the id of its other child)"""
     process = subprocess.Popen(
-        [sys.executable, "-S", "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-S", "-c", SERVER, "sglang.launch_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     )
     scheduler, other = map(int, process.stdout.readline().split())
     yield process, scheduler, other
@@ -42,7 +45,10 @@ def wait_for(pid: int, status: str) -> None:
 def test_the_schedulers_end_is_seen_although_the_server_lives(server):
     process, scheduler, other = server
     workers = workers_of(process.pid)
-    assert [(worker.name, worker.pid) for worker in workers] == [("scheduler_TP0", scheduler)]
+    assert [(worker.name, worker.pid) for worker in workers] == [
+        ("HTTP process", process.pid),
+        ("scheduler_TP0", scheduler),
+    ]
     assert unhealthy(workers) == ("running", "")
     os.kill(other, signal.SIGKILL)  # a compiler that ends is nobody's loss
     wait_for(other, "dead")
@@ -53,14 +59,16 @@ def test_the_schedulers_end_is_seen_although_the_server_lives(server):
     assert unhealthy(workers) == ("dead", f"scheduler_TP0, process {scheduler}")
 
 
-def test_a_stopped_scheduler_is_seen_and_runs_again(server):
+@pytest.mark.parametrize("name", ["scheduler_TP0", "HTTP process"])
+def test_a_stopped_process_of_a_server_is_seen_and_runs_again(server, name):
     process, scheduler, _ = server
     workers = workers_of(process.pid)
-    os.kill(scheduler, signal.SIGSTOP)
-    wait_for(scheduler, "stopped")
-    assert unhealthy(workers) == ("stopped", f"scheduler_TP0, process {scheduler}")
-    os.kill(scheduler, signal.SIGCONT)
-    wait_for(scheduler, "running")
+    pid = scheduler if name == "scheduler_TP0" else process.pid
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(pid, "stopped")
+    assert unhealthy(workers) == ("stopped", f"{name}, process {pid}")
+    os.kill(pid, signal.SIGCONT)
+    wait_for(pid, "running")
     assert unhealthy(workers) == ("running", "")
 
 
