@@ -16,7 +16,7 @@ from slime_opd.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
-    def join(address):
+    def join(*_, **__):
         raise AssertionError("the run went on to join Ray")
 
     monkeypatch.setattr(session, "join", join)
@@ -24,7 +24,7 @@ def no_ray(monkeypatch):
 
 def start(directory: Path, *more: str) -> None:
     words = ["--loss-type", "sft_loss", "--run-dir", str(directory / "run"), *more]
-    with Run(parse(words), None, None):
+    with Run(parse(words), None, None, []):
         pass
 
 
