@@ -26,7 +26,7 @@ from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.assemble import assemble, split
 from slime_opd.data.source import PromptSource
-from slime_opd.errors import ConfigError
+from slime_opd.errors import CheckpointError, ConfigError
 from slime_opd.observe import console, metrics, summary
 from slime_opd.observe.sinks import MetricSinks
 from slime_opd.rollout.evaluate import EvalSet
@@ -97,7 +97,10 @@ class Run:
         # Held before anything in --save is looked at or moved.
         if config.checkpoint.save is not None and (warning := keep.enter_context(RunLock(config.checkpoint.save))):
             console.warn(warning)
-        self._checkpoints = RunCheckpoints(config, self._source)
+        try:
+            self._checkpoints = RunCheckpoints(config, self._source)
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from error
         if damaged := directory.problems(self._checkpoints.trainer_config):
             raise ConfigError("\n".join(damaged))
         self.first_step = self._checkpoints.start.step
