@@ -95,7 +95,7 @@ def _report(found: Findings, name: str, summary: Summary) -> None:
 
 
 def _note(found: Findings, notes: Iterable[str]) -> None:
-    found.fine += [f"note: {note}" for note in notes]
+    found.notes += notes
 
 
 def _is_file(file: str) -> bool:

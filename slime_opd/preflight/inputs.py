@@ -28,6 +28,8 @@ def load_inputs(config: Config) -> Inputs:
     inputs = look_at_inputs(config, found)
     for line in found.fine:
         console.say(line)
+    for line in found.notes:
+        console.say(f"note: {line}")
     for line in found.unchecked:
         console.say(f"not checked: {line}")
     if inputs is None or found.problems:

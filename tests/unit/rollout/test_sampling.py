@@ -72,7 +72,7 @@ def test_every_end_of_sequence_token_of_tokenizer_and_generation_config_stops(tm
         assert eos_token_ids(LetterTokenizer(), str(tmp_path)) == expected
     assert eos_token_ids(object(), None) == frozenset()
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"--hf-checkpoint: .*generation_config\.json is not valid JSON"):
+    with pytest.raises(ConfigError, match=r"--hf-checkpoint: .*generation_config\.json is not JSON"):
         eos_token_ids(LetterTokenizer(), str(tmp_path))
 
 
