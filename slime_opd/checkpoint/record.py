@@ -7,30 +7,13 @@ from typing import Any
 
 from slime_opd.checkpoint.start import Request
 from slime_opd.config import Config
-from slime_opd.config.hf_config import language_model, read_hf_config
+from slime_opd.config.hf_config import ARCHITECTURE_KEYS, language_model, read_hf_config
 from slime_opd.config.options import options_of
 from slime_opd.config.redact import redact_value
 from slime_opd.errors import ConfigError
 
 # Raised when the meaning of a recorded value changes.
 FORMAT = 1
-
-# Keys of a model's config.json that tell architectures apart.
-_ARCHITECTURE = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-    "num_experts",
-    "n_routed_experts",
-    "num_local_experts",
-    "moe_intermediate_size",
-)
 
 
 def identity_of(config: Config, prompts: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,7 +35,7 @@ def _architecture(hf_checkpoint: str | None) -> dict[str, Any]:
         config = language_model(read_hf_config(hf_checkpoint))
     except ValueError as error:
         raise ConfigError(f"--hf-checkpoint: {error}") from error
-    return {key: config[key] for key in _ARCHITECTURE if key in config}
+    return {key: config[key] for key in ARCHITECTURE_KEYS if key in config}
 
 
 def public_values(config: Config) -> dict[str, Any]:

@@ -7,6 +7,23 @@ import math
 from pathlib import Path
 from typing import Any
 
+# Keys that tell architectures apart.
+ARCHITECTURE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+    "num_experts",
+    "n_routed_experts",
+    "num_local_experts",
+    "moe_intermediate_size",
+)
+
 # No size of a published model comes near it.
 LARGEST = 10**8
 

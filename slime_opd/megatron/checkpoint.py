@@ -37,6 +37,7 @@ from slime_opd.checkpoint.directory import RUN_STATE, Location, find, publish, r
 from slime_opd.checkpoint.manifest import MANIFEST
 from slime_opd.checkpoint.tokenizer import copy_tokenizer
 from slime_opd.checkpoint.whole import refusal
+from slime_opd.config.hf_config import ARCHITECTURE_KEYS
 from slime_opd.errors import CheckpointError
 from slime_opd.megatron import hugging_face
 from slime_opd.megatron.checkpoint_writer import write_in_this_process
@@ -367,25 +368,12 @@ def _check_shapes(state: dict[str, Any], location: Location, flag: str) -> None:
         )
 
 
-_ARCHITECTURE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "tie_word_embeddings",
-)
-
-
 def _check_hugging_face(bridge: Bridge, location: Location, flag: str, any_vocabulary: bool) -> None:
     found = json.loads((location.directory / "config.json").read_text())
     expected = bridge.hf_config.to_dict()
     problems = [
         f"{key} is {found[key]} there and {expected[key]} in the student"
-        for key in _ARCHITECTURE_KEYS
+        for key in ARCHITECTURE_KEYS
         if None not in (found.get(key), expected.get(key)) and found[key] != expected[key]
         if not (any_vocabulary and key == "vocab_size")
     ]
