@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from slime_opd.config import Config
+from slime_opd.config.hf_config import language_model, read_hf_config
 from slime_opd.data.source import PromptSource
 from slime_opd.engine.client import EngineClient
 from slime_opd.observe.metrics import Mean
@@ -56,6 +57,7 @@ class StudentRollouts:
                 timeout_s=rollout.rollout_request_timeout_s,
                 retries=rollout.rollout_request_retries,
                 api_key=engine_key,
+                vocabulary_size=language_model(read_hf_config(config.model.hf_checkpoint)).get("vocab_size"),
             )
             self._generator = Generator(self._client, tokenizer, config, reward=self._reward, teacher=teacher)
 
