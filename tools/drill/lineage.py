@@ -84,6 +84,9 @@ class Lineage:
 
     def _take(self, queue: deque[Trial]) -> Trial | None:
         """The next kill that can be done now: a run that has survived is past its start, and has no terminal."""
+        if any(result.kind == "warden-kill" for result in self._survived):
+            # What ends a run's processes after a violent death is gone: a second kill would be two faults at one time.
+            return None
         for trial in queue:
             if self._attempt is None or (trial.phase is not Phase.START and not trial.kind.is_in_terminal):
                 queue.remove(trial)

@@ -11,6 +11,7 @@ from drill.kinds import KINDS, SFT, Phase
 from drill.lineage import Lineage, Setting
 from drill.plan import Trial
 from drill.results import FINISHED, Result
+from drill.stacks import Material
 
 STEPS = 18
 
@@ -123,3 +124,12 @@ def test_attempts_that_the_metrics_do_not_tell_apart_are_a_problem_of_the_whole_
     kill, end = drill(tmp_path, monkeypatch, "mixes attempts", trial("driver-kill"))
     assert kill.problems == []
     assert end.problems == ["metrics.jsonl does not tell the attempts at steps [4] apart"]
+
+
+def test_a_start_that_has_lost_a_warden_takes_no_other_kill(tmp_path):
+    lineage = Lineage(Setting(tmp_path, Material(tmp_path, tmp_path), None, {}, print), SFT, "run")
+    queue = deque([trial("gcs-kill")])
+    lineage._survived = [Result(1, "warden-kill", SFT, "train")]
+    assert lineage._take(queue) is None and len(queue) == 1
+    lineage._survived = []
+    assert lineage._take(queue) is not None
