@@ -37,7 +37,7 @@ from pathlib import Path
 
 RUN_VARIABLE = "SLIME_OPD_RUN"
 
-_ORDERLY = b"."  # what an owner writes to its warden when it ends by itself
+_ORDERLY = b"."  # the line that an owner writes to its warden when it ends by itself
 _TRACKER_GRACE_S = 2.0
 _PATIENCE_S = 30.0
 _POLL_S = 0.05
@@ -78,6 +78,13 @@ def own(scope: str | None = None) -> str:
     os.register_at_fork(after_in_child=_close_in_fork)
     atexit.register(_end_orderly)
     return scope
+
+
+def leave_last_words(text: str) -> None:
+    """Give this process's warden the line to print should the process end without printing anything itself; the latest counts."""
+    if _owner.pid == os.getpid():
+        with contextlib.suppress(OSError):  # the warden was killed
+            os.write(_owner.lifeline, " ".join(text.split()).encode() + b"\n")
 
 
 def environment_of(scope: str) -> dict[str, str]:
@@ -146,13 +153,20 @@ def main(scope: str, owner: int) -> None:
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    last = b""
-    while received := os.read(0, 1):
-        last = received
+    received = b""
+    while part := os.read(0, 4096):
+        # The last complete line, and what has come of the next.
+        received = b"\n".join((received + part).split(b"\n")[-2:])
     killed = end_scope(scope, owner)
-    if killed and last != _ORDERLY:
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, f"slime_opd: process {owner} died; ended what it had started: {', '.join(killed)}\n".encode())
+    last = received.partition(b"\n")[0]
+    # The driver reports its actors' ends, and leaves last words for its own.
+    if last in (b"", _ORDERLY):
+        return
+    message = f"slime_opd: error: process {owner} died without an error of its own: it was killed, or Ray ended it when a part of Ray was; {last.decode()}\n"
+    if killed:
+        message += f"slime_opd: process {owner} died; ended what it had started: {', '.join(killed)}\n"
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        os.write(2, message.encode())
 
 
 def _mark(scope: str) -> mmap.mmap:
@@ -172,7 +186,7 @@ def _close_in_fork() -> None:
 def _end_orderly() -> None:
     if _owner.pid == os.getpid():
         with contextlib.suppress(OSError):  # the warden was killed
-            os.write(_owner.lifeline, _ORDERLY)
+            os.write(_owner.lifeline, _ORDERLY + b"\n")
 
 
 def _all_processes() -> list[int]:

@@ -64,6 +64,7 @@ def main(arguments: list[str]) -> None:
     stopping = Stopping(grace_s=config.checkpoint.exit_grace_s, saves=config.checkpoint.save is not None)
     stopping.install()
     lifetimes.own()
+    lifetimes.leave_last_words("it was still starting: nothing was trained yet")
     private_cluster.prepare_environment(config.cluster.ray_address)
     # Heavy imports come after the checks: a wrong flag is answered at once, and without Ray.
     from slime_opd.cluster import deaths

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from slime_opd import lifetimes
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.lock import RunLock
 from slime_opd.checkpoint.saves import BY_REQUEST
@@ -71,6 +72,7 @@ class Run:
             self._start()
             self._stack = self._stack.pop_all()
         self._started, self._done = time.monotonic(), self.first_step
+        lifetimes.leave_last_words(self._ending(is_finished=False))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -265,6 +267,7 @@ class Run:
         seconds = time.perf_counter() - started
         self._sinks.log(step, {"perf/save_time": seconds})
         console.say(f"saved {path} in {seconds:.1f} s")
+        lifetimes.leave_last_words(self._ending(is_finished=False))
 
     def log(self, step: int, values: dict[str, metrics.Metric]) -> None:
         """Show one line for a step or an evaluation, and keep every metric of it."""
@@ -275,6 +278,7 @@ class Run:
         here = step - self.first_step
         left = (time.monotonic() - self._started) / here * (total - step) if here > 0 else 0.0
         console.say(console.step_summary(step, total, record, seconds_left=left))
+        lifetimes.leave_last_words(self._ending(is_finished=False))
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -25,6 +25,8 @@ def wait():
 
 if __name__ == "__main__":
     scope = lifetimes.own()
+    lifetimes.leave_last_words("it had only begun")
+    lifetimes.leave_last_words("the last checkpoint is\\niter_7")
     sleep = [sys.executable, "-S", "-c", {SLEEP!r}]
     subprocess.Popen(sleep, start_new_session=True)
     thread = threading.Thread(target=lambda: subprocess.Popen(sleep))
@@ -82,6 +84,8 @@ def test_an_owner_killed_without_warning_leaves_no_process_and_no_shared_memory(
     assert not shared_memory(owner.pid)
     _, message = owner.communicate(timeout=20)
     assert f"slime_opd: process {owner.pid} died; ended what it had started: " in message
+    (error,) = (line for line in message.splitlines() if line.startswith("slime_opd: error: "))
+    assert f"process {owner.pid} died" in error and error.endswith("; the last checkpoint is iter_7")
 
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("raise", 1), ("crash", -signal.SIGABRT)])
