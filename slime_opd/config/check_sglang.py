@@ -22,6 +22,8 @@ _SET_FOR_ENGINES = {
     "port": "each engine takes a free one",
     "tp-size": "say --rollout-num-gpus-per-engine",
     "tensor-parallel-size": "say --rollout-num-gpus-per-engine",
+    "api-key": "a run makes a key of its own where engines are on several nodes, and keeps it out of logs",
+    "admin-api-key": "updates of weights come without one",
     "custom-weight-loader": "weight updates need this package's own",
 }
 

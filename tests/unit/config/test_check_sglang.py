@@ -18,6 +18,7 @@ from slime_opd.config import check_sglang, parse
             "--sglang-mem-fraction-statik",
             "the installed SGLang has no --mem-fraction-statik; did you mean --sglang-mem-fraction-static?",
         ),
+        ("--sglang-api-key", "--sglang-api-key is set by this package: a run makes a key of its own"),
         ("--sglang-port", "--sglang-port is set by this package: each engine takes a free one"),
         ("--sglang-tp-size", "say --rollout-num-gpus-per-engine"),
     ],
