@@ -36,7 +36,6 @@ class Role(Enum):
     AGENT = "Ray's agent"
     RAY = "another process of Ray"
     TRAINER = "trainer rank"
-    SHARED_MEMORY = "torch's shared-memory manager"
     ENGINE_ACTOR = "engine actor"
     WARDEN = "warden"
     LAUNCHER = "engine launcher"
@@ -123,9 +122,6 @@ KINDS: dict[str, Kind] = {
         Kind("ray-agent-kill", Role.AGENT, outcome=Outcome.EITHER),
         Kind("trainer-kill", Role.TRAINER, (SFT, *WITH_ENGINE)),
         Kind("one-of-two-ranks-kill", Role.TRAINER, (SFT_TWO_RANKS,)),
-        Kind(
-            "shared-memory-manager-kill", Role.SHARED_MEMORY, WITH_ENGINE, phases=_RUNNING[:3], outcome=Outcome.EITHER
-        ),
         Kind("engine-actor-kill", Role.ENGINE_ACTOR, WITH_ENGINE),
         Kind("warden-kill", Role.WARDEN, outcome=Outcome.EITHER),
         Kind("engine-launcher-kill", Role.LAUNCHER, WITH_ENGINE),

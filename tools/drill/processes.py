@@ -28,7 +28,6 @@ _ROLES = (
     (r"ray::EngineActor", Role.ENGINE_ACTOR),
     (r"ray::TrainerActor", Role.TRAINER),
     (r"ray::|/ray/", Role.RAY),
-    (r"torch_shm_manager", Role.SHARED_MEMORY),
     (r"slime_opd\.engine\.cpu_launcher", Role.LAUNCHER),
     (r"sglang::scheduler", Role.SCHEDULER),
     (r"sglang::detokenizer", Role.DETOKENIZER),

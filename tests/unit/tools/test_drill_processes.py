@@ -29,7 +29,6 @@ COMMANDS = {
     "sglang::detokenizer": Role.DETOKENIZER,
     "/venv/bin/python -m sglang_router.launch_router --port 1": Role.ROUTER,
     "/venv/bin/python -P /x/slime_opd/reward/math_worker.py 10": Role.REWARD,
-    "torch_shm_manager": Role.SHARED_MEMORY,
     "/venv/bin/python -c from multiprocessing.resource_tracker import main;main(5)": Role.OTHER,
 }
 
