@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slime_opd.data.tokenizer import load_tokenizer
 from slime_opd.engine import protocol
 from slime_opd.engine.client import EngineClient
-from slime_opd.errors import EngineError, TeacherError, TeacherMismatch
+from slime_opd.errors import ConfigError, EngineError, TeacherError, TeacherMismatch
 from slime_opd.teacher.causality import check_causality, check_generation
 from slime_opd.teacher.facts import ask_ending_ids, ask_vocabulary_size, student_facts
 from slime_opd.teacher.fingerprint import Fingerprint, take_fingerprint
@@ -126,6 +127,7 @@ def _decoded_from_disk(info: protocol.ModelInfo, ids: Sequence[int]) -> list[str
     """The same, by the teacher's tokenizer files, None where they are not on this machine."""
     if info.tokenizer_path is None or not Path(info.tokenizer_path).is_dir():
         return None
-    from transformers import AutoTokenizer
-
-    return decoded(AutoTokenizer.from_pretrained(info.tokenizer_path), ids)
+    try:
+        return decoded(load_tokenizer(info.tokenizer_path, "the teacher's tokenizer"), ids)
+    except ConfigError:
+        return None  # reported as not checked

@@ -12,30 +12,25 @@ from slime_opd.errors import TeacherMismatch
 _EXAMPLES = 3
 
 
-def tokenizers_differ(teacher: Any, student: Any) -> list[str]:
-    """How the tokenizers of a teacher and of a student differ, one sentence each; empty where every id means the same text.
+def compare_tokenizers(student: Any, teacher: Any, teacher_name: str) -> str:
+    """A sentence about two tokenizers that agree on every id that both have.
 
-    Both are Hugging Face tokenizers. All ids are compared, by their entries in the vocabulary and, where those differ in
-    spelling alone (as a byte-level and a SentencePiece one do), by the text that they decode to. How text is split does
-    not matter: the teacher is given the student's ids.
+    Raises TeacherMismatch with the first ids that mean different texts.
     """
-    theirs, ours = _by_id(teacher), _by_id(student)
-    problems = []
-    if missing := sorted(theirs.keys() ^ ours.keys()):
-        problems.append(
-            f"the teacher's tokenizer has {len(theirs):,} ids, the student's {len(ours):,}: {len(missing):,} are in one alone, such as {missing[0]}"
-        )
-    spelled = sorted(i for i in theirs.keys() & ours.keys() if theirs[i] != ours[i])
-    texts = zip(spelled, decoded(teacher, spelled), decoded(student, spelled), strict=True)
-    if differing := [row for row in texts if row[1] != row[2]]:
-        problems.append(
-            f"{len(differing):,} of the {len(ours):,} ids mean another text to the teacher: {_examples(differing)}"
-        )
-    if teacher.eos_token_id != student.eos_token_id:
-        problems.append(
-            f"the teacher's end-of-sequence id is {teacher.eos_token_id}, the student's {student.eos_token_id}"
-        )
-    return problems
+    ours, theirs = _tokens_by_id(student), _tokens_by_id(teacher)
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        raise TeacherMismatch(f"the teacher's tokenizer ({teacher_name}) shares no id with the student's")
+    if any(ours[i] != theirs[i] for i in shared):
+        # Tokenizers of different kinds write one token differently (▁the, Ġthe); its text decides.
+        compare_texts(shared, decoded(teacher, shared), decoded(student, shared), teacher_name)
+    sentence = f"all {len(shared)} ids that its tokenizer shares with the student's are the same tokens"
+    alone = [
+        f"{len(own)} only the {who}'s, from {min(own)}"
+        for who, own in (("student", ours.keys() - theirs.keys()), ("teacher", theirs.keys() - ours.keys()))
+        if own
+    ]
+    return f"{sentence} ({', '.join(alone)})" if alone else sentence
 
 
 def spread_of_ids(tokenizer: Any, vocabulary_size: int, limit: int) -> list[int]:
@@ -72,8 +67,8 @@ def compare_texts(
     return len(ids)
 
 
-def _by_id(tokenizer: Any) -> dict[int, str]:
-    return {i: token for token, i in tokenizer.get_vocab().items()}
+def _tokens_by_id(tokenizer: Any) -> dict[int, str]:
+    return {index: token for token, index in tokenizer.get_vocab().items()}
 
 
 def _examples(differing: Sequence[tuple[int, str, str]]) -> str:

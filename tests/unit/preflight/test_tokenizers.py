@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from slime_opd.checkpoint import directory
 from slime_opd.config import parse
+from slime_opd.data.tokenizer import load_tokenizer
 from slime_opd.errors import ConfigError, TeacherMismatch
 from slime_opd.preflight.findings import Findings
 from slime_opd.preflight.tokenizers import (
-    compare_tokenizers,
-    load_tokenizer,
     look_at_teacher_tokenizer,
     look_at_tokenizer,
 )
+from slime_opd.teacher.tokenizers import compare_tokenizers
 
 
 @pytest.fixture(scope="module")

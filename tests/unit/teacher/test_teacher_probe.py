@@ -13,7 +13,7 @@ from slime_opd.engine.client import EngineClient
 from slime_opd.errors import DataError, TeacherError, TeacherMismatch
 from slime_opd.teacher.facts import student_facts
 from slime_opd.teacher.probe import probe_teacher
-from slime_opd.teacher.tokenizers import spread_of_ids, tokenizers_differ
+from slime_opd.teacher.tokenizers import compare_tokenizers, spread_of_ids
 
 
 def probed(teacher, *, tokenizer: Characters | None = None, eos_ids=(1,), top_k=0):
@@ -174,17 +174,15 @@ def test_an_address_with_two_models_behind_it_is_refused():
         probed(lambda request: replicas[random.integers(2)](request))
 
 
-def test_equal_tokenizers_do_not_differ_and_others_do_by_a_sentence_each():
-    assert tokenizers_differ(Characters(), Characters()) == []
-    [missing] = tokenizers_differ(Characters(TEXTS[:-1]), Characters())
-    assert missing == "the teacher's tokenizer has 89 ids, the student's 90: 1 are in one alone, such as 89"
+def test_tokenizers_are_compared_id_by_id():
+    assert compare_tokenizers(Characters(), Characters(), "T").startswith("all 90 ids")
+    fewer = compare_tokenizers(Characters(), Characters(TEXTS[:-1]), "T")
+    assert fewer.startswith("all 89 ids") and fewer.endswith("(1 only the student's, from 89)")
     other = Characters([*TEXTS[:5], "x", *TEXTS[6:]])
-    other.eos_token_id = 3
-    text, eos = tokenizers_differ(other, Characters())
-    assert (
-        text == "1 of the 90 ids mean another text to the teacher: id 5 is 'x' to the teacher and '<5>' to the student"
-    )
-    assert eos == "the teacher's end-of-sequence id is 3, the student's 1"
+    with pytest.raises(
+        TeacherMismatch, match="1 of 90 ids compared differ: id 5 is 'x' to the teacher and '<5>' to the student"
+    ):
+        compare_tokenizers(Characters(), other, "T")
 
 
 def test_another_spelling_of_the_same_text_is_no_difference():
@@ -192,4 +190,4 @@ def test_another_spelling_of_the_same_text_is_no_difference():
         def get_vocab(self):
             return {f"\u2581{text}": i for text, i in super().get_vocab().items()}
 
-    assert tokenizers_differ(Spelled(), Characters()) == []
+    assert compare_tokenizers(Characters(), Spelled(), "T").startswith("all 90 ids")

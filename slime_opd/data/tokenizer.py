@@ -1,0 +1,71 @@
+"""The tokenizer of a Hugging Face directory, loaded without running its code; what is wrong with it is one sentence."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from slime_opd.errors import ConfigError
+
+_JSON_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+
+
+def load_tokenizer(path: str | Path, option: str) -> Any:
+    """The tokenizer in the Hugging Face directory that `option` names. Raises ConfigError, in one sentence, where there is none."""
+    root = Path(path)
+    if not any(file for pattern in _VOCABULARY_FILES for file in root.glob(pattern)):
+        raise ConfigError(
+            f"{option} {root}: found no tokenizer, expected tokenizer.json and tokenizer_config.json; copy them from the model's original directory"
+        )
+    for name in _JSON_FILES:
+        _check_json(root / name, option)
+    with _quiet():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(root, trust_remote_code=False)
+            size = len(tokenizer)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except (
+            BaseException
+        ) as error:  # anything from transformers; and panics of tokenizers' Rust code are no Exception
+            raise ConfigError(f"{option} {root}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+    if size == 0:
+        raise ConfigError(f"{option} {root}: its tokenizer has no tokens; are its files complete?")
+    return tokenizer
+
+
+def _check_json(file: Path, option: str) -> None:
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ConfigError(f"{option}: {file} is not valid JSON ({_one_line(error)}); is it complete?") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{option}: {file} is no JSON object; is it of a tokenizer?")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of transformers, which are about uses that are not made of the tokenizer here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(before)
