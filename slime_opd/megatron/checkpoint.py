@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from slime_opd.checkpoint.whole import refusal
 from slime_opd.config.hf_config import ARCHITECTURE_KEYS
 from slime_opd.errors import CheckpointError
 from slime_opd.megatron import hugging_face
+from slime_opd.megatron.adam_state import prepare_to_load, separate_steps
 from slime_opd.megatron.checkpoint_writer import write_in_this_process
 from slime_opd.megatron.model import HiddenStatesModel
 from slime_opd.megatron.verification import gather, on_first_rank, write_manifest
@@ -190,7 +190,7 @@ def shapes_at(path: str) -> dict[str, int]:
 def load_training_state(state: TrainingState, location: Location, flag: str = "--load") -> None:
     """Copy optimizer, schedule and random state at `location` into `state`."""
     of_model = model_state(state.model)
-    _prepare_to_load(state.optimizer)
+    prepare_to_load(state.optimizer)
     wanted = {
         "optimizer": state.optimizer.sharded_state_dict(of_model, is_loading=True, metadata=_FULLY_RESHARDABLE),
         "scheduler": state.scheduler.state_dict(),
@@ -203,7 +203,7 @@ def load_training_state(state: TrainingState, location: Location, flag: str = "-
         wanted["rng"] = rng
     loaded = _load(wanted, location, flag)
     state.optimizer.load_state_dict(loaded["optimizer"])
-    _separate_steps(state.optimizer)
+    separate_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
         torch.set_rng_state(loaded["rng"]["cpu"])
@@ -292,42 +292,6 @@ def writing(partial_directory: Path, needed: int) -> Iterator[None]:
 def _remove(directory: Path) -> None:
     if dist.get_rank() == 0:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _torch_adams(optimizer: MegatronOptimizer) -> list[Any]:
-    """Megatron's optimizers that run torch's own Adam, as they do where neither Transformer Engine nor Apex is."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [one for one in chained if isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)]
-
-
-def _prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Make Megatron able to load into torch's Adam, whose state holds a `step` that Megatron's loader does not expect.
-
-    The state is made as Adam's first step would make it, because only state that is there can be described; and the
-    loader, which asks for every key of that state but is not given `step`, is handed the one that is there.
-    """
-    for one in _torch_adams(optimizer):
-        for group in one.optimizer.param_groups:
-            for parameter in group["params"]:
-                one.optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        one._set_main_param_and_optimizer_states = partial(_set_states, one)
-
-
-def _set_states(one: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-    group, order = one.model_param_group_index_map[model_param]
-    state = one.optimizer.state[one.optimizer.param_groups[group]["params"][order]]
-    type(one)._set_main_param_and_optimizer_states(one, model_param, {"step": state["step"], **tensors})
-
-
-def _separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a `step` of its own: Megatron loads one tensor into all, which Adam would then count up once for each."""
-    for one in _torch_adams(optimizer):
-        for state in one.optimizer.state.values():
-            state["step"] = state["step"].clone()
 
 
 def model_state(model: HiddenStatesModel) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the run would start from, by the table of slime_opd/checkpoint/start.py."""
+"""What the run would start from, by the table of slime_opd/checkpoint/start_table.py."""
 
 from __future__ import annotations
 

@@ -15,22 +15,24 @@ from slime_opd.checkpoint import aside, directory
 from slime_opd.checkpoint.directory import Location
 from slime_opd.checkpoint.record import run_record
 from slime_opd.checkpoint.start import (
-    MEANINGS,
-    RULES,
     Contents,
     Facts,
-    Loaded,
-    Outcome,
     Request,
-    Saved,
     Start,
     choose_start,
     loaded_kind,
-    meanings_as_markdown,
     read_facts,
     request_of,
-    rules_as_markdown,
     saved_kind,
+)
+from slime_opd.checkpoint.start_table import (
+    MEANINGS,
+    RULES,
+    Loaded,
+    Outcome,
+    Saved,
+    meanings_as_markdown,
+    rules_as_markdown,
 )
 from slime_opd.config import Config
 from slime_opd.config.stages import CheckpointConfig, ModelConfig
