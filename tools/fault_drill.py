@@ -12,8 +12,6 @@ ends with the same tensors, bit for bit, as one that was not. Exit code 1 where 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import shutil
 import signal
 import sys
@@ -23,7 +21,7 @@ from pathlib import Path
 
 from drill.kinds import ALL_STACKS, KINDS, on_stacks
 from drill.plan import batches, plan
-from drill.results import FINISHED, table
+from drill.results import FINISHED, ResultFile, table
 
 
 def main(arguments: list[str]) -> int:
@@ -41,19 +39,28 @@ def main(arguments: list[str]) -> int:
 
     # As Ctrl-C: by way of every `finally`, which ends the runs and the teacher.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    names = {"seed": options.seed, "kills": options.kills, "kinds": options.kinds, "stacks": options.stacks}
+    kept = None
+    if options.json:
+        try:
+            kept = ResultFile(options.json, names)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            sys.exit(f"fault_drill: error: --json: {error}")
+        trials = [trial for trial in trials if trial.number not in kept.done]
+        print(f"{len(kept.done)} kills are done already, {len(trials)} to do", flush=True)
     directory = Path(options.workdir) if options.workdir else Path(tempfile.mkdtemp(prefix="fault_drill_"))
     begun = time.monotonic()
     with Campaign(directory, hang_limit_s=options.hang_limit_s, stop_s=options.stop_s) as campaign:
-        results = campaign.run(batches(trials), options.jobs)
+        results = campaign.run(batches(trials), options.jobs, kept.add if kept else lambda results: None)
         problems = campaign.problems
+    if kept is not None:
+        results = kept.results
     print(f"\n{table(results)}\n")
     failed = [result for result in results if result.problems]
     kills = sum(result.kind != FINISHED for result in results)
     print(f"{kills} kills in {(time.monotonic() - begun) / 60:.1f} minutes, seed {options.seed}: {len(failed)} failed")
     for problem in problems:
         print(problem)
-    if options.json:
-        Path(options.json).write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
     if failed or problems:
         print(f"logs and checkpoints: {directory}")
         return 1
@@ -87,7 +94,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--stop-s", type=float, default=20.0, help="seconds that a process is stopped for (default: 20)"
     )
-    parser.add_argument("--json", metavar="FILE", help="write every kill's outcome")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="keep every kill's outcome, run by run; the kills that it holds are not done again, so a drill that was cut short goes on",
+    )
     parser.add_argument("--list", action="store_true", help="print the kills that would be done, and do none")
     options = parser.parse_args(arguments)
     for flag, names, known in (("--kinds", options.kinds, KINDS), ("--stacks", options.stacks, ALL_STACKS)):

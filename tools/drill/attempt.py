@@ -121,8 +121,9 @@ class Attempt:
         if self._screen is not None:
             self._screen.join()
 
-    def wait(self, look: Callable[[], T | None], limit_s: float = PROGRESS_LIMIT_S, poll_s: float = _POLL_S) -> T:
-        """What `look` finds. Raises Ended when the driver has ended first, Stuck after `limit_s` seconds."""
+    def wait(self, look: Callable[[], T | None], limit_s: float | None = None, poll_s: float = _POLL_S) -> T:
+        """What `look` finds. Raises Ended when the driver has ended first, Stuck after `limit_s` seconds (unset: PROGRESS_LIMIT_S)."""
+        limit_s = PROGRESS_LIMIT_S if limit_s is None else limit_s
         deadline = time.monotonic() + limit_s
         while True:
             # In this order, so that what the driver did last is seen.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,8 +39,14 @@ class Campaign:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def run(self, batches: Sequence[tuple[str, Sequence[Trial]]], jobs: int = 1) -> list[Result]:
-        """Do all kills: a run for each batch, up to `jobs` at one time."""
+    def run(
+        self,
+        batches: Sequence[tuple[str, Sequence[Trial]]],
+        jobs: int = 1,
+        on_results: Callable[[list[Result]], None] = lambda results: None,
+    ) -> list[Result]:
+        """Do all kills: a run for each batch, up to `jobs` at one time. `on_results` is given what each run adds, one run at a time."""
+        self._on_results = on_results
         references: dict[str, Path] = {}
         teacher = self._start_teacher() if any(stack == SGLANG_TEACHER for stack, _ in batches) else None
         setting = Setting(
@@ -90,6 +96,8 @@ class Campaign:
         for problem in lineage.problems:
             self.problems.append(f"{lineage.name}: {problem}")
             self._say(self.problems[-1])
+        with self._lock:
+            self._on_results(lineage.results)
         return lineage.results
 
     def _start_teacher(self) -> EngineProcess:

@@ -232,7 +232,11 @@ class Lineage:
         if self._attempt is None:
             self._start()
         attempt = self._attempt
-        attempt.wait(lambda: attempt.steps() or attempt.exit_code() is not None)
+        try:
+            attempt.wait(lambda: attempt.steps() or attempt.exit_code() is not None)
+        except Stuck as reason:
+            self._break(f"the same command did not continue: {reason}")
+            return
         attempt.processes()
         attempt.note_descendants()
         segments = shared_memory(attempt.known.values())

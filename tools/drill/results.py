@@ -1,9 +1,13 @@
-"""The outcome of a kill, and the table of all outcomes by kind."""
+"""The outcome of a kill, the file of all outcomes, and their table by kind."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # In place of a kind: a run that was let finish.
@@ -45,6 +49,37 @@ class Result:
         verdict = "; ".join(self.problems) or "ok"
         name = f"kill {self.number}, {self.kind}" if self.number else self.kind
         return f"{name} in {self.phase!r} of {self.stack}: {end}: {verdict}"
+
+
+class ResultFile:
+    """The outcomes of a drill, written as they come, so that a drill which was cut short goes on where it was.
+
+    `plan` is what makes two drills the same: its seed, kills, kinds and stacks. Raises ValueError where the file is of another.
+    """
+
+    def __init__(self, path: str | Path, plan: dict[str, Any]) -> None:
+        self._path, self._plan = Path(path), plan
+        self.results: list[Result] = []
+        if not self._path.exists():
+            return
+        content = json.loads(self._path.read_text())
+        if content["plan"] != plan:
+            raise ValueError(f"{path} is of a drill with {content['plan']}, this one has {plan}: name another file")
+        self.results = [Result(**values) for values in content["results"]]
+
+    @property
+    def done(self) -> set[int]:
+        """Numbers of the kills that went as promised. Those that failed are done again."""
+        return {result.number for result in self.results if result.number and not result.problems}
+
+    def add(self, results: Sequence[Result]) -> None:
+        """Write more outcomes."""
+        numbers = {result.number for result in results if result.number}
+        self.results = [result for result in self.results if result.number not in numbers] + list(results)
+        partial = self._path.with_name(f"{self._path.name}.partial")
+        values = [dataclasses.asdict(result) for result in self.results]
+        partial.write_text(json.dumps({"plan": self._plan, "results": values}, indent=1))
+        os.replace(partial, self._path)
 
 
 COLUMNS = (

@@ -30,6 +30,8 @@ hold = holds[start] if start < len(holds) else ""
 saved = int(tracker.read_text()) if tracker.exists() else 0
 if saved and fault == "refuses":
     sys.exit("slime_opd: error: the checkpoint is damaged")
+if saved and fault == "stalls":
+    signal.pause()
 if saved and fault != "silent":
     print("resumed", flush=True)
 first = {{"begins anew": 1, "skips a step": saved + 1 + (saved > 0)}}.get(fault, saved + 1)
@@ -110,10 +112,13 @@ def test_a_closed_terminal_reaches_the_run_as_a_hang_up(tmp_path, monkeypatch):
         ("silent", "driver-kill", "did not say that it resumed"),
         ("hangs", "driver-term", "hung for 1 s"),
         ("none", "trainer-stop", "could not be done at 3 tries: no trainer rank at its moments"),
+        ("stalls", "driver-kill", "the same command did not continue: nothing for 2 s"),
         ("refuses", "driver-kill", "the same command did not finish: exit code 1"),
     ],
 )
 def test_each_fault_is_seen(fault, kind, expected, tmp_path, monkeypatch):
+    if fault == "stalls":
+        monkeypatch.setattr("drill.attempt.PROGRESS_LIMIT_S", 2)
     results = drill(tmp_path, monkeypatch, fault, trial(kind), holds="step 4" if kind.startswith("driver") else "")
     (kill,) = (result for result in results if result.kind == kind)
     assert expected in "; ".join(kill.problems)
