@@ -19,26 +19,41 @@ alternative, would have to be set by each program itself, and ends a server when
 
 A process that forks without exec shows the environment of its parent's start, which a driver's scope is not in:
 the driver also maps an empty file named after the scope, and a fork inherits the mapping.
+
+Files go with the processes. Each owner has a private temporary directory, TMPDIR of what it starts, which its warden
+removes: sockets and media directories of killed processes end up nowhere else. Shared memory (torch's tensors, the semaphores of
+Python's multiprocessing) is unlinked where the killed processes had mapped it and no living process has.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import getpass
 import mmap
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 RUN_VARIABLE = "SLIME_OPD_RUN"
 
 _ORDERLY = b"."  # the line that an owner writes to its warden when it ends by itself
 _TRACKER_GRACE_S = 2.0
+_WARDEN_GRACE_S = 5.0  # longer than a warden waits for a tracker
+# A socket's path has at most 107 bytes; the longest that is made in a temporary directory, wandb's, adds some 40.
+_LONGEST_DIRECTORY = 65
+_SHARED_MEMORY = "/dev/shm"
+# Variables of directories that outlive a run or are read by other programs, which therefore stay where they are by default:
+# Ray's sessions and the address of a running cluster, and torch's compiled kernels.
+SHARED_DIRECTORIES = ("RAY_TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
 _PATIENCE_S = 30.0
 _POLL_S = 0.05
 
@@ -69,11 +84,13 @@ def own(scope: str | None = None) -> str:
     os.environ.update(environment_of(scope))
     _owner.mark = _mark(scope)
     reading, _owner.lifeline = os.pipe()
+    directory = _private_directory(scope)
     # -I -S: the standard library alone, which types.py beside this file would hide; it starts fast and stays small.
-    command = [sys.executable, "-I", "-S", __file__, scope, str(os.getpid())]
+    command = [sys.executable, "-I", "-S", __file__, scope, str(os.getpid()), directory]
     subprocess.run(command, stdin=reading, stdout=subprocess.DEVNULL, start_new_session=True, cwd="/", check=True)
     os.close(reading)
     _owner.pid = os.getpid()
+    os.environ["TMPDIR"] = tempfile.tempdir = directory
     # A fork that is no exec would hold the pipe open after the owner's death.
     os.register_at_fork(after_in_child=_close_in_fork)
     atexit.register(_end_orderly)
@@ -100,6 +117,23 @@ def processes_of_run(scope: str) -> list[int]:
     return [pid for pid in _all_processes() if _belongs(pid, scope) and is_alive(pid)]
 
 
+def processes_of_group(group: int) -> list[int]:
+    """Ids of the living processes of a process group."""
+    members = []
+    for pid in _all_processes():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group and is_alive(pid):
+                members.append(pid)
+    return members
+
+
+def wait_gone(pids: Iterable[int], timeout_s: float = 5.0) -> None:
+    """Return when none of the processes, which were sent SIGKILL, lives any more, at the latest after `timeout_s` seconds."""
+    deadline = time.monotonic() + timeout_s
+    while any(map(is_alive, pids)) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+
+
 def scope_of_process(pid: int) -> str | None:
     """The scope that a process owns (of a run's driver: the run), or the one it was started in; None where it has none."""
     return _marked_scope(pid) or _inherited_scope(pid)
@@ -120,35 +154,56 @@ def is_alive(pid: int) -> bool:
 
 
 def end_scope(scope: str, owner: int) -> list[str]:
-    """Kill what `scope` holds, except this process, and remove the shared memory that torch left; returns what was killed, "PID NAME".
+    """Kill what `scope` holds, except this process, and remove the shared memory that is left; returns what was killed, "PID NAME".
 
     The resource trackers of Python's multiprocessing end by themselves once those they serve
-    are gone, and unlink their semaphores then: they are killed only after a grace period.
+    are gone, and unlink their semaphores then; wardens of scopes below remove their temporary directories:
+    both are killed only after a grace period.
     """
     started, killed = time.monotonic(), {}
-    pids = {owner}
+    pids, shared = {owner}, set()
     while left := [pid for pid in processes_of_run(scope) if pid != os.getpid()]:
         waited = time.monotonic() - started
         if waited > _PATIENCE_S:
             break
+        # All of them before the first is killed: others may end with it.
+        shared |= shared_memory_of(left)
         for pid in left:
             name = _command_of(pid)
-            if "multiprocessing.resource_tracker" in name and waited < _TRACKER_GRACE_S:
+            is_tracker, is_warden = "multiprocessing.resource_tracker" in name, Path(__file__).name in name
+            if waited < (_WARDEN_GRACE_S if is_warden else _TRACKER_GRACE_S if is_tracker else 0):
                 continue
-            if Path(__file__).name not in name and "resource_tracker" not in name:
+            if not is_warden and not is_tracker:
                 killed[pid] = f"{pid} {name[:60]}"
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             pids.add(pid)
         time.sleep(_POLL_S)
+    # What a process shares with torch carries its id, also where only others had mapped it.
     for pid in pids:
-        for file in Path("/dev/shm").glob(f"torch_{pid}_*"):
-            file.unlink(missing_ok=True)
+        shared |= {str(file) for file in Path(_SHARED_MEMORY).glob(f"torch_{pid}_*")}
+    remove_shared_memory(shared)
     return list(killed.values())
 
 
-def main(scope: str, owner: int) -> None:
-    """The warden: wait for the end of the owner, who holds the other end of standard input; then end its scope."""
+def shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """Paths of the files in /dev/shm that living processes have mapped: tensors, semaphores, segments of NCCL."""
+    return {path for pid in pids for path in _mapped_shared_memory(pid)}
+
+
+def remove_shared_memory(paths: Iterable[str]) -> None:
+    """Unlink those of the files in /dev/shm at `paths` that no living process has mapped."""
+    if existing := {path for path in paths if os.path.exists(path)}:
+        for path in existing - shared_memory_of(_all_processes()):
+            with contextlib.suppress(OSError):  # another warden was faster, or it is another user's
+                os.unlink(path)
+
+
+def main(scope: str, owner: int, directory: str) -> None:
+    """The warden: wait for the end of the owner, who holds the other end of standard input; then end its scope.
+
+    directory: the owner's private temporary directory, which is removed.
+    """
     if os.fork():
         os._exit(0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -158,6 +213,7 @@ def main(scope: str, owner: int) -> None:
         # The last complete line, and what has come of the next.
         received = b"\n".join((received + part).split(b"\n")[-2:])
     killed = end_scope(scope, owner)
+    shutil.rmtree(directory, ignore_errors=True)
     last = received.partition(b"\n")[0]
     # The driver reports its actors' ends, and leaves last words for its own.
     if last in (b"", _ORDERLY):
@@ -175,6 +231,26 @@ def _mark(scope: str) -> mmap.mmap:
     mark = mmap.mmap(descriptor, mmap.PAGESIZE)
     os.close(descriptor)
     return mark
+
+
+def _private_directory(scope: str) -> str:
+    """Make the temporary directory of a scope's owner, in the present one; in /tmp where paths of sockets would get too long."""
+    shared = tempfile.gettempdir()
+    for name, path in zip(
+        SHARED_DIRECTORIES, (shared, os.path.join(shared, f"torchinductor_{_user_name()}")), strict=True
+    ):
+        os.environ.setdefault(name, path)
+    prefix = f"slime_opd_{scope.rpartition('/')[2]}_"
+    parent = shared if len(shared) + len(prefix) < _LONGEST_DIRECTORY - 10 else "/tmp"
+    return tempfile.mkdtemp(prefix=prefix, dir=parent)
+
+
+def _user_name() -> str:
+    """As torch has it in the name of its cache."""
+    try:
+        return re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, OSError):  # no entry for this user, as in some containers
+        return f"uid_{os.getuid()}"
 
 
 def _close_in_fork() -> None:
@@ -208,6 +284,15 @@ def _marked_scope(pid: int) -> str | None:
     return _search(f"/proc/{pid}/maps", rf"/memfd:{RUN_VARIABLE}=([^=\n]*)=")
 
 
+def _mapped_shared_memory(pid: int) -> list[str]:
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace")
+    except OSError:
+        return []
+    # A file that is unlinked already ends in " (deleted)".
+    return re.findall(rf" ({_SHARED_MEMORY}/\S+)$", maps, re.MULTILINE)
+
+
 def _search(file: str, pattern: str) -> str | None:
     try:
         found = re.search(pattern.encode(), Path(file).read_bytes())
@@ -224,4 +309,4 @@ def _command_of(pid: int) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

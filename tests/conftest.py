@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# A test may make this process the owner of a scope (slime_opd/lifetimes.py), whose temporary directory goes with it.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 
 # One character, one token; 64 of them, so that the tokenizer fills the model's vocabulary.
 TINY_VOCABULARY = ("<pad>", "<eos>", *"0123456789", *"abcdefghijklmnopqrstuvwxyz", *" +-*/=()?.,:;!'\"\n#%&<>@_|$")

@@ -128,12 +128,18 @@ class OwnedProcess:
         """End the server and all it started: SIGTERM, and SIGKILL for what is left after `grace_s` seconds."""
         if self._process is None or self._process.returncode is not None:
             return
+        # Python unlinks semaphores when it ends by itself, which those that are killed here do not.
+        shared = lifetimes.shared_memory_of(lifetimes.processes_of_group(self.pid))
         self._signal_group(signal.SIGTERM)
         deadline = time.monotonic() + grace_s
         while self.exit_code() is None and time.monotonic() < deadline:
             time.sleep(0.05)
+        members = lifetimes.processes_of_group(self.pid)
+        shared |= lifetimes.shared_memory_of(members)
         self._signal_group(signal.SIGKILL)
         self._process.wait()
+        lifetimes.wait_gone(members)
+        lifetimes.remove_shared_memory(shared)
 
     def last_log_lines(self, count: int = _LOG_LINES_IN_ERRORS) -> str:
         """The end of the server's output."""

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from slime_opd import lifetimes
 from slime_opd.config import Config
 from slime_opd.config.check_learning import SLIME_FILTER
 from slime_opd.config.check_machine import check_custom_functions
@@ -116,6 +117,8 @@ def _try(config: Config, task: RewardTask | FilterTask, name: str, found: Findin
 
 def run_trial(task: RewardTask | FilterTask, limit_s: float) -> str | None:
     """Run a task in a process of its own; the problem, in one sentence, or None. The process group is ended in any case."""
+    # A warden removes what a killed process leaves, the trial's directory among it.
+    lifetimes.own()
     with tempfile.TemporaryDirectory(prefix="slime_opd_trial_") as directory:
         report, output = Path(directory) / "report.json", Path(directory) / "output"
         with output.open("wb") as log:

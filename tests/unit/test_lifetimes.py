@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,6 +48,37 @@ if __name__ == "__main__":
         raise ValueError("an error")
 """
 STARTED = 6  # five processes, and the warden
+
+
+# Leaves what SGLang's processes leave: semaphores whose resource tracker was killed, held by two processes, of which one
+# has made a session of its own, and sockets and directories in the temporary directory.
+LITTER = """
+import multiprocessing, os, signal, socket, subprocess, sys, tempfile, time
+from multiprocessing import resource_tracker
+
+def wait(lock):
+    os.setsid()
+    print(lock._semlock.name, tempfile.gettempdir(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    lock = context.Lock()
+    context.Process(target=wait, args=(lock,)).start()
+    os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+    path = tempfile.mktemp()
+    socket.socket(socket.AF_UNIX).bind(path)
+    print(path, flush=True)
+    time.sleep(600)
+"""
+LITTERING_OWNER = """
+import os, subprocess, sys
+from slime_opd import lifetimes
+
+if __name__ == "__main__":
+    print(lifetimes.own(), os.environ["TMPDIR"], flush=True)
+    subprocess.run([sys.executable, *sys.argv[1:]], start_new_session=True)
+"""
 
 
 def start(program: str, *arguments: str) -> subprocess.Popen[str]:
@@ -109,6 +141,65 @@ def test_signals_to_the_owners_group_do_not_end_its_warden():
     assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
     owner.stdin.close()
     owner.stdout.close()
+
+
+def test_killed_processes_leave_no_semaphore_no_socket_and_no_directory(tmp_path):
+    litter = tmp_path / "litter.py"
+    litter.write_text(LITTER)
+    owner = start(LITTERING_OWNER, str(litter))
+    scope, directory = owner.stdout.readline().split()
+    lines = [owner.stdout.readline().split(), owner.stdout.readline().split()]
+    ((semaphore, seen_by_child),) = (line for line in lines if len(line) == 2)
+    ((socket_path,),) = (line for line in lines if len(line) == 1)
+    semaphore = Path(f"/dev/shm/sem.{semaphore.removeprefix('/')}")
+    assert seen_by_child == directory == str(Path(socket_path).parent) != tempfile.gettempdir()
+    assert semaphore.exists() and Path(socket_path).is_socket()
+    owner.kill()
+    assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
+    assert not semaphore.exists() and not Path(directory).exists()
+    owner.communicate(timeout=20)
+
+
+def test_shared_memory_that_a_living_process_has_mapped_stays(tmp_path):
+    import mmap
+
+    paths = [Path(f"/dev/shm/slime_opd_test_{os.getpid()}_{name}") for name in ("mapped", "left")]
+    try:
+        for path in paths:
+            path.write_bytes(b"\0")
+        with paths[0].open("r+b") as file, mmap.mmap(file.fileno(), 1):
+            assert str(paths[0]) in lifetimes.shared_memory_of([os.getpid()])
+            lifetimes.remove_shared_memory(map(str, paths))
+            assert [path.exists() for path in paths] == [True, False]
+        lifetimes.remove_shared_memory(map(str, paths))
+        assert not paths[0].exists()
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def test_a_private_directory_leaves_room_for_sockets_and_rays_sessions_where_they_were(tmp_path):
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    program = (
+        "import os; from slime_opd import lifetimes; lifetimes.own();"
+        "print(*(os.environ[name] for name in ('TMPDIR', 'RAY_TMPDIR', 'TORCHINDUCTOR_CACHE_DIR')))"
+    )
+    short = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    try:
+        for shared, parent in ((short, short), (long, Path("/tmp"))):
+            environment = {
+                name: value for name, value in os.environ.items() if name not in lifetimes.SHARED_DIRECTORIES
+            }
+            environment["TMPDIR"] = str(shared)
+            command = [sys.executable, "-c", program]
+            run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+            private, ray, kernels = map(Path, run.stdout.split())
+            assert private.parent == parent and len(f"{private}/pymp-12345678/listener-12345678") < 107
+            assert ray == shared and kernels.parent == shared
+            assert wait_until(lambda private=private: not private.exists())
+    finally:
+        short.rmdir()
 
 
 def test_only_the_scope_of_the_dead_owner_is_ended():

@@ -176,10 +176,14 @@ def test_a_reward_that_hangs_ends_with_a_check_that_is_killed(place, tmp_path):
         [sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": paths, "TRIAL_PIDS": str(pids)}
     )
     wait_until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    child, grandchild = map(int, pids.read_text().split())
+    environment = Path(f"/proc/{child}/environ").read_text().split("\0")
+    (directory,) = (Path(entry.removeprefix("TMPDIR=")) for entry in environment if entry.startswith("TMPDIR="))
+    assert [path.name.startswith("slime_opd_trial_") for path in directory.iterdir()] == [True]
     check.kill()
     check.wait()
-    child, grandchild = map(int, pids.read_text().split())
     wait_until(lambda: not is_running(child) and not is_running(grandchild))
+    wait_until(lambda: not directory.exists())
 
 
 def wait_until(condition, limit_s=60.0):
