@@ -131,7 +131,7 @@ start_ray() { # comma-separated GPUs; none on a machine without
 train() { # flags of slime_opd.train
    JOB=slime_opd_$$_$((JOBS += 1))
    run ray job submit --address "$RAY_DASHBOARD" --submission-id "$JOB" \
-      --runtime-env-json "{\"env_vars\": {\"PYTHONPATH\": \"$ROOT\", \"CUDA_DEVICE_MAX_CONNECTIONS\": \"1\"}}" \
+      --runtime-env-json "{\"env_vars\": {\"PYTHONPATH\": \"$ROOT\"}}" \
       -- "$PYTHON" -m slime_opd.train "$@"
    JOB=
 }

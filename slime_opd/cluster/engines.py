@@ -64,13 +64,22 @@ class EngineActor:
 class EngineGroup:
     """All engines of a run. `url` is where requests go: the engine, or the router in front of several."""
 
-    def __init__(self, config: Config, slots: list[Slot], log_dir: Path, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        config: Config,
+        slots: list[Slot],
+        log_dir: Path,
+        watchdog: Watchdog,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`environment`: variables of each engine."""
         self._config, self._log_dir, self._watchdog = config, log_dir, watchdog
         self._names = [f"engine {index}" for index in range(len(slots))]
         self._looks: dict[int, tuple[Any, float]] = {}
         self._is_stopping = False
         self._actors = [
-            EngineActor.options(**slot.options_in(f"engine-{index}")).remote() for index, slot in enumerate(slots)
+            EngineActor.options(**slot.options_in(f"engine-{index}", environment)).remote()
+            for index, slot in enumerate(slots)
         ]
         self._router: RouterProcess | None = None
         self.access = server_access()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,7 @@ from slime_opd.checkpoint.saves import BY_REQUEST
 from slime_opd.cluster import ray_processes, session
 from slime_opd.cluster.checkpoints import RunCheckpoints
 from slime_opd.cluster.engines import EngineGroup
+from slime_opd.cluster.environment import engine_environment, trainer_environment
 from slime_opd.cluster.trainers import TrainerGroup
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
@@ -37,7 +39,7 @@ from slime_opd.stopping import Stopping, during
 from slime_opd.teacher.probe import probe
 from slime_opd.teacher.recheck import TeacherRecheck
 from slime_opd.teacher.sglang import make_teacher
-from slime_opd.types import SampleGroup
+from slime_opd.types import SampleGroup, StartReport
 
 logger = logging.getLogger(__name__)
 
@@ -131,18 +133,21 @@ class Run:
         session.join(config.cluster.ray_address)
         placement = session.reserve(config)
         keep.callback(placement.release)
-        self._trainers = TrainerGroup(self._checkpoints.trainer_config, placement.trainers, self.watchdog)
+        has_engines, devices = bool(placement.engines), session.devices()
+        for_trainers = trainer_environment(config, devices, os.environ, has_engines=has_engines)
+        for_engines = engine_environment(config, devices, os.environ)
+        if for_trainers or for_engines:
+            console.say(summary.environment({"trainers": for_trainers, "engines": for_engines if has_engines else {}}))
+        trainer_config = self._checkpoints.trainer_config
+        self._trainers = TrainerGroup(trainer_config, placement.trainers, self.watchdog, for_trainers)
         keep.callback(self._trainers.stop)
         self._engines: EngineGroup | None = None
-        starting = []
-        if placement.engines:
-            self._engines = EngineGroup(config, placement.engines, self.log_dir, self.watchdog)
+        if has_engines:
+            self._engines = EngineGroup(config, placement.engines, self.log_dir, self.watchdog, for_engines)
             keep.callback(self._engines.stop)
-            starting = self._engines.begin_start(self._trainers.gpu_ids() if config.cluster.colocate else [])
         console.say(summary.starting(len(placement.trainers), len(placement.engines)))
-        report = self._trainers.finish_start(self._trainers.begin_start())
-        if self._engines is not None:
-            self._engines.finish_start(starting)
+        shares_gpus = config.cluster.colocate and placement.has_gpus
+        report = start_processes(self._trainers, self._engines, shares_gpus=shares_gpus)
         for warning in report.warnings:
             console.warn(warning)
         self._checkpoints.begin(self._trainers)
@@ -286,6 +291,18 @@ class Run:
         started = time.perf_counter()
         yield
         self._timings[name] = self._timings.get(name, 0.0) + time.perf_counter() - started
+
+
+def start_processes(trainers: TrainerGroup, engines: EngineGroup | None, *, shares_gpus: bool) -> StartReport:
+    """Start trainers and engines and wait for them: at the same time, but one after the other where they share GPUs.
+
+    SGLang sizes its cache by the memory that is free when it starts, which is known once the trainers have loaded.
+    """
+    starting = engines.begin_start([]) if engines is not None and not shares_gpus else []
+    report = trainers.finish_start(trainers.begin_start())
+    if engines is not None:
+        engines.finish_start(engines.begin_start(trainers.gpu_ids()) if shares_gpus else starting)
+    return report
 
 
 def run_dir(config: Config) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
@@ -10,6 +11,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from slime_opd import lifetimes
 from slime_opd.cluster.access import Access, access_for
+from slime_opd.cluster.bundles import Bundles
+from slime_opd.cluster.deaths import first_sentence
+from slime_opd.cluster.environment import Devices
 from slime_opd.cluster.private_cluster import is_inside_job
 from slime_opd.config import Config
 from slime_opd.config.check_sizes import process_problem
@@ -21,11 +25,12 @@ PLACEMENT_TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one process runs, as options of a Ray actor."""
+    """Where one process runs, as options of a Ray actor. `bundle`: the index of its reserved GPUs; None without GPUs."""
 
     options: dict
+    bundle: int | None = None
 
-    def options_in(self, name: str, variables: dict[str, str] | None = None) -> dict:
+    def options_in(self, name: str, variables: Mapping[str, str] | None = None) -> dict:
         """These options for an actor with environment variables of its own and the scope `name` below this run's."""
         scope = lifetimes.environment_of(f"{lifetimes.own()}/{name}")
         return {**self.options, "runtime_env": {"env_vars": {**(variables or {}), **scope}}}
@@ -38,6 +43,11 @@ class Placement:
     trainers: list[Slot]
     engines: list[Slot]
     group: PlacementGroup | None
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether the processes run on GPUs."""
+        return self.group is not None
 
     def release(self) -> None:
         """Give the devices back."""
@@ -60,12 +70,16 @@ def join(address: str) -> None:
         raise ConfigError(
             f"--ray-address {address}: no Ray cluster answers there; start one with `ray start --head`, or say --ray-address local"
         ) from error
+    except (RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
+        what = "Ray did not start on this machine" if address == "local" else "the Ray cluster cannot be joined"
+        raise ConfigError(f"--ray-address {address}: {what}: {first_sentence(str(error))}") from error
 
 
-def reserve(config: Config) -> Placement:
+def reserve(config: Config, timeout_s: float = PLACEMENT_TIMEOUT_S) -> Placement:
     """Reserve a GPU for every trainer rank and engine; where there is no CUDA, plain processes on any node.
 
-    With --colocate an engine stands on the GPUs of trainer ranks. Raises ConfigError when the cluster has too few.
+    The ranks of a node are one bundle, and each engine is one, so that neither straddles nodes. With --colocate an engine stands in
+    the bundle of its ranks. Raises ConfigError when the cluster has too few GPUs, or none becomes free within `timeout_s` seconds.
     """
     trainers, engines = config.world_size, config.num_engines if needs_engines(config) else 0
     if not ray.cluster_resources().get("GPU"):
@@ -73,33 +87,64 @@ def reserve(config: Config) -> Placement:
         if problem := process_problem(trainers, engines * config.cluster.rollout_num_gpus_per_engine, cores):
             raise ConfigError(problem)
         return Placement([Slot({"num_cpus": 0})] * trainers, [Slot({"num_cpus": 0})] * engines, None)
-    per_engine = config.cluster.rollout_num_gpus_per_engine
-    # A colocated engine stands on GPUs that its trainer ranks hold, so it reserves none.
-    own_gpus = 0 if config.cluster.colocate else per_engine
-    total, available = trainers + engines * own_gpus, int(ray.cluster_resources()["GPU"])
-    if total > available:
-        raise ConfigError(
-            f"the run needs {total} GPUs ({trainers} to train, {engines * own_gpus} to generate), the Ray cluster has {available}; change --actor-num-gpus-per-node or --rollout-num-gpus"
-        )
-    bundles = [{"GPU": 1, "CPU": 1}] * trainers
-    bundles += [{"GPU": own_gpus, "CPU": 1}] * (engines if own_gpus else 0)
-    group = placement_group(bundles, strategy="PACK")
-    ray.get(group.ready(), timeout=PLACEMENT_TIMEOUT_S)
+    cluster = config.cluster
+    plan = Bundles(
+        nodes=cluster.actor_num_nodes,
+        ranks_per_node=cluster.actor_num_gpus_per_node,
+        engines=engines,
+        gpus_per_engine=cluster.rollout_num_gpus_per_engine,
+        is_colocated=cluster.colocate,
+    )
+    if problem := plan.problem(_gpus_of_nodes()):
+        raise ConfigError(problem)
+    # PACK: as few nodes as possible, so that a small run stays on one. STRICT_PACK would refuse a run of several nodes.
+    group = placement_group([{"GPU": gpus} for gpus in plan.gpus], strategy="PACK")
+    try:
+        ray.get(group.ready(), timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        remove_placement_group(group)
+        raise ConfigError(plan.timeout_message(_free_gpus_of_nodes(), timeout_s)) from error
 
     def slot(bundle: int, gpus: int) -> Slot:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
-        return Slot({"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": strategy})
+        return Slot({"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": strategy}, bundle)
 
+    own_gpus = 0 if plan.is_colocated else plan.gpus_per_engine
     return Placement(
-        [slot(rank, 1) for rank in range(trainers)],
-        [slot(trainers + engine if own_gpus else engine * per_engine, own_gpus) for engine in range(engines)],
+        [slot(plan.bundle_of_rank(rank), 1) for rank in range(trainers)],
+        [slot(plan.bundle_of_engine(engine), own_gpus) for engine in range(engines)],
         group,
     )
+
+
+def _gpus_of_nodes() -> dict[str, int]:
+    """GPUs of each living node that has any, by a name for it."""
+    gpus = {_node_name(node): int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]}
+    return {name: count for name, count in gpus.items() if count}
+
+
+def _free_gpus_of_nodes() -> dict[str, int]:
+    """GPUs of those nodes that nothing has reserved. Ray has no public function for it."""
+    available = ray._private.state.available_resources_per_node()
+    return {
+        _node_name(node): int(available.get(node["NodeID"], {}).get("GPU", 0))
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("GPU")
+    }
+
+
+def _node_name(node: dict) -> str:
+    return f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {node['NodeID'][:8]})"
 
 
 def server_access() -> Access:
     """How the servers of this run are reached, given the nodes of the Ray cluster."""
     return access_for(node["NodeID"] for node in ray.nodes() if node["Alive"])
+
+
+def devices() -> Devices:
+    """The devices of the Ray cluster."""
+    return Devices.of_resources(ray.cluster_resources())
 
 
 def needs_engines(config: Config) -> bool:

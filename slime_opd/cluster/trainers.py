@@ -7,13 +7,14 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
 from slime_opd import lifetimes
 from slime_opd.cluster import heartbeat
+from slime_opd.cluster.bundles import in_rank_order
 from slime_opd.cluster.session import Slot
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
@@ -25,25 +26,28 @@ from slime_opd.types import StartReport, TrainBatch
 # Seconds for all ranks to start: imports, a checkpoint from a slow disk, and the first collective.
 START_TIMEOUT_S = 1800
 
-# Megatron's overlap of communication and computation with tensor parallelism needs one connection.
-_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTHONWARNINGS": "ignore"}
+_ENVIRONMENT = {"PYTHONWARNINGS": "ignore"}
 
 
 @ray.remote
 class TrainerActor:
-    """One trainer rank in a process of its own."""
+    """One trainer rank in a process of its own. It learns its rank from `set_rank`, once it is known where it stands."""
 
-    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+    def __init__(self, config: Config, world_size: int) -> None:
         lifetimes.own(os.environ[lifetimes.RUN_VARIABLE])
-        logging.basicConfig(level=logging.INFO, format=f"[trainer {rank}] %(message)s")
         # These say at INFO what only their authors want to know; the run prints what matters.
         for chatty in ("megatron", "httpx"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         # It warns that its own default is used.
         logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-        self._config, self._rank, self._world_size = config, rank, world_size
+        self._config, self._world_size = config, world_size
         self._sender: Any = None
         self._trainer: Any = None
+
+    def set_rank(self, rank: int) -> None:
+        """Become this rank."""
+        self._rank = rank
+        logging.basicConfig(level=logging.INFO, format=f"[trainer {rank}] %(message)s")
 
     def report_under(self, key: str) -> None:
         """Report from now on, under `key`, that this rank lives, and its micro-batches."""
@@ -99,24 +103,33 @@ class TrainerActor:
 class TrainerGroup:
     """All trainer ranks; every verb runs on all of them and waits."""
 
-    def __init__(self, config: Config, slots: list[Slot], watchdog: Watchdog) -> None:
+    def __init__(
+        self, config: Config, slots: list[Slot], watchdog: Watchdog, environment: Mapping[str, str] | None = None
+    ) -> None:
+        """`environment`: variables of each rank, beside those of every run."""
         self._watchdog = watchdog
         self._names = [f"trainer rank {rank}" for rank in range(len(slots))]
+        variables = {**_ENVIRONMENT, **(environment or {})}
         self._actors = [
-            TrainerActor.options(**slot.options_in(f"trainer-{rank}", _ENVIRONMENT)).remote(config, rank, len(slots))
-            for rank, slot in enumerate(slots)
+            TrainerActor.options(**slot.options_in(f"trainer-{index}", variables)).remote(config, len(slots))
+            for index, slot in enumerate(slots)
         ]
+        self._bundles = [slot.bundle for slot in slots]
         self._reports = RankReports(self._names)
         watchdog.add(self._look)
-        for actor, key in zip(self._actors, self._reports.keys, strict=True):
-            actor.report_under.remote(key)
 
     def gpu_ids(self) -> list[list[str]]:
         """The GPUs of each rank."""
         return self._all("gpu_ids")
 
     def begin_start(self) -> list[Any]:
-        """Start every rank without waiting; `finish_start` takes what this returns."""
+        """Give each process its rank and start it, without waiting; `finish_start` takes what this returns."""
+        if None not in self._bundles:
+            places = [(bundle, gpus[0]) for bundle, gpus in zip(self._bundles, self.gpu_ids(), strict=True)]
+            self._actors = [self._actors[index] for index in in_rank_order(places)]
+        for rank, (actor, key) in enumerate(zip(self._actors, self._reports.keys, strict=True)):
+            actor.set_rank.remote(rank)
+            actor.report_under.remote(key)
         (address,) = self._watchdog.get([self._actors[0].address.remote()], self._names[:1])
         return [actor.start.remote(address) for actor in self._actors]
 

@@ -296,6 +296,21 @@ def check_engines(config: Config) -> list[str]:
     return problems
 
 
+def check_engine_fits_node(config: Config) -> list[str]:
+    """Engines that would need GPUs of several nodes."""
+    cluster = config.cluster
+    per_engine, ranks = cluster.rollout_num_gpus_per_engine, cluster.actor_num_gpus_per_node
+    if per_engine > cluster.num_gpus_per_node:
+        return [
+            f"--rollout-num-gpus-per-engine {per_engine} is more than the GPUs of a node (--num-gpus-per-node {cluster.num_gpus_per_node}): engines over several nodes are not supported; use smaller engines, or set --num-gpus-per-node if nodes are larger"
+        ]
+    if cluster.colocate and cluster.actor_num_nodes > 1 and _indivisible(ranks, per_engine):
+        return [
+            f"--colocate: --rollout-num-gpus-per-engine {per_engine} does not divide --actor-num-gpus-per-node {ranks}, so an engine would need GPUs of two nodes"
+        ]
+    return []
+
+
 def check_checkpoint(config: Config) -> list[str]:
     """Checkpoint flags that would do nothing."""
     checkpoint = config.checkpoint

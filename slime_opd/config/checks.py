@@ -39,6 +39,7 @@ COMBINATIONS: tuple[Check, ...] = (
     check_run.check_batches,
     check_run.check_dynamic_batch,
     check_run.check_engines,
+    check_run.check_engine_fits_node,
     check_run.check_checkpoint,
     check_run.check_save_hf,
     check_run.check_weight_transport,
@@ -115,6 +116,10 @@ def notes(config: Config) -> list[str]:
     if checkpoint.load is not None and not _holds_checkpoint(checkpoint.load) and not is_continued:
         start = "--ref-load" if checkpoint.ref_load is not None else "--hf-checkpoint"
         said.append(f"--load {checkpoint.load} holds no checkpoint yet: training starts from {start}")
+    if config.cluster.colocate:
+        said.append(
+            "--colocate: trainer and engines keep their memory on the GPUs at the same time, as nothing releases it between rollouts; engines start once the trainers have loaded, and take --sglang-mem-fraction-static of what is free then, so set it low enough for the optimizer's state and the activations"
+        )
     if note := check_sizes.packing_note(config):
         said.append(note)
     if config.reward.custom_reward_post_process_path is not None:

@@ -27,8 +27,10 @@ class ClusterConfig:
         help="GPUs (on a CPU: processes) that generate; unset: one engine's worth, or the training GPUs with --colocate",
     )
     rollout_num_gpus_per_engine: int = option(1, help="GPUs of one SGLang engine: its tensor-parallel size")
-    num_gpus_per_node: int = option(8, help="GPUs of a node")
-    colocate: bool = option(False, help="engines share the training GPUs")
+    num_gpus_per_node: int = option(8, help="GPUs of a node: the most that one engine may have")
+    colocate: bool = option(
+        False, help="engines share the training GPUs, and their memory at the same time: nothing is released in between"
+    )
     ray_address: str = option("auto", help="Ray cluster to join; 'local' starts one for this run alone")
     watchdog_interval_s: float = option(
         60.0, help="seconds without progress after which a line says who is waited for, then ever more rarely; 0: never"

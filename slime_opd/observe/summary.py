@@ -53,6 +53,12 @@ def starting(trainers: int, engines: int) -> str:
     return f"starting {' and '.join(part for part in parts if not part.startswith('0'))}: each loads its libraries and the model"
 
 
+def environment(variables: Mapping[str, Mapping[str, str]]) -> str:
+    """The lines that show environment variables, by the processes they are set for."""
+    rows = [(name, " ".join(f"{key}={value}" for key, value in of.items())) for name, of in variables.items() if of]
+    return "\n".join(f"environment of the {name}: {text}" for name, text in rows)
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run came: rollouts done of `total`, of which `first` before this attempt, and its seconds."""

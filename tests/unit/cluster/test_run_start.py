@@ -9,7 +9,7 @@ import pytest
 
 from slime_opd.checkpoint.lock import LOCK, RunLock
 from slime_opd.cluster import session
-from slime_opd.cluster.run import Run
+from slime_opd.cluster.run import Run, start_processes
 from slime_opd.config.parser import parse
 from slime_opd.errors import ConfigError
 
@@ -54,3 +54,41 @@ def test_a_checkpoint_that_is_not_whole_is_refused_with_the_flag_that_names_it(t
 def test_a_directory_of_something_else_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="--load /etc is not empty and holds no checkpoint"):
         start(tmp_path, "--load", "/etc")
+
+
+class Recorder:
+    """Stands for the trainers or the engines of a run, and notes what is asked of it."""
+
+    def __init__(self, name: str, calls: list[str]) -> None:
+        self._name, self._calls = name, calls
+
+    def begin_start(self, trainer_gpus: list | None = None) -> list:
+        self._calls.append(f"begin {self._name}" + (f" on {trainer_gpus}" if trainer_gpus else ""))
+        return []
+
+    def finish_start(self, pending: list) -> str:
+        self._calls.append(f"finish {self._name}")
+        return "report"
+
+    def gpu_ids(self) -> list[list[str]]:
+        return [["0"], ["1"]]
+
+
+@pytest.mark.parametrize(
+    ("shares_gpus", "expected"),
+    [
+        (False, ["begin engines", "begin trainers", "finish trainers", "finish engines"]),
+        (True, ["begin trainers", "finish trainers", "begin engines on [['0'], ['1']]", "finish engines"]),
+    ],
+)
+def test_engines_start_with_the_trainers_but_after_them_where_they_share_gpus(shares_gpus, expected):
+    calls = []
+    trainers, engines = Recorder("trainers", calls), Recorder("engines", calls)
+    assert start_processes(trainers, engines, shares_gpus=shares_gpus) == "report"
+    assert calls == expected
+
+
+def test_a_run_without_engines_starts_its_trainers_alone():
+    calls = []
+    assert start_processes(Recorder("trainers", calls), None, shares_gpus=True) == "report"
+    assert calls == ["begin trainers", "finish trainers"]

@@ -342,6 +342,11 @@ RULES = {
     ),
     "no engine": (f"{GOOD} --rollout-num-gpus 0", "--rollout-num-gpus: found 0"),
     "colocated engines": (f"{GOOD} --colocate --rollout-num-gpus-per-engine 2", "--colocate: the 1 training GPUs"),
+    "an engine over nodes": (f"{GOOD} --rollout-num-gpus-per-engine 16 --rollout-num-gpus 16", "--num-gpus-per-node 8"),
+    "a colocated engine over nodes": (
+        f"{GOOD} --colocate --actor-num-nodes 2 --actor-num-gpus-per-node 1 --rollout-num-gpus-per-engine 2",
+        "does not divide --actor-num-gpus-per-node 1",
+    ),
     "more engines than shared gpus": (f"{GOOD} --colocate --rollout-num-gpus 2", "more than the 1 training GPUs"),
     "saving to nowhere": (f"{GOOD} --save-interval 1", "--save-interval has no effect without --save"),
     "a step of nothing": (f"{GOOD} --ckpt-step 1", "--ckpt-step has no effect without --load"),

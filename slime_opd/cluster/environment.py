@@ -1,0 +1,81 @@
+"""Environment variables of trainer ranks and engines on GPUs: a pure function of the devices, the options and the user's environment.
+
+SGLang sets its own in each engine (`_set_envs_and_config` of its entrypoints/engine.py), whatever is set here: 8 for
+CUDA_DEVICE_MAX_CONNECTIONS, AUTO for CUDA_MODULE_LOADING. It sets NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE by its options, to 0 unless asked
+for. The first rank and the engines share a communicator for the weights, and NCCL's ranks must agree
+on both, so the trainers follow the same rule. A variable that the user has set keeps its value, and is passed to every rank and engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from slime_opd.config import Config
+
+# Architectures after Hopper, by Ray's names of accelerators.
+_BLACKWELL_OR_LATER = re.compile(r"G?B\d00|RTX-PRO-6000|GeForce-RTX-50\d0")
+_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a Ray cluster. `accelerators`: Ray's names of their types, such as H100; empty where it knows none."""
+
+    has_gpus: bool
+    accelerators: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of_resources(resources: Mapping[str, float]) -> Devices:
+        """From what `ray.cluster_resources()` returns."""
+        prefix = "accelerator_type:"
+        types = frozenset(name.removeprefix(prefix) for name in resources if name.startswith(prefix))
+        return Devices(bool(resources.get("GPU")), types)
+
+    @property
+    def are_blackwell_or_later(self) -> bool:
+        """Whether all GPUs are: there kernels of several streams keep their order without CUDA_DEVICE_MAX_CONNECTIONS=1."""
+        return bool(self.accelerators) and all(map(_BLACKWELL_OR_LATER.fullmatch, self.accelerators))
+
+
+def trainer_environment(
+    config: Config, devices: Devices, user: Mapping[str, str], *, has_engines: bool
+) -> dict[str, str]:
+    """Variables of each trainer rank; {} without GPUs. `user`: the environment that the run was started in."""
+    if not devices.has_gpus:
+        return {}
+    layout = config.parallel
+    variables = {}
+    # Megatron overlaps the collectives of tensor and context parallelism with matrix products that are launched after them.
+    if max(layout.tensor_model_parallel_size, layout.context_parallel_size) > 1 and not devices.are_blackwell_or_later:
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = user.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if has_engines:
+        variables |= _communicator_variables(config, user)
+    # Micro-batches differ in length, which fragments memory; but another process cannot open expandable segments by CUDA IPC.
+    if set_by_user := {name: user[name] for name in _ALLOCATOR_VARIABLES if name in user}:
+        variables |= set_by_user
+    elif not shares_gpu_memory(config, has_engines=has_engines):
+        variables["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+    return variables
+
+
+def engine_environment(config: Config, devices: Devices, user: Mapping[str, str]) -> dict[str, str]:
+    """Variables of each engine; {} without GPUs."""
+    return _communicator_variables(config, user) if devices.has_gpus else {}
+
+
+def shares_gpu_memory(config: Config, *, has_engines: bool) -> bool:
+    """Whether an engine may open the trainer's GPU memory, by CUDA IPC, to read the weights."""
+    return has_engines and (config.cluster.colocate or config.weights.update_weight_transport == "tensor")
+
+
+def _communicator_variables(config: Config, user: Mapping[str, str]) -> dict[str, str]:
+    """SGLang's rule: an option turns a variable on whatever the user has set, else the user decides, else it is off."""
+    options = {name.replace("_", "-") for name in config.sglang}
+    has_symmetric_memory = "enable-symm-mem" in options
+    enabled_by_option = {
+        "NCCL_CUMEM_ENABLE": has_symmetric_memory,
+        "NCCL_NVLS_ENABLE": has_symmetric_memory or "enable-nccl-nvls" in options,
+    }
+    return {name: "1" if enabled else user.get(name, "0") for name, enabled in enabled_by_option.items()}
