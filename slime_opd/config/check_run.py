@@ -93,6 +93,7 @@ NOT_NEGATIVE = [
     "opd_metrics_top_k",
     "opd_teacher_ckpt_step",
     "opd_teacher_retries",
+    "opd_teacher_min_tokens_per_s",
     "opd_teacher_check_interval",
     "print_samples_interval",
     "max_skipped_steps",

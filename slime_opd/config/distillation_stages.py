@@ -36,7 +36,14 @@ class OPDConfig:
     opd_teacher_hidden_on_host: bool = option(
         False, help="keep the Megatron teacher's hidden states in host memory between its forward and the student's"
     )
-    opd_teacher_timeout_s: float = option(30.0, help="seconds per teacher request")
+    opd_teacher_timeout_s: float = option(
+        30.0,
+        help="seconds without an answer of the teacher's server that end a request, beside the time for its tokens",
+    )
+    opd_teacher_min_tokens_per_s: float = option(
+        1000.0,
+        help="lowest speed at which the teacher is assumed to read tokens: a request may take longer by its tokens at this speed, and by those sent before it while they are answered; 0: --opd-teacher-timeout-s alone",
+    )
     opd_teacher_retries: int = option(2, help="times a failed teacher request is sent again")
     opd_teacher_concurrency: int = option(64, help="teacher requests in flight")
     opd_teacher_check_interval: int = option(

@@ -150,7 +150,10 @@ class TrainingConfig:
     )
     log_probs_chunk_size: int = option(1024, help="tokens whose logits exist at one time")
     seed: int = option(1234, help="seed of the trainer")
-    distributed_timeout_minutes: int = option(10, help="minutes before a stuck collective ends the run")
+    distributed_timeout_minutes: int = option(
+        10,
+        help="minutes before a stuck collective ends the run; while checkpoints are read or written, --watchdog-timeout-s decides",
+    )
     max_skipped_steps: int = option(
         3,
         help="optimizer steps in a row that may be skipped for a loss or gradient that is not finite; 0: the first ends the run",

@@ -23,6 +23,7 @@ from slime_opd.engine.address import Address
 from slime_opd.engine.body import body_limit, excerpt, parse_json, read_body
 from slime_opd.engine.protocol import Generation, ModelInfo, SamplingParams
 from slime_opd.engine.retry_after import retry_after_s
+from slime_opd.engine.time_limits import TimeLimits
 from slime_opd.engine.top_k import TopK
 from slime_opd.errors import EngineError, EngineTimeout
 
@@ -43,7 +44,7 @@ class EngineClient:
 
     `concurrency`: requests in flight; more wait their turn, and the wait is in no time
     limit. `timeout_s`: seconds that one attempt may take, from connecting to the last
-    byte. `retries`: attempts after the first. A busy server's `Retry-After` is waited for, in all at most `retries` x `timeout_s`.
+    byte; with `min_tokens_per_s` longer while the server answers others (see TimeLimits). `retries`: attempts after the first. A busy server's `Retry-After` is waited for, in all at most `retries` x `timeout_s`.
     `api_key` is sent as a bearer token, user info in `url` as basic authentication; `url` and all messages are without them.
     `vocabulary_size` of the model: ids beyond it are refused, and its last id is recognised where SGLang echoes it as 0.
     `transport`, `backoff_s` and `sleep` are there for tests. `bytes_moved` counts the bodies of requests and answers.
@@ -58,6 +59,7 @@ class EngineClient:
         concurrency: int,
         timeout_s: float,
         retries: int,
+        min_tokens_per_s: float | None = None,
         api_key: str | None = None,
         vocabulary_size: int | None = None,
         transport: httpx.AsyncBaseTransport | None = None,
@@ -68,6 +70,7 @@ class EngineClient:
         self.url, self._base_url, self._headers = address.shown, address.base_url, address.headers
         self.vocabulary_size = vocabulary_size
         self._timeout_s = timeout_s
+        self._limits, self._info_limits = TimeLimits(timeout_s, min_tokens_per_s), TimeLimits(_INFO_TIMEOUT_S)
         self._retries = retries
         self._backoff_s, self._sleep = backoff_s, sleep
         self._transport = transport
@@ -138,13 +141,13 @@ class EngineClient:
 
     async def model_info(self) -> ModelInfo:
         """The server's description of its model."""
-        model = await self._with_retries(lambda: self._request("GET", "/get_model_info", _INFO_TIMEOUT_S))
-        server = await self._with_retries(lambda: self._request("GET", "/get_server_info", _INFO_TIMEOUT_S))
+        model = await self._with_retries(lambda: self._request("GET", "/get_model_info"))
+        server = await self._with_retries(lambda: self._request("GET", "/get_server_info"))
         return protocol.parse_model_info(model, server)
 
     async def health(self) -> None:
         """Returns when the server answers `/health`; raises EngineError when it does not."""
-        await self._with_retries(lambda: self._request("GET", "/health", _INFO_TIMEOUT_S))
+        await self._with_retries(lambda: self._request("GET", "/health"))
 
     async def aclose(self) -> None:
         """Close the connections; no request may be in flight."""
@@ -168,13 +171,12 @@ class EngineClient:
         raise type(failure.error)(f"{failure.error} (attempts: {self._retries + 1})")
 
     async def _post(self, payload: dict[str, Any], limit: int) -> Any:
-        return await self._request("POST", "/generate", self._timeout_s, payload, limit)
+        return await self._request("POST", "/generate", payload, limit)
 
     async def _request(
         self,
         method: str,
         path: str,
-        timeout_s: float,
         payload: dict[str, Any] | None = None,
         limit: int = body_limit(0),
     ) -> Any:
@@ -183,20 +185,22 @@ class EngineClient:
         http = self._idle.pop() if self._idle else self._new_connection()
         request = http.build_request(method, f"{self._base_url}{path}", json=payload)
         try:
-            async with asyncio.timeout(timeout_s):
+            limits = self._info_limits if payload is None else self._limits
+            async with limits.request(protocol.num_input_tokens(payload or {})):
                 response = await http.send(request, stream=True)
                 try:
                     body = await read_body(response, limit)
                 finally:
                     await response.aclose()
-        except TimeoutError:
-            raise _Transient(EngineTimeout(f"{address}: no answer within {timeout_s:g} s")) from None
+        except TimeoutError as error:
+            raise _Transient(EngineTimeout(f"{address}: {error}")) from None
         except httpx.HTTPError as error:
             raise _Transient(EngineError(f"{address}: {type(error).__name__}: {error}".rstrip(": "))) from error
         except EngineError as error:
             raise _failed(response, f"{address}: HTTP {response.status_code}: {error}") from None
         finally:
             self._idle.append(http)
+        limits.note_answer()
         self.bytes_moved += len(request.content) + len(body)
         if response.is_success:
             return _json(body, address)

@@ -81,6 +81,12 @@ class ModelInfo:
     version: str | None
 
 
+def num_input_tokens(payload: Mapping[str, Any]) -> int:
+    """Tokens that the server has to read for a request: of its one sequence, or of all of them."""
+    ids = payload.get("input_ids", ())
+    return sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+
+
 def generate_payload(input_ids: Sequence[int], sampling: SamplingParams, top_k: int = 0) -> dict[str, Any]:
     """The body of a request for one response to `input_ids`, with the `top_k` most likely tokens at each position."""
     payload = {"input_ids": list(input_ids), "sampling_params": sampling.payload(), "return_logprob": True}

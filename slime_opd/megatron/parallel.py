@@ -12,9 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import distributed_c10d
 
 from slime_opd.config.stages import ParallelConfig
 from slime_opd.megatron import device
+
+# For collectives that wait for a rank's files. The driver ends a run in which nothing advances much earlier.
+FILE_TIMEOUT = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class RankLayout:
 
 
 def initialize(
-    layout: ParallelConfig, *, rank: int, world_size: int, init_method: str, seed: int, timeout_minutes: int
+    layout: ParallelConfig, *, rank: int, world_size: int, init_method: str, seed: int, timeout_minutes: float
 ) -> RankLayout:
     """Join the process group and build Megatron's groups.
 
@@ -75,6 +79,27 @@ def initialize(
     )
 
 
+@contextmanager
+def waiting_for_files(usual_minutes: float) -> Iterator[None]:
+    """While inside, collectives wait for a rank that reads or writes files as long as that takes; then `usual_minutes` again.
+
+    Ranks wait there for others whose disk is slower, or have more to write, in groups that Megatron and torch choose. It ends what hangs
+    after `--watchdog-timeout-s`. Needs no collective, so that it may be left by way of an exception of one rank.
+    """
+    _set_timeout(FILE_TIMEOUT)
+    try:
+        yield
+    finally:
+        _set_timeout(datetime.timedelta(minutes=usual_minutes))
+
+
+def _set_timeout(timeout: datetime.timedelta) -> None:
+    """Give every group of this rank another time limit, for collectives that begin from now on."""
+    # Of Megatron's groups, None is torch's default group. Megatron's own function for this begins with a barrier.
+    for group in dict.fromkeys([None, *(parallel_state._global_process_group_list or [])]):
+        distributed_c10d._set_pg_timeout(timeout, group)
+
+
 def shut_down() -> None:
     """Leave the process group; a process may then initialise again (tests do)."""
     parallel_state.destroy_model_parallel()
@@ -89,8 +114,11 @@ def tool_process(layout: ParallelConfig, seed: int = 1234) -> Iterator[RankLayou
     with tempfile.TemporaryDirectory() as directory:
         init_method = "env://" if "WORLD_SIZE" in os.environ else f"file://{directory}/rendezvous"
         try:
-            yield initialize(
+            here = initialize(
                 layout, rank=rank, world_size=world_size, init_method=init_method, seed=seed, timeout_minutes=30
             )
+            # What a tool does on several ranks is read and write.
+            with waiting_for_files(usual_minutes=30):
+                yield here
         finally:
             shut_down()

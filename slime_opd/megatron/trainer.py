@@ -7,6 +7,7 @@ TrainBatches and returns metrics; it knows nothing of Ray, HTTP or rollouts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,8 @@ class Trainer:
         # None where the user turned Megatron's check off.
         self._checks_finite = config.megatron.check_for_nan_in_grad is not False
         self.skipped = finite.SkippedSteps(config.training.max_skipped_steps if self._checks_finite else None)
-        self.start_report = self._load()
+        with self._waiting_for_files():
+            self.start_report = self._load()
 
     def _load(self) -> StartReport:
         """Load reference and teacher into their host copies, then the student, its optimizer and its place in the run."""
@@ -307,9 +309,13 @@ class Trainer:
         options = self.config.checkpoint
         training = None if options.no_save_optim else self._training_state()
         tokenizer = self.config.model.hf_checkpoint
-        return checkpoint.save(
-            options.save, iteration, self.model, training, run_state, options.keep_checkpoints, tokenizer
-        )
+        with self._waiting_for_files():
+            return checkpoint.save(
+                options.save, iteration, self.model, training, run_state, options.keep_checkpoints, tokenizer
+            )
+
+    def _waiting_for_files(self) -> AbstractContextManager[None]:
+        return parallel.waiting_for_files(self.config.training.distributed_timeout_minutes)
 
     def save_hugging_face(self, iteration_directory: str, path: str) -> None:
         """Write the checkpoint in `iteration_directory` as a Hugging Face directory at `path`; for one rank alone."""

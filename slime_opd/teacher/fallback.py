@@ -13,5 +13,5 @@ def check_fallback(failed: int, total: int, limit: float, example_reason: str | 
         f"the teacher did not score {failed} of {total} responses of this rollout ({failed / total:.1%}), more than "
         f"--opd-max-fallback-fraction {limit:g} allows"
         + (f"; one reason: {example_reason}" if example_reason else "")
-        + ". Check the teacher server, or raise --opd-teacher-timeout-s, --opd-teacher-retries or the fraction"
+        + ". Check the teacher server, raise --opd-teacher-timeout-s, --opd-teacher-retries or the fraction, or lower --opd-teacher-min-tokens-per-s"
     )

@@ -117,7 +117,7 @@ def teacher_url(config: Config) -> str:
 
 
 def teacher_client(config: Config, timeout_s: float | None = None) -> EngineClient:
-    """A client of the server at --rm-url, by default with the time limit of a score.
+    """A client of the server at --rm-url, by default with the time limits of a score; with `timeout_s` that alone.
 
     A key comes from the environment, as a flag's value would be seen in process lists.
     """
@@ -126,6 +126,8 @@ def teacher_client(config: Config, timeout_s: float | None = None) -> EngineClie
         teacher_url(config),
         concurrency=config.opd.opd_teacher_concurrency,
         timeout_s=timeout_s or config.opd.opd_teacher_timeout_s,
+        # None: a generation's time goes by the tokens that it writes.
+        min_tokens_per_s=None if timeout_s else config.opd.opd_teacher_min_tokens_per_s or None,
         retries=config.opd.opd_teacher_retries,
         api_key=os.environ.get(API_KEY_VARIABLE) or None,
         vocabulary_size=None if checkpoint is None else student_facts(Path(checkpoint))[0],

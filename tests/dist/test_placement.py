@@ -36,17 +36,15 @@ def two_nodes(tmp_path_factory):
 
 
 class Placed:
-    """The processes of a run, placed as its slots say."""
+    """The reserved slots of a run, and processes in some of them, as each takes a second to start."""
 
-    def __init__(self, flags: str) -> None:
-        self.placement = session.reserve(parse(flags.split()), timeout_s=30)
-        slots = [*self.placement.trainers, *self.placement.engines]
+    def __init__(self, flags: str, ranks: list[int]) -> None:
+        self.placement = session.reserve(parse(flags.split()), timeout_s=60)
+        slots = [*(self.placement.trainers[rank] for rank in ranks), *self.placement.engines]
         self._actors = [Reporter.options(**slot.options).remote() for slot in slots]
-        places = ray.get([actor.place.remote() for actor in self._actors], timeout=60)
-        trainers, self.engines = places[: len(self.placement.trainers)], places[len(self.placement.trainers) :]
-        bundles = [slot.bundle for slot in self.placement.trainers]
-        order = in_rank_order([(bundle, gpus[0]) for bundle, (_, gpus) in zip(bundles, trainers, strict=True)])
-        self.trainers = [trainers[index] for index in order]
+        places = ray.get([actor.place.remote() for actor in self._actors], timeout=240)
+        self.ranks, self.engines = places[: len(ranks)], places[len(ranks) :]
+        self.bundles = [slot.bundle for slot in self.placement.trainers]
 
     def __enter__(self) -> Placed:
         return self
@@ -59,16 +57,18 @@ class Placed:
 
 def test_ranks_of_a_node_are_consecutive_and_no_engine_straddles_nodes(two_nodes):
     flags = "--actor-num-nodes 2 --actor-num-gpus-per-node 5 --rollout-num-gpus 6 --rollout-num-gpus-per-engine 3"
-    with Placed(flags) as placed:
-        groups = [placed.trainers[:5], placed.trainers[5:]]
-        nodes = [{node for node, _ in group} for group in groups]
-        assert [len(own) for own in nodes] == [1, 1] and nodes[0] != nodes[1]
-        for group in groups:
-            numbers = [int(gpu) for _, (gpu,) in group]
-            assert numbers == sorted(numbers)
+    with Placed(flags, ranks=[0, 4, 5, 9]) as placed:
+        assert placed.bundles == [0] * 5 + [1] * 5
+        first, last, *others = (node for node, _ in placed.ranks)
+        assert first == last and set(others) == {node["NodeID"] for node in ray.nodes()} - {first}
+        order = in_rank_order([(placed.bundles[rank], placed.ranks[i][1][0]) for i, rank in enumerate((0, 4, 5, 9))])
+        ordered = [placed.ranks[index] for index in order]
+        assert [node for node, _ in ordered] == [first, first, *others]
+        numbers = [int(gpu) for _, (gpu,) in ordered]
+        assert numbers[0] < numbers[1] and numbers[2] < numbers[3]
         assert [len(gpus) for _, gpus in placed.engines] == [3, 3]
-        taken = [(node, gpu) for node, gpus in [*placed.trainers, *placed.engines] for gpu in gpus]
-        assert len(set(taken)) == len(taken) == 16
+        taken = [(node, gpu) for node, gpus in [*placed.ranks, *placed.engines] for gpu in gpus]
+        assert len(set(taken)) == len(taken) == 4 + 6
         with pytest.raises(ConfigError) as error:
             session.reserve(parse(["--actor-num-gpus-per-node", "2"]), timeout_s=0.5)
     hosts = [node["NodeID"][:8] for node in ray.nodes()]
@@ -79,12 +79,11 @@ def test_ranks_of_a_node_are_consecutive_and_no_engine_straddles_nodes(two_nodes
 
 def test_colocated_engines_are_on_the_node_of_their_ranks(two_nodes):
     flags = "--actor-num-nodes 2 --actor-num-gpus-per-node 5 --colocate --rollout-num-gpus-per-engine 5"
-    with Placed(flags) as placed:
-        assert len(placed.engines) == 2
-        for index, (node, gpus) in enumerate(placed.engines):
-            ranks = placed.trainers[5 * index : 5 * index + 5]
-            assert {rank_node for rank_node, _ in ranks} == {node} and gpus == []
-        assert placed.engines[0][0] != placed.engines[1][0]
+    with Placed(flags, ranks=[0, 5]) as placed:
+        assert [node for node, _ in placed.engines] == [node for node, _ in placed.ranks]
+        assert len({node for node, _ in placed.engines}) == 2
+        # Its GPUs are those of its ranks, which it is told when it starts.
+        assert [gpus for _, gpus in placed.engines] == [[], []]
 
 
 def test_what_no_node_can_hold_is_refused_at_once(two_nodes):
