@@ -17,7 +17,7 @@ from slime_opd.cluster.environment import Devices
 from slime_opd.cluster.private_cluster import is_inside_job
 from slime_opd.config import Config
 from slime_opd.config.check_sizes import process_problem
-from slime_opd.errors import ConfigError
+from slime_opd.errors import ConfigError, ProcessDied
 from slime_opd.stopping import daemons_apart
 
 PLACEMENT_TIMEOUT_S = 120
@@ -56,7 +56,10 @@ class Placement:
 
 
 def join(address: str) -> None:
-    """Join the Ray cluster at `address`, or start one for this process with "local"."""
+    """Join the Ray cluster at `address`, or start one for this process with "local".
+
+    Raises ConfigError where the cluster does not answer or does not take this process, ProcessDied where Ray does not start.
+    """
     if ray.is_initialized():
         return
     try:
@@ -71,8 +74,11 @@ def join(address: str) -> None:
             f"--ray-address {address}: no Ray cluster answers there; start one with `ray start --head`, or say --ray-address local"
         ) from error
     except (RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
-        what = "Ray did not start on this machine" if address == "local" else "the Ray cluster cannot be joined"
-        raise ConfigError(f"--ray-address {address}: {what}: {first_sentence(str(error))}") from error
+        if address == "local":
+            raise ProcessDied(f"Ray did not start on this machine: {first_sentence(str(error))}") from error
+        raise ConfigError(
+            f"--ray-address {address}: the Ray cluster cannot be joined: {first_sentence(str(error))}"
+        ) from error
 
 
 def reserve(config: Config, timeout_s: float = PLACEMENT_TIMEOUT_S) -> Placement:

@@ -7,7 +7,7 @@ import pytest
 from slime_opd import lifetimes
 from slime_opd.cluster import session
 from slime_opd.config import parse
-from slime_opd.errors import ConfigError
+from slime_opd.errors import ConfigError, ProcessDied
 
 
 def test_a_cluster_of_cpus_is_not_filled_with_more_processes_than_it_can_run(monkeypatch):
@@ -43,3 +43,5 @@ def test_a_cluster_that_cannot_be_joined_is_one_sentence_with_the_flag(monkeypat
         monkeypatch.setattr(session.ray, "init", init)
         with pytest.raises(ConfigError, match=rf"^--ray-address 10.0.0.1:1: {sentence}"):
             session.join("10.0.0.1:1")
+    with pytest.raises(ProcessDied, match=r"^Ray did not start on this machine: it took too long"):
+        session.join("local")

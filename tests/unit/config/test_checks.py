@@ -481,6 +481,8 @@ SAVED = f"{GOOD} --save s"
 
 def test_a_sensible_run_has_nothing_to_say():
     assert notes(config_of(SAVED)) == []
+    (note,) = notes(config_of(f"{SAVED} --colocate"))
+    assert "keep their memory on the GPUs at the same time" in note and "--sglang-mem-fraction-static" in note
 
 
 def test_a_run_that_keeps_nothing_is_told_so():
