@@ -170,7 +170,7 @@ def end_scope(scope: str, owner: int) -> list[str]:
         shared |= shared_memory_of(left)
         for pid in left:
             name = _command_of(pid)
-            is_tracker, is_warden = "multiprocessing.resource_tracker" in name, Path(__file__).name in name
+            is_tracker, is_warden = "multiprocessing.resource_tracker" in name, __file__ in name
             if waited < (_WARDEN_GRACE_S if is_warden else _TRACKER_GRACE_S if is_tracker else 0):
                 continue
             if not is_warden and not is_tracker:
