@@ -50,7 +50,7 @@ _TRACKER_GRACE_S = 2.0
 _WARDEN_GRACE_S = 5.0  # longer than a warden waits for a tracker
 # A socket's path has at most 107 bytes; the longest that is made in a temporary directory, wandb's, adds some 40.
 _LONGEST_DIRECTORY = 65
-_SHARED_MEMORY = "/dev/shm"
+_SHARED_MEMORY = Path("/dev/shm")
 # Variables of directories that outlive a run or are read by other programs, which therefore stay where they are by default:
 # Ray's sessions and the address of a running cluster, and torch's compiled kernels.
 SHARED_DIRECTORIES = ("RAY_TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -179,24 +179,29 @@ def end_scope(scope: str, owner: int) -> list[str]:
                 os.kill(pid, signal.SIGKILL)
             pids.add(pid)
         time.sleep(_POLL_S)
-    # What a process shares with torch carries its id, also where only others had mapped it.
+    # What a process shares with torch carries its id, also where it had not mapped it when it died.
     for pid in pids:
-        shared |= {str(file) for file in Path(_SHARED_MEMORY).glob(f"torch_{pid}_*")}
+        with contextlib.suppress(OSError):  # gone meanwhile
+            shared |= {file.stat().st_ino for file in _SHARED_MEMORY.glob(f"torch_{pid}_*")}
     remove_shared_memory(shared)
     return list(killed.values())
 
 
-def shared_memory_of(pids: Iterable[int]) -> set[str]:
-    """Paths of the files in /dev/shm that living processes have mapped: tensors, semaphores, segments of NCCL."""
-    return {path for pid in pids for path in _mapped_shared_memory(pid)}
+def shared_memory_of(pids: Iterable[int]) -> set[int]:
+    """Inodes of the files in /dev/shm that living processes have mapped: tensors, semaphores, segments of NCCL.
+
+    Not their names: a semaphore is made under another one, which is what /proc shows of the process that made it.
+    """
+    return {inode for pid in pids for inode in _mapped_shared_memory(pid)}
 
 
-def remove_shared_memory(paths: Iterable[str]) -> None:
-    """Unlink those of the files in /dev/shm at `paths` that no living process has mapped."""
-    if existing := {path for path in paths if os.path.exists(path)}:
-        for path in existing - shared_memory_of(_all_processes()):
+def remove_shared_memory(inodes: set[int]) -> None:
+    """Unlink those of the files in /dev/shm with `inodes` that no living process has mapped."""
+    with contextlib.suppress(OSError):  # no such directory, or a file that has gone meanwhile
+        files = {entry.inode(): entry.path for entry in os.scandir(_SHARED_MEMORY) if entry.inode() in inodes}
+        for inode in files.keys() - (shared_memory_of(_all_processes()) if files else set()):
             with contextlib.suppress(OSError):  # another warden was faster, or it is another user's
-                os.unlink(path)
+                os.unlink(files[inode])
 
 
 def main(scope: str, owner: int, directory: str) -> None:
@@ -284,13 +289,13 @@ def _marked_scope(pid: int) -> str | None:
     return _search(f"/proc/{pid}/maps", rf"/memfd:{RUN_VARIABLE}=([^=\n]*)=")
 
 
-def _mapped_shared_memory(pid: int) -> list[str]:
+def _mapped_shared_memory(pid: int) -> list[int]:
     try:
-        maps = Path(f"/proc/{pid}/maps").read_bytes().decode(errors="replace")
+        maps = Path(f"/proc/{pid}/maps").read_bytes()
     except OSError:
         return []
-    # A file that is unlinked already ends in " (deleted)".
-    return re.findall(rf" ({_SHARED_MEMORY}/\S+)$", maps, re.MULTILINE)
+    # ADDRESSES PERMISSIONS OFFSET DEVICE INODE PATH
+    return [int(inode) for inode in re.findall(rb"^(?:\S+ ){4}(\d+) +/dev/shm/", maps, re.MULTILINE)]
 
 
 def _search(file: str, pattern: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-from test_objective_layouts import make_config
+from test_objective_layouts import make_config, make_samples
 
 pytestmark = pytest.mark.dist
 
@@ -35,6 +35,7 @@ def save_slowly(rank, world_size, init_method, models, directory: str):
     """What a save gives whose second rank takes 2.5 times the limit for a file, and what a collective does that is as late."""
     import torch.distributed as dist
 
+    from slime_opd.data.assemble import assemble, split
     from slime_opd.megatron import parallel
     from slime_opd.megatron.trainer import Trainer
 
@@ -49,6 +50,7 @@ def save_slowly(rank, world_size, init_method, models, directory: str):
         dataclasses.replace(config, checkpoint=options), rank=rank, world_size=world_size, init_method=init_method
     )
     limits = [trainer.limit_while_loading, default_limit()]
+    trainer.train(split(assemble(make_samples(), config), config)[trainer.layout.data_rank])
     short = dataclasses.replace(config.training, distributed_timeout_minutes=LIMIT_S / 60)
     trainer.config = dataclasses.replace(trainer.config, training=short)
     dist.barrier()
