@@ -11,6 +11,9 @@ from slime_opd.config import parse
 from slime_opd.errors import ConfigError
 
 
+pytestmark = pytest.mark.dist
+
+
 @ray.remote
 class Reporter:
     """Stands for a trainer rank or an engine."""
