@@ -38,9 +38,9 @@ from slime_opd.checkpoint.tokenizer import copy_tokenizer
 from slime_opd.checkpoint.whole import refusal
 from slime_opd.config.hf_config import ARCHITECTURE_KEYS
 from slime_opd.errors import CheckpointError
-from slime_opd.megatron import hugging_face
 from slime_opd.megatron.adam_state import prepare_to_load, separate_steps
 from slime_opd.megatron.checkpoint_writer import write_in_this_process
+from slime_opd.megatron.load_hugging_face import load_hugging_face
 from slime_opd.megatron.model import HiddenStatesModel
 from slime_opd.megatron.verification import gather, on_first_rank, write_manifest
 
@@ -66,9 +66,7 @@ def load_weights(
     """
     if location.is_hugging_face:
         _check_hugging_face(bridge, location, flag, any_vocabulary)
-        hugging_face.weight_files(location.directory)
-        # One weight at a time: by default all of this rank's would be in memory beside the model.
-        bridge.load_weights([model], str(location.directory), memory_efficient=True)
+        load_hugging_face(model, bridge, str(location.directory), flag)
         return
     state = model_state(model)
     _check_shapes(state, location, flag)

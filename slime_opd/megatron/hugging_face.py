@@ -71,6 +71,10 @@ class Weights:
         """One weight."""
         return self._reader.load_one_hf_weight(name)
 
+    def read_several(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Weights by name; each file is opened once."""
+        return self._reader.load_some_hf_weight(list(names))
+
     def check_used(self, used: set[str], hf_config: PretrainedConfig) -> None:
         """Raise CheckpointError where a weight is not there, or one that is there would be lost."""
         if missing := sorted(used - self.names):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
@@ -96,12 +95,6 @@ def make_bridge(config: Config, layout: ParallelStates | None = None) -> Bridge:
     latent = settings(config, "latent_attention") if config.megatron.multi_latent_attention else {}
     bridge.set_extra_args(**_run_settings(config) | latent)
     _name_norms_as_fused(bridge)
-    if config.parallel.expert_tensor_parallel_size == 1:
-        # Each tensor-parallel rank has whole experts; mbridge gathers them, and then expects parts.
-        merge = bridge._weight_merge_across_tp
-        bridge._weight_merge_across_tp = lambda name, weights, parameter: (
-            weights[0] if ".mlp.experts.linear_fc" in name else merge(name, weights, parameter)
-        )
     # A teacher's vocabulary may have more rows than the student's, or fewer; mbridge takes the student's number alone.
     to_megatron = bridge._weight_to_mcore_format
     bridge._weight_to_mcore_format = lambda name, weights: to_megatron(
@@ -227,24 +220,6 @@ def is_padding(name: str, weight: Tensor, bridge: Bridge) -> bool:
     """Whether all of this rank's rows of a weight are past the vocabulary."""
     first = len(weight) * parallel_state.get_tensor_model_parallel_rank()
     return name in _VOCABULARY_WEIGHTS and first >= bridge.vocab_size
-
-
-def exported_weights(model: HiddenStatesModel, bridge: Bridge) -> Iterator[tuple[str, Tensor]]:
-    """The model's weights in Hugging Face's names and shapes, one at a time, whole on every rank.
-
-    Call it on all ranks together and read it to the end: each weight is gathered as it is asked for.
-    """
-    tied = bridge.hf_config.tie_word_embeddings
-    seen: set[str] = set()
-    for name, tensor in bridge.export_weights([model]):
-        # With pipeline stages a tied embedding comes once for each end of the model.
-        if name in seen or (tied and name == "lm_head.weight"):
-            continue
-        seen.add(name)
-        tensor = tensor.detach()
-        # A slice (of a padded vocabulary, of a fused projection) would drag its whole storage to disk or to an engine.
-        owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-        yield name, tensor if owns_storage else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _post_norms(config: Config, bridge: Bridge) -> tuple[bool, bool]:

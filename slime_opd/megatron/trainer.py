@@ -25,11 +25,11 @@ from slime_opd.distill.penalty import clamp_signal, discounted_sums, sampled_rev
 from slime_opd.errors import CheckpointError
 from slime_opd.megatron import checkpoint, device, export, finite, parallel
 from slime_opd.megatron.batch import MicroBatch, micro_batches
+from slime_opd.megatron.gathered_weights import GatheredWeights
 from slime_opd.megatron.head import HeadSettings, ObjectiveHead, TeacherStates
 from slime_opd.megatron.model import (
     HiddenStatesModel,
     build_model,
-    exported_weights,
     is_padding,
     make_bridge,
     vocabulary_shard,
@@ -76,6 +76,7 @@ class Trainer:
         self.teacher_shard = self.shard
         # None where the user turned Megatron's check off.
         self._checks_finite = config.megatron.check_for_nan_in_grad is not False
+        self._gathered_weights: GatheredWeights | None = None
         self.skipped = finite.SkippedSteps(config.training.max_skipped_steps if self._checks_finite else None)
         with self._waiting_for_files():
             self.start_report = self._load()
@@ -302,7 +303,9 @@ class Trainer:
 
     def exported_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The student's weights in Hugging Face's names and shapes, one at a time, on every rank."""
-        return exported_weights(self.model, self.bridge)
+        if self._gathered_weights is None:
+            self._gathered_weights = GatheredWeights(self.model, self.bridge)
+        return iter(self._gathered_weights)
 
     def save(self, iteration: int, run_state: dict[str, Any]) -> Path:
         """Write a checkpoint under --save."""

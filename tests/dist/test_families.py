@@ -8,6 +8,9 @@ torch_dist checkpoint that the tool makes of Hugging Face's is loaded at every l
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +66,28 @@ def make_config(model_dir: str, layout: str, load: str | None = None):
     )
 
 
+COLLECTIVES = ("all_gather_object", "broadcast_object_list", "all_gather", "broadcast", "scatter", "barrier")
+
+
+@contextmanager
+def counted_calls() -> Iterator[Counter]:
+    """Counts the collectives, and the state dicts of models, that are called inside."""
+    import torch.distributed as dist
+
+    from slime_opd.megatron.model import HiddenStatesModel
+
+    counts: Counter = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in [*((dist, name) for name in COLLECTIVES), (HiddenStatesModel, "state_dict")]:
+
+            def count(*arguments, name=name, function=getattr(owner, name), **options):
+                counts[name] += 1
+                return function(*arguments, **options)
+
+            patch.setattr(owner, name, count)
+        yield counts
+
+
 def on_rank(rank, world_size, init_method, models: str, layout: str):
     """Of every family: log-probs, the norm of a step's gradient, and the weights: exported, saved and converted, converted and loaded."""
     import torch
@@ -70,6 +95,7 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
     from slime_opd.checkpoint.directory import publish
     from slime_opd.data.assemble import split
     from slime_opd.megatron import checkpoint, conversion, parallel, torch_dist
+    from slime_opd.megatron.load_hugging_face import load_hugging_face
     from slime_opd.megatron.trainer import Trainer
     from slime_opd.observe.metrics import values
     from slime_opd.types import RolloutBatch, TrainBatch
@@ -93,7 +119,14 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
             lambda hidden, one, trainer=trainer: {"log_probs": trainer.scores(hidden, one, 1.0)[0]},
         )
         log_probs = scores["log_probs"].numpy() if scores else None
-        exported = {name: weight.clone().numpy() for name, weight in trainer.exported_weights()}
+        with counted_calls() as loading:
+            load_hugging_face(trainer.model, trainer.bridge, directory, "--hf-checkpoint")
+        with counted_calls() as first_export:
+            exported = {name: weight.clone().numpy() for name, weight in trainer.exported_weights()}
+        with counted_calls() as second_export:
+            split_weights = sum(getattr(weight, "tensor_model_parallel", False) for weight in trainer.model.parameters())
+            num_exported = sum(1 for _ in trainer.exported_weights())
+        found["calls", family] = loading, first_export, second_export, split_weights, num_exported
         saved = checkpoint.save(f"{directory}_saved_{layout}", None, trainer.model, None, {})
         converted = {}
         if rank == 0:
@@ -185,6 +218,24 @@ def test_the_gradient_of_a_step_is_hugging_faces(outcomes, hugging_face, family,
 @pytest.mark.parametrize(("family", "layout"), CASES)
 def test_weights_come_back_bit_for_bit_from_hugging_face_and_from_torch_dist(outcomes, models, family, layout):
     has_weights(outcomes, models, family, layout)
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES)
+def test_weights_are_loaded_without_communication_and_exported_with_that_of_tensors_alone(outcomes, family, layout):
+    tensor, pipeline, expert, _ = LAYOUTS[layout]
+    for rank in outcomes[layout]:
+        loading, first, second, split_weights, num_exported = rank["calls", family]
+        assert num_exported == len(rank[family][2])
+        # One by mbridge for the names, one for the tensors.
+        assert loading == {"state_dict": 2}
+        # What the stages have is exchanged once.
+        assert first["all_gather_object"] == (pipeline > 1) and second["all_gather_object"] == 0
+        del first["state_dict"], first["all_gather_object"]
+        assert {name: count for name, count in first.items() if count} == second
+        if tensor == pipeline == expert == 1:
+            assert not second
+        if tensor > 1 and FAMILIES[family][0] not in MIXTURES:
+            assert second == {"all_gather": split_weights}
 
 
 def test_the_table_in_the_docs_is_of_these_results(outcomes, models, hugging_face):
