@@ -15,9 +15,10 @@ import ray
 from slime_opd import lifetimes
 from slime_opd.cluster import heartbeat
 from slime_opd.cluster.bundles import in_rank_order
-from slime_opd.cluster.session import Slot
+from slime_opd.cluster.session import Slot, needs_engines
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
+from slime_opd.config.weight_transport import weight_transport
 from slime_opd.engine.health import process_status
 from slime_opd.observe import metrics
 from slime_opd.observe.watch import ProcessView, Status
@@ -67,6 +68,9 @@ class TrainerActor:
         """Build and load the rank's model; returns its StartReport."""
         import torch
 
+        if needs_engines(self._config):
+            # Refuses what cannot work before anything is loaded.
+            weight_transport(self._config, has_gpus=torch.cuda.is_available())
         if not torch.cuda.is_available():
             # Ranks on one node share its cores.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._config.cluster.actor_num_gpus_per_node))
@@ -92,11 +96,11 @@ class TrainerActor:
         self._trainer.save_hugging_face(iteration_directory, path)
 
     def update_weights(self, urls: list[str], key: str | None, version: int, check: bool) -> None:
-        """Send the weights to the engines at `urls`; all ranks gather, the first one sends."""
+        """Send the weights to the engines at `urls`; all ranks gather them."""
         from slime_opd.weights.update import WeightSender
 
         if self._sender is None:
-            self._sender = WeightSender(self._config, urls if self._rank == 0 else [], key)
+            self._sender = WeightSender(self._config, self._rank, urls, key)
         self._sender.send(self._trainer.exported_weights, version, check=check)
 
 

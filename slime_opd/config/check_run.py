@@ -343,9 +343,9 @@ def check_weight_transport(config: Config) -> list[str]:
     """A way of sending weights that cannot reach the engines, or a directory no one writes to."""
     weights, nodes = config.weights, config.cluster.actor_num_nodes
     problems = []
-    if weights.update_weight_transport == "tensor" and nodes > 1:
+    if weights.update_weight_transport == "tensor" and nodes > 1 and not config.cluster.colocate:
         problems.append(
-            f"--update-weight-transport tensor is shared memory on one node, found --actor-num-nodes {nodes}: use broadcast or disk"
+            f"--update-weight-transport tensor is shared memory on one node, found --actor-num-nodes {nodes}: use broadcast or disk, or --colocate"
         )
     if weights.update_weight_disk_dir is not None and weights.update_weight_transport != "disk":
         problems.append("--update-weight-disk-dir has no effect without --update-weight-transport disk")

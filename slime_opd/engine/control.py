@@ -9,11 +9,12 @@ from __future__ import annotations
 import base64
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
+from torch import Tensor
 
 from slime_opd.engine import weight_proof
 from slime_opd.errors import EngineError, EngineTimeout
@@ -134,22 +135,31 @@ class EngineControl:
         """Leave a process group."""
         self._command("/destroy_weights_update_group", {"group_name": group_name})
 
-    def differing_weights(self, serialized: Sequence[str]) -> list[str]:
-        """Names of the engine's own parameters that are not bit for bit what the given tensors load to; [] is the proof.
+    def begin_weight_proof(self, checksums: Mapping[str, Tensor], num_ranks: int) -> None:
+        """Have the server observe which tensors arrive from now on, and whether loading them changes anything.
 
-        `serialized` is as for `update_weights_from_tensor`, as lists of (name, tensor).
-        The server must have been started with `--custom-weight-loader` naming `weight_proof.LOADER` (EngineProcess does).
-        A parameter that differs has the given value afterwards. How it works: see weight_proof.py.
+        `checksums`: `weight_proof.checksum` of each tensor that is to arrive, by its Hugging Face name; `num_ranks`: the server's
+        tensor-parallel ranks. The server must have been started with `--custom-weight-loader` naming `weight_proof.LOADER`
+        (EngineProcess does). How it works: see weight_proof.py.
         """
-        self.update_weights_from_tensor(serialized, load_format=weight_proof.LOADER, flush_cache=False)
-        response = self._send("POST", "/get_weights_by_name", {"name": weight_proof.REPORT, "truncate_size": 0})
-        report = self._json(response, "/get_weights_by_name")
+        expected = serialize_by_value(weight_proof.expected_tensors(checksums))
+        self.update_weights_from_tensor([expected] * num_ranks, load_format=weight_proof.LOADER, flush_cache=False)
+
+    def finish_weight_proof(self) -> dict[str, list[str]]:
+        """What is wrong since `begin_weight_proof`, with the names that it is wrong of; {} is the proof.
+
+        `weight_proof.CHANGED`: parameters of the server that loading changed; `DIFFERENT`: tensors that arrived and are not
+        the trainer's; `MISSING`: tensors that did not arrive.
+        """
+        path = "/get_weights_by_name"
+        answer = self._json(self._send("POST", path, {"name": weight_proof.REPORT, "truncate_size": 0}), path)
         # One report per data-parallel replica of the engine, or the report itself where there is one replica.
-        if not isinstance(report, list):
-            raise EngineError(
-                f"{self.url}/get_weights_by_name: expected the list of differing weights, got {str(report)[:200]}"
-            )
-        return sorted({name for part in report for name in (part if isinstance(part, list) else [part])})
+        reports = answer if isinstance(answer, list) else [answer]
+        kinds = (weight_proof.CHANGED, weight_proof.DIFFERENT, weight_proof.MISSING)
+        if not reports or not all(isinstance(report, dict) and set(report) == set(kinds) for report in reports):
+            raise EngineError(f"{self.url}{path}: expected a report of the weights, got {str(answer)[:200]}")
+        wrong = {kind: sorted({name for report in reports for name in report[kind]}) for kind in kinds}
+        return {kind: names for kind, names in wrong.items() if names}
 
     def close(self) -> None:
         """Close the connection."""

@@ -1,60 +1,117 @@
 """The proof that an engine serves given weights; this module runs inside the SGLang server.
 
-An engine fuses, splits and shards what it loads, each model in its own way, so its
-parameters cannot be compared with Hugging Face tensors by name. But loading is a function:
-if the engine already serves the given tensors, loading them again changes no bit. So SGLang is given
-a weight loader (`--custom-weight-loader`) that takes a checksum of every parameter, loads the
-tensors the usual way, and notes which checksums changed. SGLang ignores what a loader
-returns, and an exception in one ends the server, so the note is fetched with
-`/get_weights_by_name`, for which the loader gives the model a method of that name.
+An engine fuses, splits and shards what it loads, each model in its own way, so its parameters cannot be compared with Hugging Face
+tensors by name. But loading is a function: an engine that already serves the given tensors changes no bit when it loads them again.
+So the trainer sends its weights a second time, by whatever transport it uses, and the engine observes what that does:
+
+1. begin: the trainer calls `/update_weights_from_tensor` with this module's weight loader, which no other request names, and with the
+   checksums of its tensors in place of tensors. The loader takes a checksum of every parameter of the engine and wraps the model's
+   `load_weights`, through which SGLang loads tensors of every transport.
+2. The trainer sends all weights again. The wrapper takes a checksum of each tensor that arrives, and loads it as always.
+3. finish: the trainer calls `/get_weights_by_name`, for which the loader gave the model a method of that name. It takes the checksums
+   of the parameters again and returns what is wrong.
+
+Where every tensor arrived as the trainer has it, and loading all of them changed no bit, the engine serves the trainer's weights.
+SGLang ignores what a loader returns, and an exception in one ends the server: nothing is reported before step 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
-LOADER = "slime_opd.engine.weight_proof.note_differing_weights"
-REPORT = "slime_opd.differing_weights"
+LOADER = "slime_opd.engine.weight_proof.begin"
+REPORT = "slime_opd.weight_proof"
+# What a report may say of a name.
+CHANGED, DIFFERENT, MISSING = "changed", "different", "missing"
 
-_CHUNK = 1 << 22
-_MODULUS = (1 << 31) - 1
-
-
-def note_differing_weights(model: Any, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Load `named_tensors` and leave the names of the parameters that this changed with the model."""
-    before = checksums(model)
-    model.load_weights(named_tensors)
-    after = checksums(model)
-    differing = [name for name, checksum in after.items() if checksum != before[name]]
-    model.get_weights_by_name = lambda name, truncate_size=0, tp_size=1: _on_all_ranks(differing)
+# 4-byte integers that are summed at one time: few enough for a CPU's cache, enough to keep a GPU busier than its launches.
+_CHUNK = 1 << 18
+_MULTIPLIER = -7046029254386353131  # 2^64 divided by the golden ratio, as a signed integer
 
 
-def checksums(model: torch.nn.Module) -> dict[str, int]:
-    """A checksum of the bits of each parameter that depends on their order."""
-    return {name: _checksum(parameter.detach()) for name, parameter in model.named_parameters()}
+def expected_tensors(checksums: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """The trainer's `checksums` by Hugging Face name, as the one named tensor that `begin` takes."""
+    return [("\n".join(checksums), _on_host(list(checksums.values())))]
 
 
-def _checksum(values: torch.Tensor) -> int:
-    octets = values.contiguous().view(-1).view(torch.uint8)
-    # Two sums, plain and weighted by place, in chunks that keep both exact in int64.
-    total = 0
-    for start in range(0, octets.numel(), _CHUNK):
-        chunk = octets[start : start + _CHUNK].to(torch.int64)
-        places = torch.arange(1, chunk.numel() + 1, device=chunk.device)
-        total = (total * 1_000_003 + int((chunk * places).sum()) * 31 + int(chunk.sum())) % (_MODULUS * _MODULUS)
+def begin(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Observe what `model` loads from now on; `named_tensors` is what `expected_tensors` made."""
+    ((names, checksums),) = named_tensors
+    expected = dict(zip(names.split("\n"), checksums.tolist(), strict=True))
+    # Of a proof that was begun and not finished, the wrapper goes.
+    load_weights = getattr(model.load_weights, "wrapped", model.load_weights)
+    before = _parameter_checksums(model)
+    arrived: dict[str, Tensor] = {}
+
+    def observe(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            arrived[name] = checksum(tensor)
+            yield name, tensor
+
+    def finish(name: str, truncate_size: int = 0, tp_size: int = 1) -> dict[str, list[str]]:
+        model.load_weights = load_weights
+        del model.get_weights_by_name
+        received = dict(zip(arrived, _on_host(list(arrived.values())).tolist(), strict=True))
+        after = _parameter_checksums(model)
+        report = {
+            CHANGED: [name for name in after if after[name] != before.get(name)],
+            DIFFERENT: [name for name in received if received[name] != expected.get(name)],
+            MISSING: [name for name in expected if name not in received],
+        }
+        return _on_all_ranks(report)
+
+    def load_and_observe(weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+        return load_weights(observe(weights), *args, **kwargs)
+
+    load_and_observe.wrapped = load_weights
+    model.load_weights, model.get_weights_by_name = load_and_observe, finish
+
+
+def checksum(values: Tensor) -> Tensor:
+    """A checksum of a tensor's bits that depends on their order: int64 scalar on the tensor's device, the same on every device.
+
+    It waits for no device, and is exact: sums and products modulo 2^64 do not depend on the order in which a device takes them.
+    """
+    octets = values.detach().contiguous().view(-1).view(torch.uint8)
+    if octets.numel() % 4 or octets.storage_offset() % 4:
+        octets = torch.cat([octets, octets.new_zeros(-octets.numel() % 4)])
+    words, factors = octets.view(torch.int32), _factors(octets.device)
+    total = torch.full((), values.nbytes, dtype=torch.int64, device=octets.device)
+    for start in range(0, words.numel(), _CHUNK):
+        chunk = words[start : start + _CHUNK].to(torch.int64)
+        total = total * _MULTIPLIER + chunk.mul_(factors[: chunk.numel()]).sum()
     return total
 
 
-def _on_all_ranks(names: list[str]) -> list[str]:
-    """The names of all tensor-parallel ranks of the engine; rank 0 alone answers a request."""
-    if not torch.distributed.is_initialized():
-        return sorted(names)
-    from sglang.srt.distributed import get_tp_group
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    """An odd pseudo-random factor for each position of a chunk, int64 [_CHUNK]: a sum with odd factors sees every single change."""
+    positions = torch.arange(1, _CHUNK + 1, device=device) * _MULTIPLIER
+    return (positions ^ (positions >> 29)) * _MULTIPLIER | 1
 
-    group = get_tp_group().cpu_group
-    gathered: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather_object(gathered, names, group=group)
-    return sorted({name for part in gathered for name in part})
+
+def _on_host(scalars: list[Tensor]) -> Tensor:
+    """Scalars of any devices as one tensor on the CPU, int64 [N]; waits for the device once."""
+    return torch.stack([scalar.to(scalars[0].device) for scalar in scalars]).cpu() if scalars else torch.empty(0).long()
+
+
+def _parameter_checksums(model: torch.nn.Module) -> dict[str, int]:
+    checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
+    return dict(zip(checksums, _on_host(list(checksums.values())).tolist(), strict=True))
+
+
+def _on_all_ranks(report: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The names that any tensor-parallel rank of the engine reports; rank 0 alone answers a request."""
+    reports = [report]
+    if torch.distributed.is_initialized():
+        from sglang.srt.distributed import get_tp_group
+
+        group = get_tp_group().cpu_group
+        reports *= torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(reports, report, group=group)
+    return {kind: sorted({name for one in reports for name in one[kind]}) for kind in report}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ GROUP = "slime_opd_weights"
 class BroadcastTransport:
     """Sends each tensor of a bucket to all engines, wherever they run."""
 
-    def __init__(self, config: Config, controls: list[EngineControl]) -> None:
+    def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:
         self._controls = controls
         self._per_engine = config.cluster.rollout_num_gpus_per_engine
         self._threads = ThreadPoolExecutor(len(controls))
@@ -32,17 +33,14 @@ class BroadcastTransport:
         # The engines make their side of the group with this function, and both sides must agree on its store's prefixes.
         from sglang.srt.utils import init_custom_process_group
 
-        address = socket.gethostbyname(socket.gethostname())
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            port = listener.getsockname()[1]
+        store = listening_store(address_towards([control.url for control in self._controls]))
         world_size = 1 + self._per_engine * len(self._controls)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         joining = [
             self._threads.submit(
                 control.init_weights_update_group,
-                master_address=address,
-                master_port=port,
+                master_address=store.host,
+                master_port=store.port,
                 rank_offset=1 + index * self._per_engine,
                 world_size=world_size,
                 group_name=GROUP,
@@ -51,10 +49,10 @@ class BroadcastTransport:
             for index, control in enumerate(self._controls)
         ]
         group = init_custom_process_group(
-            backend=backend, init_method=f"tcp://{address}:{port}", world_size=world_size, rank=0, group_name=GROUP
+            backend=backend, store=dist.PrefixStore(GROUP, store), world_size=world_size, rank=0, group_name=GROUP
         )
-        for one in joining:
-            one.result()
+        for request in joining:
+            request.result()
         return group
 
     def send(self, bucket: list[NamedTensor]) -> None:
@@ -72,11 +70,36 @@ class BroadcastTransport:
         ]
         for _, tensor in bucket:
             dist.broadcast(tensor, src=0, group=self._group)
-        for one in receiving:
-            one.result()
+        for request in receiving:
+            request.result()
 
     def finish(self, version: str) -> None:
         """Drop prefixes cached under the old weights, and name the new ones."""
         for control in self._controls:
             control.flush_cache()
             control.set_weight_version(version)
+
+
+def address_towards(urls: list[str]) -> str:
+    """The address of this node from which the servers at `urls` are reached, and so can reach it: loopback where all are there.
+
+    A node's name is no help: many resolve their own to a loopback address.
+    """
+    addresses = []
+    for url in urls:
+        split = urlsplit(url)
+        family, kind, *_, target = socket.getaddrinfo(split.hostname, split.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as route:
+            route.connect(target)  # of datagrams: looks the route up and sends nothing
+            addresses.append((route.getsockname()[0], target[0]))
+    # A server on this node reaches every address of it; one elsewhere that of its route.
+    return next((own for own, server in addresses if own != server), addresses[0][0])
+
+
+def listening_store(address: str) -> dist.TCPStore:
+    """A store that listens on a free port of `address`, and on no other address of this node."""
+    family = socket.getaddrinfo(address, None)[0][0]
+    with socket.create_server((address, 0), family=family) as listener:
+        port = listener.getsockname()[1]
+        # The store takes the open socket over: nobody else can get the port in between.
+        return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

@@ -15,7 +15,7 @@ from slime_opd.weights.buckets import NamedTensor
 class DiskTransport:
     """Writes each bucket as one safetensors file; the engines read the directory when it is complete."""
 
-    def __init__(self, config: Config, controls: list[EngineControl]) -> None:
+    def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:
         self._controls = controls
         self._directory = disk_directory(config)
         self._origin = Path(config.model.hf_checkpoint)

@@ -1,4 +1,4 @@
-"""One buffer that the engines on this machine can open: shared memory, or CUDA memory through IPC.
+"""Memory that the engines of this machine can open: shared memory, or CUDA memory through IPC.
 
 Shared memory here has no name that somebody would have to unlink. It is an anonymous file of
 this process, and an engine opens it as /proc/PID/fd/N, which a process of the same user may.
@@ -12,71 +12,80 @@ import base64
 import io
 import os
 from multiprocessing.reduction import ForkingPickler
+from types import SimpleNamespace
 
 import torch
 import torch.multiprocessing
 import torch.multiprocessing.reductions  # registers how ForkingPickler pickles tensors
+from torch import Tensor
 
 from slime_opd.weights.buckets import NamedTensor
 
+# SGLang's name for a bucket that is one tensor and a description of its parts.
+LOAD_FORMAT = "flattened_bucket"
 # Offsets of this many bytes suit every dtype.
 _ALIGNMENT = 16
 
 
-class SharedBuffer:
-    """Buckets laid in one block of memory, so that an engine opens one handle and not one per tensor."""
+class SharedBucket:
+    """A copy of one bucket in a block of memory of its own, which is never written again.
 
-    def __init__(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._file: int | None = None
-        if torch.cuda.is_available():
-            # SGLang names GPUs by their UUID, because two processes may number them differently.
-            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+    An engine that answers may still be copying: SGLang's update ends with a barrier of CPU processes, not of GPUs. So a block is not
+    used twice. After `close` it lives on until its readers have let go of it: Linux counts the mappings of an anonymous file, and
+    torch counts the readers of CUDA memory, each of which waits for its stream before it counts itself out.
+    """
 
-            monkey_patch_torch_reductions()
-
-    def serialize(self, bucket: list[NamedTensor], readers: int) -> list[str]:
-        """Copy the bucket into the buffer; returns it once for each reader, as base64 of a pickled list of (name, handle).
-
-        torch counts the readers of CUDA memory: there a handle is for one reader. The next call overwrites what this one
-        laid down.
-        """
-        starts, end = [], 0
+    def __init__(self, bucket: list[NamedTensor]) -> None:
+        starts, size = [], 0
         for _, tensor in bucket:
-            starts.append(end)
-            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            starts.append(size)
+            size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
         device = bucket[0][1].device
-        if self._memory.numel() < end or self._memory.device != device:
-            self._memory = self._allocate(end, device)
-        views = []
-        for (name, tensor), start in zip(bucket, starts, strict=True):
-            view = self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            view.copy_(tensor)
-            views.append((name, view))
+        self._file = None if device.type == "cuda" else os.memfd_create("slime_opd_weights")
+        self._memory = self._allocate(size, device)
+        for (_, tensor), start in zip(bucket, starts, strict=True):
+            self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return [self._pickle(views) for _ in range(readers)]
+        # Attributes of SGLang's FlattenedTensorMetadata, without importing SGLang.
+        self._parts = [
+            SimpleNamespace(
+                name=name,
+                shape=tensor.shape,
+                dtype=tensor.dtype,
+                start_idx=start,
+                end_idx=start + tensor.nbytes,
+                numel=tensor.nbytes,
+            )
+            for (name, tensor), start in zip(bucket, starts, strict=True)
+        ]
 
-    def close(self) -> None:
-        """Let go of the memory; it is freed when the engines have let go of it too."""
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def _allocate(self, size: int, device: torch.device) -> torch.Tensor:
-        if device.type == "cuda":
-            return torch.empty(size, dtype=torch.uint8, device=device)
-        self.close()
-        self._file = os.memfd_create("slime_opd_weights")
-        os.ftruncate(self._file, size)
-        return torch.from_file(f"/proc/self/fd/{self._file}", shared=True, size=size, dtype=torch.uint8)
-
-    def _pickle(self, views: list[NamedTensor]) -> str:
+    def handle(self) -> str:
+        """What one reader opens the bucket with, for `LOAD_FORMAT`: base64 of a pickle. Each reader needs its own, as they are counted."""
         pickled = io.BytesIO()
         pickler = ForkingPickler(pickled)
         if self._file is not None:
             opened = (f"/proc/{os.getpid()}/fd/{self._file}", True, self._memory.numel())
             pickler.dispatch_table[torch.UntypedStorage] = lambda storage: (torch.UntypedStorage.from_file, opened)
-        pickler.dump(views)
+        pickler.dump({"flattened_tensor": self._memory, "metadata": self._parts})
         return base64.b64encode(pickled.getvalue()).decode()
+
+    def close(self) -> None:
+        """Let go of the memory. Readers must have opened it by now; it is freed when the last of them has let go too."""
+        is_cuda = self._file is None
+        del self._memory
+        if is_cuda:
+            # Without it, memory that its readers have left is kept until an allocation fails.
+            torch.cuda.ipc_collect()
+        else:
+            os.close(self._file)
+
+    def _allocate(self, size: int, device: torch.device) -> Tensor:
+        if self._file is None:
+            # SGLang names GPUs by their UUID, because two processes may number them differently.
+            from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+            monkey_patch_torch_reductions()
+            return torch.empty(size, dtype=torch.uint8, device=device)
+        os.ftruncate(self._file, size)
+        return torch.from_file(f"/proc/self/fd/{self._file}", shared=True, size=size, dtype=torch.uint8)

@@ -1,40 +1,71 @@
-"""Weights from tensors: the engines open the trainer's memory and copy from it."""
+"""Weights from tensors: the engines open memory of the trainer and copy from it."""
 
 from __future__ import annotations
 
+import datetime
 from concurrent.futures import ThreadPoolExecutor
 
+import torch.distributed as dist
+
 from slime_opd.config import Config
+from slime_opd.config.weight_transport import memory_sources
 from slime_opd.engine.control import EngineControl
 from slime_opd.weights.buckets import NamedTensor
-from slime_opd.weights.shared import SharedBuffer
+from slime_opd.weights.shared import LOAD_FORMAT, SharedBucket
 
 
 class TensorTransport:
-    """Shares each bucket with all engines at once. They must be on the sender's machine (with CUDA: see its GPU)."""
+    """Shares each bucket with all engines at once; every trainer rank in `memory_sources` has one, and each call is made on all of them.
 
-    def __init__(self, config: Config, controls: list[EngineControl]) -> None:
-        self._controls = controls
-        self._ranks = config.cluster.rollout_num_gpus_per_engine
-        self._buffer = SharedBuffer()
+    An engine takes the handles of all its ranks in one request, in their order. So the handles are gathered, and the trainer rank
+    that made the first of an engine's handles posts them.
+    """
+
+    def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:
+        self._controls, self._rank = controls, rank
+        self._sources = memory_sources(config)
         self._threads = ThreadPoolExecutor(len(controls))
+        ranks = sorted({source for sources in self._sources for source in sources})
+        self._group: dist.ProcessGroup | None = None
+        if len(ranks) > 1:
+            timeout = datetime.timedelta(minutes=config.training.distributed_timeout_minutes)
+            # Handles are objects on the host, whatever device the weights are on.
+            self._group = dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=True)
 
     def send(self, bucket: list[NamedTensor]) -> None:
-        """Send one bucket to all engines; each of their ranks opens the same memory."""
-        handles = self._buffer.serialize(bucket, self._ranks * len(self._controls))
+        """Send one bucket to all engines; returns when they have it."""
+        shared = SharedBucket(bucket)
+        own = [[shared.handle() if source == self._rank else None for source in sources] for sources in self._sources]
+        handles = self._from_all_ranks(own)
         sending = [
             self._threads.submit(
-                control.update_weights_from_tensor,
-                handles[index * self._ranks : (index + 1) * self._ranks],
-                flush_cache=False,
+                control.update_weights_from_tensor, handles[engine], load_format=LOAD_FORMAT, flush_cache=False
             )
-            for index, control in enumerate(self._controls)
+            for engine, control in enumerate(self._controls)
+            if self._sources[engine][0] == self._rank
         ]
-        for one in sending:
-            one.result()
+        for request in sending:
+            request.result()
+        if self._group is not None:
+            # An engine rank whose handles another trainer rank posted has opened this rank's memory too.
+            dist.barrier(self._group)
+        shared.close()
 
     def finish(self, version: str) -> None:
         """Drop prefixes cached under the old weights, and name the new ones."""
+        if self._rank != 0:
+            return
         for control in self._controls:
             control.flush_cache()
             control.set_weight_version(version)
+
+    def _from_all_ranks(self, own: list[list[str | None]]) -> list[list[str]]:
+        """The handles by engine and engine rank, of which `own` has this trainer rank's."""
+        if self._group is None:
+            return own
+        per_rank = [own] * self._group.size()
+        dist.all_gather_object(per_rank, own, group=self._group)
+        return [
+            [next(filter(None, handles)) for handles in zip(*engine, strict=True)]
+            for engine in zip(*per_rank, strict=True)
+        ]

@@ -1,6 +1,6 @@
 """Bringing the engines to the trainer's weights: gather, cut into buckets, send, and prove that they arrived.
 
-All trainer ranks gather each weight together; the first rank sends. How it travels is a WeightTransport.
+How they travel is a WeightTransport.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from slime_opd.config import Config
+from slime_opd.config.weight_transport import memory_sources, weight_transport
+from slime_opd.engine import weight_proof
 from slime_opd.engine.control import EngineControl
-from slime_opd.errors import ConfigError, WeightSyncError
+from slime_opd.errors import WeightSyncError
 from slime_opd.weights.broadcast import BroadcastTransport
 from slime_opd.weights.buckets import NamedTensor, buckets
 from slime_opd.weights.disk import DiskTransport
-from slime_opd.weights.shared import SharedBuffer
 from slime_opd.weights.tensor import TensorTransport
 
 
@@ -30,7 +32,7 @@ class WeightTransport(Protocol):
         """Make the engines serve what was sent, as weights `version`."""
 
 
-TRANSPORTS: dict[str, Callable[[Config, list[EngineControl]], WeightTransport]] = {
+TRANSPORTS: dict[str, Callable[[Config, int, list[EngineControl]], WeightTransport]] = {
     "tensor": TensorTransport,
     "broadcast": BroadcastTransport,
     "disk": DiskTransport,
@@ -38,53 +40,59 @@ TRANSPORTS: dict[str, Callable[[Config, list[EngineControl]], WeightTransport]] 
 
 
 class WeightSender:
-    """Sends weights to the engines at `urls`, whose API key is `key`; on ranks that do not send, `urls` is empty."""
+    """Sends weights to the engines at `urls`, whose API key is `key`; every trainer rank has one, and calls it with the others.
 
-    def __init__(self, config: Config, urls: list[str], key: str | None = None) -> None:
+    All ranks gather each weight together. The first rank sends it, and with the transport "tensor" others may have a part in that.
+    """
+
+    def __init__(self, config: Config, rank: int, urls: list[str], key: str | None = None) -> None:
         self._limit = config.weights.update_weight_buffer_size
+        self._ranks_per_engine = config.cluster.rollout_num_gpus_per_engine
         self._controls = [EngineControl(url, api_key=key) for url in urls]
-        make = TRANSPORTS[transport_of(config)]
-        self._transport = make(config, self._controls) if urls else None
-        self._ranks = config.cluster.rollout_num_gpus_per_engine
-        self._proof_buffer = SharedBuffer()
+        self._is_first = rank == 0
+        transport = weight_transport(config, has_gpus=torch.cuda.is_available())
+        senders = {source for sources in memory_sources(config) for source in sources} if transport == "tensor" else {0}
+        self._transport = TRANSPORTS[transport](config, rank, self._controls) if rank in senders else None
 
     def send(self, weights: Callable[[], Iterator[NamedTensor]], version: int, *, check: bool) -> None:
         """Update every engine to `weights()`, which all ranks iterate together.
 
-        With `check`, raises WeightSyncError where an engine then serves anything else.
+        With `check` they are sent a second time, and WeightSyncError is raised where an engine does not serve exactly these.
         """
+        checksums = self._send_all(weights, version, with_checksums=check)
+        if not check:
+            return
+        if self._is_first:
+            for control in self._controls:
+                control.begin_weight_proof(checksums, self._ranks_per_engine)
+        self._send_all(weights, version)
+        if self._is_first:
+            for control in self._controls:
+                if wrong := control.finish_weight_proof():
+                    raise WeightSyncError(_not_served(control.url, wrong))
+
+    def _send_all(
+        self, weights: Callable[[], Iterator[NamedTensor]], version: int, *, with_checksums: bool = False
+    ) -> dict[str, Tensor]:
+        """Send all weights; returns their checksums by name, if requested, on the first rank."""
+        checksums: dict[str, Tensor] = {}
         for bucket in buckets(weights(), self._limit):
+            if with_checksums and self._is_first:
+                checksums |= {name: weight_proof.checksum(tensor) for name, tensor in bucket}
             if self._transport is not None:
                 self._transport.send(bucket)
         if self._transport is not None:
             self._transport.finish(str(version))
-        if check:
-            self._check(weights)
-
-    def _check(self, weights: Callable[[], Iterator[NamedTensor]]) -> None:
-        differing: dict[str, list[str]] = {}
-        for bucket in buckets(weights(), self._limit):
-            for control in self._controls:
-                handles = self._proof_buffer.serialize(bucket, self._ranks)
-                differing.setdefault(control.url, []).extend(control.differing_weights(handles))
-        for url, names in differing.items():
-            if names:
-                raise WeightSyncError(
-                    f"the engine at {url} did not serve the trainer's weights: {len(names)} parameters differ, first {', '.join(names[:3])}"
-                )
+        return checksums
 
 
-def transport_of(config: Config) -> str:
-    """The transport of a run. An engine on GPUs of its own cannot open the memory of a trainer's GPU.
+_WRONG = {
+    weight_proof.CHANGED: "parameters changed when the weights were sent again",
+    weight_proof.DIFFERENT: "weights arrived with other values",
+    weight_proof.MISSING: "weights did not arrive",
+}
 
-    Raises ConfigError where "tensor" is asked for and cannot work.
-    """
-    asked = config.weights.update_weight_transport
-    shares_memory = config.cluster.colocate if torch.cuda.is_available() else config.cluster.actor_num_nodes == 1
-    if asked == "auto":
-        return "tensor" if shares_memory else "broadcast"
-    if asked == "tensor" and not shares_memory:
-        raise ConfigError(
-            "--update-weight-transport tensor: the engines have GPUs of their own and cannot open the trainer's memory; say broadcast, or --colocate"
-        )
-    return asked
+
+def _not_served(url: str, wrong: dict[str, list[str]]) -> str:
+    problems = [f"{len(names)} {_WRONG[kind]}, first {', '.join(names[:3])}" for kind, names in wrong.items()]
+    return f"the engine at {url} does not serve the trainer's weights: {'; '.join(problems)}"

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from slime_opd.engine.control import EngineControl, serialize_by_value
 from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.engine.weight_proof import checksum
 
 pytestmark = pytest.mark.e2e
 
@@ -57,5 +58,7 @@ def test_the_engine_serves_the_weights_it_started_with_and_then_those_it_was_sen
         torch.testing.assert_close(served(server), expected(tmp_path / "first"), atol=1e-5, rtol=0)
         with EngineControl(server.url) as control:
             control.update_weights_from_tensor([serialize_by_value(moved.items())], weight_version="second")
-            assert control.differing_weights([serialize_by_value(moved.items())]) == []
+            control.begin_weight_proof({name: checksum(weight) for name, weight in moved.items()}, num_ranks=1)
+            control.update_weights_from_tensor([serialize_by_value(moved.items())])
+            assert control.finish_weight_proof() == {}
         torch.testing.assert_close(served(server), expected(tmp_path / "second"), atol=1e-5, rtol=0)

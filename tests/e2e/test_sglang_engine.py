@@ -19,6 +19,7 @@ from conftest import TINY_VOCABULARY, save_tiny_model, save_tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from slime_opd.engine import weight_proof
 from slime_opd.engine.client import EngineClient
 from slime_opd.engine.control import EngineControl, serialize_by_value
 from slime_opd.engine.protocol import SamplingParams
@@ -140,12 +141,19 @@ def test_a_request_that_can_never_work_is_refused_at_once_with_the_servers_reaso
     assert "attempts" not in str(caught.value)
 
 
+def wrong_weights(control: EngineControl, weights: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> dict:
+    """What is wrong where the server is to serve `weights` and is sent `sent`, which it serves afterwards."""
+    control.begin_weight_proof({name: weight_proof.checksum(tensor) for name, tensor in weights.items()}, num_ranks=1)
+    control.update_weights_from_tensor([serialize_by_value(sent.items())], flush_cache=False)
+    return control.finish_weight_proof()
+
+
 def test_weights_from_disk_are_served_and_proven(engine_server, tiny_model_dir, other_weights):
     own, other = load_file(tiny_model_dir / "model.safetensors"), load_file(other_weights / "model.safetensors")
     with EngineControl(engine_server.url) as control:
-        assert control.differing_weights([serialize_by_value(own.items())]) == []
+        assert wrong_weights(control, own, own) == {}
         control.update_weights_from_disk(str(other_weights), weight_version="other")
-        assert control.differing_weights([serialize_by_value(other.items())]) == []
+        assert wrong_weights(control, other, other) == {}
     expected = hugging_face_log_probs(other_weights, TOKENS)[len(PROMPT) - 1 :]
     np.testing.assert_allclose(score(engine_server), expected, atol=1e-4)
     [generation] = ask(engine_server, lambda client: client.generate(PROMPT, SamplingParams(1.0, 1.0, -1, 2)))
@@ -153,12 +161,17 @@ def test_weights_from_disk_are_served_and_proven(engine_server, tiny_model_dir, 
 
 
 def test_one_changed_bit_in_one_fused_tensor_is_named(engine_server, tiny_model_dir, other_weights):
-    changed = load_file(tiny_model_dir / "model.safetensors")
-    changed["model.layers.1.self_attn.k_proj.weight"].view(torch.int32)[0, 0] ^= 1
+    own = load_file(tiny_model_dir / "model.safetensors")
+    name = "model.layers.1.self_attn.k_proj.weight"
+    changed = own | {name: own[name].clone()}
+    changed[name].view(torch.int32)[0, 0] ^= 1
+    fused = ["model.layers.1.self_attn.qkv_proj.weight"]
     with EngineControl(engine_server.url) as control:
-        assert control.differing_weights([serialize_by_value(changed.items())]) == [
-            "model.layers.1.self_attn.qkv_proj.weight"
-        ]
+        # The server serves its own; then the changed ones, although the others were expected; then it is sent all but one.
+        assert wrong_weights(control, changed, changed) == {"changed": fused}
+        assert wrong_weights(control, own, changed) == {"different": [name]}
+        del changed[name]
+        assert wrong_weights(control, own, changed) == {"missing": [name]}
 
 
 def run_script(script: str, url: str, weights: Path, output: Path) -> str:
@@ -182,19 +195,22 @@ prepare_process()
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 from slime_opd.engine.control import EngineControl
+from slime_opd.engine.weight_proof import checksum
 tensors = list(load_file(sys.argv[2]).items())
 bucket = FlattenedTensorBucket(named_tensors=tensors)
 flat = {"flattened_tensor": bucket.get_flattened_tensor(), "metadata": bucket.get_metadata()}
 with EngineControl(sys.argv[1]) as control:
     serialized = MultiprocessingSerializer.serialize(flat, output_str=True)
     control.update_weights_from_tensor([serialized], load_format="flattened_bucket", weight_version="shared")
-    print(control.differing_weights([MultiprocessingSerializer.serialize(tensors, output_str=True)]))
+    control.begin_weight_proof({name: checksum(tensor) for name, tensor in tensors}, num_ranks=1)
+    control.update_weights_from_tensor([MultiprocessingSerializer.serialize(tensors, output_str=True)])
+    print(control.finish_weight_proof())
 """
 
 
 def test_weights_from_another_processes_shared_memory_are_served(engine_server, other_weights, tmp_path):
     output = run_script(SENDER, engine_server.url, other_weights / "model.safetensors", tmp_path / "output")
-    assert output.strip().splitlines()[-1] == "[]"
+    assert output.strip().splitlines()[-1] == "{}"
     expected = hugging_face_log_probs(other_weights, TOKENS)[len(PROMPT) - 1 :]
     np.testing.assert_allclose(score(engine_server), expected, atol=1e-4)
 

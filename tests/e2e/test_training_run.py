@@ -162,7 +162,8 @@ def test_at_another_temperature_the_penalty_is_still_taken_at_the_teachers(
 @pytest.mark.parametrize(
     ("transport", "more"),
     [
-        ("tensor", ["--rollout-num-gpus", "2"]),
+        # Each engine opens the memory of the trainer rank that would share its GPU.
+        ("tensor", ["--colocate", "--actor-num-gpus-per-node", "2", "--tensor-model-parallel-size", "2"]),
         ("broadcast", ["--rollout-num-gpus", "2"]),
         ("disk", ["--num-steps-per-rollout", "2"]),
     ],

@@ -86,21 +86,49 @@ def test_flushing_is_repeated_until_the_server_is_idle(monkeypatch):
         never.flush_cache(timeout_s=0.0)
 
 
-def test_the_weights_that_differ_are_fetched_after_the_loader_noted_them():
-    asked, seen = control(DONE, httpx.Response(200, json=["b", "a"]))
-    assert asked.differing_weights(["x"]) == ["a", "b"]
-    (path, body), (report_path, report_body) = seen
+def test_a_proof_begins_with_the_checksums_and_ends_with_the_names_that_are_wrong():
+    begun, seen = control(DONE)
+    begun.begin_weight_proof({"a": torch.tensor(-5), "b": torch.tensor(6)}, num_ranks=2)
+    ((path, body),) = seen
     assert (path, body["load_format"], body["flush_cache"]) == (
         "/update_weights_from_tensor",
         weight_proof.LOADER,
         False,
     )
-    assert (report_path, report_body["name"]) == ("/get_weights_by_name", weight_proof.REPORT)
-    replicas, _ = control(DONE, httpx.Response(200, json=[["b"], ["b", "a"]]))
-    assert replicas.differing_weights(["x"]) == ["a", "b"]
-    unable, _ = control(DONE, httpx.Response(400, json={"error": {"message": "Get parameter by name failed"}}))
-    with pytest.raises(EngineError, match="Get parameter by name failed"):
-        unable.differing_weights(["x"])
+    for serialized in body["serialized_named_tensors"]:
+        [(names, checksums)] = pickle.loads(base64.b64decode(serialized))
+        assert (names, checksums.tolist()) == ("a\nb", [-5, 6])
+    assert len(body["serialized_named_tensors"]) == 2
+
+    none, some = (
+        {"changed": [], "different": [], "missing": []},
+        {"changed": ["b", "a"], "different": [], "missing": ["c"]},
+    )
+    for answer, expected in (
+        (none, {}),
+        (some, {"changed": ["a", "b"], "missing": ["c"]}),
+        ([none, some], {"changed": ["a", "b"], "missing": ["c"]}),  # of two data-parallel replicas
+    ):
+        finished, seen = control(httpx.Response(200, json=answer))
+        assert finished.finish_weight_proof() == expected
+        assert seen == [("/get_weights_by_name", {"name": weight_proof.REPORT, "truncate_size": 0})]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            httpx.Response(400, json={"error": {"message": "Get parameter by name failed"}}),
+            "Get parameter by name failed",
+        ),
+        (httpx.Response(200, json=[]), "expected a report of the weights"),
+        (httpx.Response(200, json=[[0.5, 1.5]]), "expected a report of the weights"),
+    ],
+)
+def test_a_server_without_a_report_has_proven_nothing(answer, message):
+    unable, _ = control(answer)
+    with pytest.raises(EngineError, match=message):
+        unable.finish_weight_proof()
 
 
 def test_tensors_by_value_come_out_as_they_went_in():

@@ -33,7 +33,7 @@ def test_an_engine_is_sglang_where_cuda_is_and_the_cpu_launcher_elsewhere():
 
 def test_the_weight_loader_is_named_by_its_place():
     module, name = weight_proof.LOADER.rsplit(".", 1)
-    assert getattr(sys.modules[module], name) is weight_proof.note_differing_weights
+    assert getattr(sys.modules[module], name) is weight_proof.begin
 
 
 def test_cpu_options_are_defaults_that_a_user_overrides():
