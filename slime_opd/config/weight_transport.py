@@ -14,9 +14,8 @@ def weight_transport(config: Config, *, has_gpus: bool) -> str:
         raise ConfigError(f"--update-weight-transport tensor: {problem}")
     chosen = requested if requested != "auto" else "tensor" if problem is None else "broadcast"
     if chosen == "broadcast" and config.cluster.colocate and has_gpus:
-        reason = problem if requested == "auto" else "use tensor or disk"
         raise ConfigError(
-            f"--update-weight-transport {requested}: NCCL's broadcast takes a GPU once, and with --colocate trainer and engines share theirs: {reason}"
+            "--update-weight-transport broadcast: NCCL's group takes a GPU once, and with --colocate trainer and engines share theirs; use tensor or disk"
         )
     return chosen
 
@@ -26,15 +25,8 @@ def _tensor_problem(config: Config, has_gpus: bool) -> str | None:
     cluster = config.cluster
     if not has_gpus and cluster.actor_num_nodes > 1:
         return f"on CPUs it is shared memory of one node, found --actor-num-nodes {cluster.actor_num_nodes}; use broadcast or disk"
-    if not has_gpus:
-        return None
-    if not cluster.colocate:
+    if has_gpus and not cluster.colocate:
         return "the engines have GPUs of their own and cannot open memory of the trainer's; use broadcast or disk, or --colocate"
-    if cluster.actor_num_nodes > 1 and cluster.actor_num_gpus_per_node % cluster.rollout_num_gpus_per_engine:
-        return (
-            f"an engine opens memory of GPUs of its own node, and --actor-num-gpus-per-node {cluster.actor_num_gpus_per_node} is "
-            f"no multiple of --rollout-num-gpus-per-engine {cluster.rollout_num_gpus_per_engine}; use disk"
-        )
     return None
 
 
