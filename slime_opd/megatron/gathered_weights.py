@@ -82,6 +82,7 @@ class GatheredWeights:
 
     def _whole(self, parameter: _Parameter, own: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """A parameter with all its tensor-parallel shards, by its name in the whole model; of experts, those of all ranks."""
+        is_gated = self._bridge.config.gated_linear_unit
         if parameter.stage == parallel_state.get_pipeline_model_parallel_rank():
             shard = own[parameter.local_name].detach()
         else:
@@ -93,26 +94,29 @@ class GatheredWeights:
             shards = [shard]
             if parameter.split_axis is not None:
                 shards = _all_gather(shard, parallel_state.get_tensor_model_parallel_group())
-            yield parameter.name, self._merge(parameter, shards)
+            yield parameter.name, merge_shards(parameter.name, shards, parameter.split_axis, is_gated=is_gated)
             return
         prefix, _, number = parameter.name.rpartition("weight")
         per_rank = _all_gather(shard, parallel_state.get_expert_model_parallel_group())
         experts = self._bridge.config.num_moe_experts // len(per_rank)
         for rank, expert in enumerate(per_rank):
             shards = _all_gather(expert, parallel_state.get_expert_tensor_parallel_group())
-            yield f"{prefix}weight{experts * rank + int(number)}", self._merge(parameter, shards)
-
-    def _merge(self, parameter: _Parameter, shards: list[Tensor]) -> Tensor:
-        if len(shards) == 1:
-            return shards[0]
-        if ".linear_fc1." in parameter.name and self._bridge.config.gated_linear_unit:
-            # Each rank has its part of the gate above its part of the other half.
-            return torch.cat(
-                [half for halves in zip(*(shard.chunk(2) for shard in shards), strict=True) for half in halves]
+            yield (
+                f"{prefix}weight{experts * rank + int(number)}",
+                merge_shards(parameter.name, shards, parameter.split_axis, is_gated=is_gated),
             )
-        # Transformer Engine's experts do not name the axis that they are split on.
-        axis = int(".linear_fc2." in parameter.name) if _EXPERT in parameter.name else parameter.split_axis
-        return torch.cat(shards, dim=axis)
+
+
+def merge_shards(name: str, shards: list[Tensor], split_axis: int | None, *, is_gated: bool) -> Tensor:
+    """A parameter from the shards of its tensor-parallel ranks, in rank order. `is_gated`: the first MLP matrix is two in one."""
+    if len(shards) == 1:
+        return shards[0]
+    if ".linear_fc1." in name and is_gated:
+        # Each rank has its part of the gate above its part of the other half.
+        halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat([part for half in halves for part in half])
+    # Transformer Engine's experts do not name the axis that they are split on.
+    return torch.cat(shards, dim=int(".linear_fc2." in name) if _EXPERT in name else split_axis)
 
 
 def _tensors(model: HiddenStatesModel) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -106,6 +107,8 @@ def refusals(rank, world_size, init_method, model_dir: str, directory: str):
     from slime_opd.config.config import Config
     from slime_opd.errors import CheckpointError
     from slime_opd.megatron import conversion, parallel
+    from slime_opd.megatron.load_hugging_face import load_hugging_face
+    from slime_opd.megatron.model import build_model, make_bridge
 
     parallel.initialize(
         stages.ParallelConfig(), rank=rank, world_size=world_size, init_method=init_method, seed=0, timeout_minutes=5
@@ -128,6 +131,10 @@ def refusals(rank, world_size, init_method, model_dir: str, directory: str):
         with pytest.raises(CheckpointError) as refusal, torch.no_grad():
             conversion.to_torch_dist(config, place / "made")
         said.append(str(refusal.value).replace(str(place), "DIR"))
+        if number == 0:
+            bridge = make_bridge(config)
+            with pytest.raises(CheckpointError, match=re.escape(str(refusal.value))):
+                load_hugging_face(build_model(config, bridge), bridge, str(place), "--hf-checkpoint")
     parallel.shut_down()
     return said
 
