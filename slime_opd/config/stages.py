@@ -377,14 +377,15 @@ class WeightsConfig:
     update_weight_transport: str = option(
         "auto",
         choices=("auto", "tensor", "broadcast", "disk"),
-        help="tensor: shared memory on one node (CUDA IPC needs --colocate); broadcast: a process group with the engines; disk: a Hugging Face directory; auto: tensor where it works, else broadcast",
+        help="tensor: memory that the engines open (by CUDA IPC with --colocate, on CPUs on one node); broadcast: a process group with the engines; disk: a Hugging Face directory; auto: tensor where it works, else broadcast",
     )
     update_weight_buffer_size: int = option(512 * 1024 * 1024, help="bytes sent at a time")
     update_weight_disk_dir: str | None = option(
         None, help="directory for disk updates; unset: in --run-dir", metavar="DIR"
     )
     check_weight_update_equal: bool = option(
-        False, help="after each update, compare the engines' weights with the trainer's by checksum"
+        False,
+        help="after each update, send the weights a second time and compare checksums, to prove that the engines serve exactly these",
     )
 
 
