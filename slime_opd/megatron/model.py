@@ -25,7 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slime_opd.config import Config
 from slime_opd.errors import ConfigError
-from slime_opd.megatron import device, families
+from slime_opd.megatron import device, families, rotary
 from slime_opd.megatron.layers import FUSED_NORMS, LATENT_FUSED_NORMS, decoder_block
 from slime_opd.megatron.options import settings
 from slime_opd.megatron.vocabulary import VocabularyShard
@@ -170,6 +170,7 @@ def transformer_config(config: Config, bridge: Bridge) -> TransformerConfig:
 
 def build_model(config: Config, bridge: Bridge, *, on_meta: bool = False) -> HiddenStatesModel:
     """This rank's pipeline stage, with fresh random weights, on this rank's device; on meta it has shapes alone."""
+    rotary.install()
     architecture = transformer_config(config, bridge)
     with torch.device("meta") if on_meta else nullcontext():
         model = HiddenStatesModel(
