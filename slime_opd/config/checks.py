@@ -11,6 +11,7 @@ from pathlib import Path
 
 from slime_opd.config import (
     check_distillation,
+    check_kernels,
     check_learning,
     check_lengths,
     check_machine,
@@ -79,6 +80,7 @@ CHECKS: tuple[Check, ...] = (
     check_sglang.check_sglang_options,
     check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
+    check_kernels.check_kernels,
     check_machine.check_mixture,
     check_machine.check_custom_functions,
     check_machine.check_wandb_is_installed,

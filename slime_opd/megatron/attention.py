@@ -1,19 +1,22 @@
-"""Core attention over packed sequences, for layer specs without Transformer Engine.
+"""Core attention over packed sequences, where Transformer Engine's is not used.
 
-Megatron's local DotProductAttention takes no packed sequences. This module takes its place: it
-attends within each segment of a packed row, so no padding token is ever computed.
+Megatron's local DotProductAttention takes no packed sequences, and Transformer Engine's kernels do not take every head on every
+GPU. This module takes their place: it attends within each segment of a packed row, so no padding token is ever computed.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
+from slime_opd.config.kernels import AttentionKernel
 from slime_opd.errors import SlimeOPDError
 
 
@@ -47,15 +50,31 @@ def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequence
 class PackedCoreAttention(torch.nn.Module):
     """Causal self-attention within each segment of a packed row.
 
-    Built by Megatron's SelfAttention from a layer spec, with the arguments that it gives to any core attention.
+    Built by Megatron's attention from a layer spec, with the arguments that it gives to any core attention. `kernel` and
+    `repeats_groups` are the layer spec's own, as `config/kernels.py` chose them for the machine.
     """
 
-    def __init__(self, config, layer_number, attn_mask_type, attention_type, softmax_scale=None, **unused) -> None:
+    def __init__(
+        self,
+        config,
+        layer_number,
+        attn_mask_type,
+        attention_type,
+        softmax_scale=None,
+        *,
+        kernel: AttentionKernel = "segments",
+        repeats_groups: bool = False,
+        **unused,
+    ) -> None:
         super().__init__()
         if config.context_parallel_size > 1:
             raise SlimeOPDError("--context-parallel-size needs Transformer Engine, which is not installed; set it to 1")
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
+        # With sequence parallelism the generator of the rank is its own already.
+        self.shares_generator = not config.sequence_parallel
+        self.attend = _KERNELS[kernel]
+        self.repeats_groups = repeats_groups
 
     def forward(
         self,
@@ -67,22 +86,22 @@ class PackedCoreAttention(torch.nn.Module):
         packed_seq_params: PackedSequences,
         **unused,
     ) -> Tensor:
-        """Attend. query [T, heads, head_dim], key and value [T, groups, head_dim] -> [T, heads * head_dim]."""
-        if query.is_cuda:
-            output = _varlen_attention(query, key, value, packed_seq_params, self.softmax_scale)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            output = _segment_attention(query, key, value, packed_seq_params.runs, self.softmax_scale, dropout)
+        """Attend. query [T, heads, width], key [T, groups, width], value [T, groups, value width] -> [T, heads * value width]."""
+        if self.repeats_groups:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        dropout = self.dropout if self.training else 0.0
+        with get_cuda_rng_tracker().fork() if dropout and self.shares_generator else nullcontext():
+            output = self.attend(query, key, value, packed_seq_params, self.softmax_scale, dropout)
         return output.flatten(start_dim=1)
 
 
 def _segment_attention(
-    query: Tensor, key: Tensor, value: Tensor, runs: tuple[tuple[int, int], ...], scale: float | None, dropout: float
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None, dropout: float
 ) -> Tensor:
     """One scaled-dot-product call for each run of segments of equal length."""
     outputs = []
     start = 0
-    for count, length in runs:
+    for count, length in packed.runs:
         rows = slice(start, start + count * length)
         start = rows.stop
         q, k, v = (x[rows].unflatten(0, (count, length)).transpose(1, 2) for x in (query, key, value))
@@ -94,36 +113,29 @@ def _segment_attention(
 
 
 def _varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None, dropout: float
 ) -> Tensor:
-    """flash-attn where it is installed, else torch's own variable-length kernel."""
-    try:
-        from flash_attn import flash_attn_varlen_func
-    except ImportError:
-        from torch.nn.attention.varlen import varlen_attn
+    """torch's own variable-length flash kernel, which has no dropout."""
+    from torch.nn.attention.varlen import varlen_attn
 
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-        # A window of (-1, 0) is torch's way to say causal.
-        return varlen_attn(
-            query,
-            key,
-            value,
-            packed.cu_seqlens_q,
-            packed.cu_seqlens_kv,
-            packed.max_seqlen_q,
-            packed.max_seqlen_kv,
-            scale=scale,
-            window_size=(-1, 0),
-        )
+    groups = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    # A window of (-1, 0) is torch's way to say causal.
+    return varlen_attn(query, key, value, *_bounds(packed), scale=scale, window_size=(-1, 0), **groups)
+
+
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None, dropout: float
+) -> Tensor:
+    """flash-attn 2."""
+    from flash_attn import flash_attn_varlen_func
+
     return flash_attn_varlen_func(
-        query,
-        key,
-        value,
-        packed.cu_seqlens_q,
-        packed.cu_seqlens_kv,
-        packed.max_seqlen_q,
-        packed.max_seqlen_kv,
-        softmax_scale=scale,
-        causal=True,
+        query, key, value, *_bounds(packed), dropout_p=dropout, softmax_scale=scale, causal=True
     )
+
+
+def _bounds(packed: PackedSequences) -> tuple[Tensor, Tensor, int, int]:
+    return packed.cu_seqlens_q, packed.cu_seqlens_kv, packed.max_seqlen_q, packed.max_seqlen_kv
+
+
+_KERNELS = {"segments": _segment_attention, "varlen": _varlen_attention, "flash_attn": _flash_attention}

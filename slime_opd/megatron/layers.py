@@ -18,6 +18,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from slime_opd.config.kernels import Kernels
 from slime_opd.megatron.attention import PackedCoreAttention
 from slime_opd.megatron.experts import LocalExperts
 from slime_opd.megatron.norm import LocalNorm
@@ -41,18 +42,30 @@ LATENT_FUSED_NORMS = {
 
 
 def decoder_block(
-    architecture: TransformerConfig, *, with_engine: bool, post_norms: tuple[bool, bool] = (False, False)
+    architecture: TransformerConfig, kernels: Kernels, *, post_norms: tuple[bool, bool] = (False, False)
 ) -> TransformerBlockSubmodules:
     """The spec of this pipeline stage's layers: Transformer Engine's, or those that run without it.
 
     `post_norms`: whether a norm follows attention, and MLP.
     """
+    with_engine = kernels.uses_engine
     block = get_gpt_decoder_block_spec(architecture, use_transformer_engine=with_engine)
     layers = block.layer_specs if with_engine else [_local(layer, architecture) for layer in block.layer_specs]
+    if kernels.attention != "engine":
+        layers = [_with_packed_attention(layer, kernels) for layer in layers]
     norm = block.layer_norm if with_engine else LocalNorm
     if any(post_norms):
         layers = [_post_normed(layer, norm, *post_norms) for layer in layers]
     return replace(block, layer_specs=layers, layer_norm=norm)
+
+
+def _with_packed_attention(layer: ModuleSpec, kernels: Kernels) -> ModuleSpec:
+    """A layer whose core attention is this package's; it has no weights, so checkpoints do not change."""
+    choice = {"kernel": kernels.attention, "repeats_groups": kernels.repeats_groups}
+    core = ModuleSpec(module=PackedCoreAttention, params=choice)
+    attention = layer.submodules.self_attention
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core))
+    return replace(layer, submodules=replace(layer.submodules, self_attention=attention))
 
 
 def _post_normed(layer: ModuleSpec, norm: type, of_attention: bool, of_mlp: bool) -> ModuleSpec:
@@ -82,9 +95,7 @@ def _local(layer: ModuleSpec, architecture: TransformerConfig) -> ModuleSpec:
         # Whole on every rank, as Transformer Engine has them: split by columns, Megatron loses the gradient of the rotary part
         # that comes from the other ranks' heads.
         parts_of_attention |= {"linear_q_down_proj": Linear, "linear_kv_down_proj": Linear}
-    attention = replace(
-        attention, submodules=replace(attention.submodules, core_attention=PackedCoreAttention, **parts_of_attention)
-    )
+    attention = replace(attention, submodules=replace(attention.submodules, **parts_of_attention))
     keys = dict(LATENT_FUSED_NORMS if latent else FUSED_NORMS)
     if mlp.module is MoELayer:
         # The router reads what the experts read, so nothing can be fused there.

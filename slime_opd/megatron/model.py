@@ -6,7 +6,6 @@ Megatron's flags (`raw`); either way the names and layouts of its weights in Hug
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from contextlib import nullcontext
 
@@ -23,7 +22,9 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from slime_opd.config import Config
+from slime_opd.config import Config, machine
+from slime_opd.config.check_kernels import kernels_of
+from slime_opd.config.kernels import Kernels
 from slime_opd.errors import ConfigError
 from slime_opd.megatron import device, families, rotary
 from slime_opd.megatron.layers import FUSED_NORMS, LATENT_FUSED_NORMS, decoder_block
@@ -73,10 +74,14 @@ def parameter_dtype(config: Config) -> torch.dtype:
     return torch.float32
 
 
+def kernels(config: Config) -> Kernels:
+    """The kernels of the model on this rank's machine. Raises ConfigError where what the flags ask for cannot run."""
+    return kernels_of(config, machine.of_this_process())
+
+
 def uses_transformer_engine(config: Config) -> bool:
     """Whether layers are Transformer Engine's (they need CUDA) or Megatron's own."""
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    return device.has_cuda() and installed and config.training.attention_backend != "local"
+    return kernels(config).uses_engine
 
 
 def make_bridge(config: Config, layout: ParallelStates | None = None) -> Bridge:
@@ -175,9 +180,7 @@ def build_model(config: Config, bridge: Bridge, *, on_meta: bool = False) -> Hid
     with torch.device("meta") if on_meta else nullcontext():
         model = HiddenStatesModel(
             config=architecture,
-            transformer_layer_spec=decoder_block(
-                architecture, with_engine=uses_transformer_engine(config), post_norms=_post_norms(config, bridge)
-            ),
+            transformer_layer_spec=decoder_block(architecture, kernels(config), post_norms=_post_norms(config, bridge)),
             vocab_size=bridge.padded_vocab_size,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
@@ -263,7 +266,8 @@ def _layout_settings(config: Config) -> dict:
 def _run_settings(config: Config) -> dict:
     """What does not depend on the architecture: layout details, precision, kernels and recomputation."""
     layout, training = config.parallel, config.training
-    with_engine = uses_transformer_engine(config)
+    chosen = kernels(config)
+    with_engine = chosen.uses_engine
     dtype = parameter_dtype(config)
     found = {
         "params_dtype": dtype,
@@ -287,11 +291,11 @@ def _run_settings(config: Config) -> dict:
         "masked_softmax_fusion": with_engine,
         "bias_activation_fusion": with_engine,
         "bias_dropout_fusion": with_engine,
-        "apply_rope_fusion": with_engine,
+        "apply_rope_fusion": chosen.rope_fusion,
         # The overlap is of streams, which a CPU has not.
         **({} if device.has_cuda() else {"moe_shared_expert_overlap": False}),
     }
-    if training.attention_backend not in ("auto", "local"):
+    if chosen.attention == "engine" and training.attention_backend != "auto":
         found["attention_backend"] = AttnBackend[training.attention_backend]
     # What the user says in Megatron's own words comes last.
     return found | settings(config, "transformer")

@@ -31,6 +31,7 @@ from slime_opd.megatron.model import (
     HiddenStatesModel,
     build_model,
     is_padding,
+    kernels,
     make_bridge,
     vocabulary_shard,
 )
@@ -117,6 +118,8 @@ class Trainer:
                 checkpoint.load_training_state(self._training_state(), location, flag)
                 restore_settings(self.optimizer, self.scheduler, settings)
         warnings = self._verification.warnings
+        if (note := kernels(self.config).note) is not None:
+            warnings.append(note)
         if "teacher" in prints and prints["teacher"] == prints["student"]:
             warnings.append(
                 f"teacher and student are identical (weights' fingerprint {prints['student'][0]:.6g}): the penalty is 0 until the student moves"

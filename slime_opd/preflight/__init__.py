@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from slime_opd.checkpoint import directory
-from slime_opd.config import Config
+from slime_opd.config import Config, check_kernels
 from slime_opd.config.check_machine import architecture_of
 from slime_opd.config.checks import CHECKS, notes, problems
 from slime_opd.config.output import print_text, terminal_width
@@ -58,7 +58,7 @@ class Look:
 
 def _rules(subject: Subject) -> None:
     subject.found.problems += problems(subject.config, CHECKS)
-    subject.found.notes += notes(subject.config)
+    subject.found.notes += notes(subject.config) + check_kernels.notes(subject.config)
 
 
 def _weights(subject: Subject) -> None:

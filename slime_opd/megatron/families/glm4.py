@@ -29,10 +29,7 @@ class Glm4(Qwen2Bridge):
     }
 
     def _build_config(self) -> TransformerConfig:
-        config = self._build_base_config(add_qkv_bias=self.hf_config.attention_bias, rotary_interleaved=True)
-        # Transformer Engine's rotary kernel takes pairs that lie half a head apart.
-        config.apply_rope_fusion = False
-        return config
+        return self._build_base_config(add_qkv_bias=self.hf_config.attention_bias, rotary_interleaved=True)
 
     def _get_gptmodel_args(self) -> dict[str, Any]:
         return super()._get_gptmodel_args() | {"rotary_percent": self.hf_config.partial_rotary_factor}
