@@ -44,3 +44,14 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
     for one in _torch_adams(optimizer):
         for state in one.optimizer.state.values():
             state["step"] = state["step"].clone()
+
+
+def round_steps(optimizer: MegatronOptimizer) -> None:
+    """Make the steps of the parameter groups whole numbers, after a checkpoint was loaded.
+
+    Transformer Engine's FusedAdam counts there, and its kernel takes an integer; torch's Adam, which counts in floating point, may
+    have written the checkpoint.
+    """
+    for group in optimizer.param_groups:
+        if "step" in group:
+            group["step"] = int(group["step"])

@@ -38,7 +38,7 @@ from slime_opd.checkpoint.tokenizer import copy_tokenizer
 from slime_opd.checkpoint.whole import refusal
 from slime_opd.config.hf_config import ARCHITECTURE_KEYS
 from slime_opd.errors import CheckpointError
-from slime_opd.megatron.adam_state import prepare_to_load, separate_steps
+from slime_opd.megatron.adam_state import prepare_to_load, round_steps, separate_steps
 from slime_opd.megatron.checkpoint_writer import write_in_this_process
 from slime_opd.megatron.load_hugging_face import load_hugging_face
 from slime_opd.megatron.model import HiddenStatesModel
@@ -202,6 +202,7 @@ def load_training_state(state: TrainingState, location: Location, flag: str = "-
     loaded = _load(wanted, location, flag)
     state.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(state.optimizer)
+    round_steps(state.optimizer)
     state.scheduler.load_state_dict(loaded["scheduler"])
     if "rng" in loaded:
         torch.set_rng_state(loaded["rng"]["cpu"])
