@@ -73,20 +73,27 @@ def kernels_of(config: Config, machine: Machine) -> Kernels:
     return choose_kernels(machine, attention_of(config, has_cuda=machine.has_cuda))
 
 
+def check_rope_fusion(config: Config) -> list[str]:
+    """A fused rotation that is wrong on every machine."""
+    attention = attention_of(config, has_cuda=True)
+    reason = rope_fusion_problem(attention) if attention.rope_fusion else None
+    return [] if reason is None else [f"--apply-rope-fusion: {reason}; drop the flag"]
+
+
 def check_kernels(config: Config) -> list[str]:
-    """Kernels that this machine does not have; on one without a GPU, only what no machine has, since others may train."""
+    """Kernels that this computer's GPU does not have; nothing where there is none, since other computers may train.
+
+    It starts a process that imports what is installed, which takes seconds: rules that need only the flags come first.
+    """
     try:
         machine = machines.of_this_computer()
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return [
             f"the GPUs of this machine cannot be looked at: {_reason(error)}; does `{' '.join(machines.COMMAND)}` run?"
         ]
-    if not machine.has_cuda:
-        attention = attention_of(config, has_cuda=True)
-        reason = rope_fusion_problem(attention) if attention.rope_fusion else None
-        return [] if reason is None else [f"--apply-rope-fusion: {reason}; drop the flag"]
     try:
-        kernels_of(config, machine)
+        if machine.has_cuda:
+            kernels_of(config, machine)
     except ConfigError as error:
         return [str(error)]
     return []

@@ -80,7 +80,7 @@ CHECKS: tuple[Check, ...] = (
     check_sglang.check_sglang_options,
     check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
-    check_kernels.check_kernels,
+    check_kernels.check_rope_fusion,
     check_machine.check_mixture,
     check_machine.check_custom_functions,
     check_machine.check_wandb_is_installed,

@@ -68,7 +68,7 @@ class PackedCoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if config.context_parallel_size > 1:
-            raise SlimeOPDError("--context-parallel-size needs Transformer Engine, which is not installed; set it to 1")
+            raise SlimeOPDError("--context-parallel-size: packed rows are not split over ranks; set it to 1")
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
         # With sequence parallelism the generator of the rank is its own already.

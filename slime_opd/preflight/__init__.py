@@ -58,7 +58,12 @@ class Look:
 
 def _rules(subject: Subject) -> None:
     subject.found.problems += problems(subject.config, CHECKS)
-    subject.found.notes += notes(subject.config) + check_kernels.notes(subject.config)
+    subject.found.notes += notes(subject.config)
+
+
+def _kernels(subject: Subject) -> None:
+    subject.found.problems += check_kernels.check_kernels(subject.config)
+    subject.found.notes += check_kernels.notes(subject.config)
 
 
 def _weights(subject: Subject) -> None:
@@ -89,6 +94,7 @@ def _sizes(subject: Subject) -> None:
 LOOKS: tuple[Look, ...] = (
     Look("flags", _rules),
     Look("directories to write to", lambda s: look_at_written_directories(s.config, s.found), at_start=True),
+    Look("kernels", _kernels, at_start=True),
     # A run chooses its start once it has read its prompts, and refuses then.
     Look("start", _start),
     Look("weights", _weights, at_start=True),

@@ -13,8 +13,10 @@ import pytest
 from model_families import family_config
 
 from slime_opd.config import parse, problems
+from slime_opd.config.check_kernels import kernels_of
 from slime_opd.config.check_machine import check_architecture_flags
 from slime_opd.config.checks import COMBINATIONS
+from slime_opd.config.kernels import Kernels, Machine
 from slime_opd.preflight.family_tensors import expected_tensors
 
 ROOT = Path(__file__).parents[2]
@@ -250,3 +252,20 @@ def test_the_tensors_that_check_expects_are_the_published_models(script):
     total = sum(math.prod(shape) for shape in expected_tensors(values).values())
     assert time.perf_counter() - started < 5  # a mixture of 94 layers and 128 experts: 0.02 s where nothing else runs
     assert total == pytest.approx(PARAMETERS[script.stem], rel=1e-5)
+
+
+HOPPER = Machine(has_cuda=True, compute_capability=(9, 0), engine="2.11.0")
+
+
+@pytest.mark.parametrize("script", MODELS, ids=lambda script: script.stem)
+def test_every_model_has_transformer_engines_fused_attention_on_hopper(script):
+    # Interleaved pairs, and latent attention without yarn, are rotated by Megatron's own formula.
+    fuses_rope = not script.stem.startswith(("glm4-", "moonlight"))
+    expected = Kernels(uses_engine=True, attention="engine", rope_fusion=fuses_rope)
+    assert kernels_of(parse([*model_arguments(script), "--bf16"]), HOPPER) == expected
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.stem)
+def test_no_example_asks_for_a_kernel_that_nothing_installs(run, tmp_path):
+    words = flags_of(run, tmp_path)
+    assert kernels_of(parse(words), HOPPER) == Kernels(uses_engine=True, attention="engine", rope_fusion=True)

@@ -87,14 +87,19 @@ def test_flash_without_flash_attn_is_refused_before_any_work(on):
     (problem,) = check_kernels.check_kernels(parse(["--attention-backend", "flash"]))
     assert problem.startswith("--attention-backend flash: flash-attn is not installed here")
     assert check_kernels.check_kernels(parse([])) == []
-    assert check_kernels.check_kernels in CHECKS
 
 
-def test_a_machine_without_a_gpu_refuses_only_what_none_can_run(on):
+def test_a_computer_without_a_gpu_refuses_no_kernel_since_others_may_train(on):
     on(Machine())
-    assert check_kernels.check_kernels(parse(["--attention-backend", "flash"])) == []
-    assert check_kernels.check_kernels(parse(["--apply-rope-fusion"])) == []
-    (problem,) = check_kernels.check_kernels(parse(["--apply-rope-fusion", "--rotary-interleaved"]))
+    assert check_kernels.check_kernels(parse(["--attention-backend", "flash", "--apply-rope-fusion"])) == []
+
+
+def test_a_fused_rotation_that_is_wrong_everywhere_is_refused_at_once(monkeypatch):
+    monkeypatch.setattr(check_kernels.machines, "of_this_computer", lambda: pytest.fail("looked at the machine"))
+    assert check_kernels.check_rope_fusion in CHECKS
+    assert check_kernels.check_rope_fusion(parse(["--apply-rope-fusion"])) == []
+    assert check_kernels.check_rope_fusion(parse(["--rotary-interleaved"])) == []
+    (problem,) = check_kernels.check_rope_fusion(parse(["--apply-rope-fusion", "--rotary-interleaved"]))
     assert problem.startswith("--apply-rope-fusion: ")
 
 

@@ -10,9 +10,11 @@ import pytest
 from conftest import save_tiny_model
 
 from slime_opd import train
-from slime_opd.config import parse
+from slime_opd.config import machine, parse
+from slime_opd.config.kernels import Machine
+from slime_opd.errors import ConfigError
 from slime_opd.megatron.checkpoint import shapes_at
-from slime_opd.preflight import preflight
+from slime_opd.preflight import preflight, require_ready
 
 QWEN3_8B = {
     "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -123,3 +125,15 @@ def test_what_the_run_would_start_from_is_told_and_a_refused_start_is_a_problem(
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
     (problem,) = findings(words).problems
     assert "holds checkpoints of another run" in problem and "give another --save" in problem
+
+
+def test_a_kernel_that_this_computer_does_not_have_is_found_by_check_and_before_a_run(place, monkeypatch):
+    monkeypatch.setattr(machine, "of_this_computer", lambda: Machine(has_cuda=True, compute_capability=(9, 0)))
+    words = f"{good(place)} --attention-backend flash"
+    (problem,) = findings(words).problems
+    assert problem.startswith("--attention-backend flash: flash-attn is not installed here")
+    with pytest.raises(ConfigError, match="--attention-backend flash: flash-attn is not installed here"):
+        require_ready(parse(shlex.split(words)))
+    without = findings(good(place))
+    assert without.problems == []
+    assert any(note.startswith("Transformer Engine is not installed here") for note in without.notes)
