@@ -71,8 +71,9 @@ class PackedCoreAttention(torch.nn.Module):
             raise SlimeOPDError("--context-parallel-size: packed rows are not split over ranks; set it to 1")
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
-        # With sequence parallelism the generator of the rank is its own already.
-        self.shares_generator = not config.sequence_parallel
+        # Tensor-parallel ranks have other heads, so they need other random numbers, which Megatron's tracker has for each of
+        # them. With sequence parallelism Megatron forks it around the whole block already.
+        self.forks_generator = not config.sequence_parallel
         self.attend = _KERNELS[kernel]
         self.repeats_groups = repeats_groups
 
@@ -90,7 +91,8 @@ class PackedCoreAttention(torch.nn.Module):
         if self.repeats_groups:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         dropout = self.dropout if self.training else 0.0
-        with get_cuda_rng_tracker().fork() if dropout and self.shares_generator else nullcontext():
+        forks = dropout and self.forks_generator and query.is_cuda
+        with get_cuda_rng_tracker().fork() if forks else nullcontext():
             output = self.attend(query, key, value, packed_seq_params, self.softmax_scale, dropout)
         return output.flatten(start_dim=1)
 
