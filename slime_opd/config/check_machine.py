@@ -16,6 +16,7 @@ from slime_opd.config.check_run import model_layout_problems
 from slime_opd.config.config import Config
 from slime_opd.config.families import family_problem
 from slime_opd.config.hf_config import language_model, read_hf_config
+from slime_opd.config.megatron_support import OF_MODEL
 from slime_opd.config.options import flag
 
 
@@ -126,10 +127,10 @@ _SAME = {
 
 
 def check_architecture_flags(config: Config) -> list[str]:
-    """Flags that describe another model than --hf-checkpoint (raw mode)."""
-    if config.model.megatron_to_hf_mode != "raw":
-        return []
+    """Flags that describe another model than --hf-checkpoint."""
     architecture = architecture_of(config)
+    if config.model.megatron_to_hf_mode != "raw":
+        return _contradictions_in_bridge_mode(config, architecture)
     # transformers 5 has one entry for all that is said of rotary embeddings.
     rotary = architecture.get("rope_parameters") or {}
     architecture = {**rotary, "rope_scaling": rotary, **architecture}
@@ -162,6 +163,18 @@ def check_architecture_flags(config: Config) -> list[str]:
         f"{flag(name)} is {'set' if _said(config, name) else 'missing'}, but {file} has {has}: {'drop' if _said(config, name) else 'add'} it"
         for name, wanted, has in _switches(architecture)
         if bool(_said(config, name)) != wanted
+    ]
+
+
+def _contradictions_in_bridge_mode(config: Config, architecture: dict[str, Any]) -> list[str]:
+    """Flags of the model that nothing reads in bridge mode, and that are wrong besides."""
+    has = {name: architecture.get(_SAME[name]) for name in _SAME if name in OF_MODEL}
+    if architecture:
+        has["num_moe_experts"] = number_of_experts(architecture) or 0
+    return [
+        f"{flag(name)}: found {found}, but {config.model.hf_checkpoint}/config.json has {expected}, and --megatron-to-hf-mode bridge takes the model from there: drop the flag"
+        for name, expected in has.items()
+        if expected is not None and (found := getattr(config.megatron, name)) not in (None, expected)
     ]
 
 
@@ -249,7 +262,6 @@ def check_transformer_engine(config: Config) -> list[str]:
             config.parallel.expert_tensor_parallel_size > 1,
             "its layers split an expert",
         ),
-        ("--moe-permute-fusion", config.megatron.moe_permute_fusion, "the kernel is its own"),
     )
     return [
         f"{name} needs Transformer Engine ({reason}), and it is not installed here: drop the flag, or install the gpu extra on a machine with CUDA"

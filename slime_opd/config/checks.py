@@ -15,6 +15,7 @@ from slime_opd.config import (
     check_learning,
     check_lengths,
     check_machine,
+    check_megatron,
     check_run,
     check_sglang,
     check_sizes,
@@ -36,6 +37,9 @@ COMBINATIONS: tuple[Check, ...] = (
     check_run.check_precision,
     check_run.check_recompute,
     check_run.check_megatron,
+    check_megatron.check_supported,
+    check_megatron.check_ranges_of_megatron,
+    check_megatron.check_needs,
     check_run.check_warmup,
     check_run.check_batches,
     check_run.check_dynamic_batch,
@@ -81,7 +85,10 @@ CHECKS: tuple[Check, ...] = (
     check_machine.check_context_parallel,
     check_machine.check_transformer_engine,
     check_kernels.check_rope_fusion,
+    check_megatron.check_engine,
+    check_megatron.check_flex_dispatcher,
     check_machine.check_mixture,
+    check_megatron.check_kind_of_model,
     check_machine.check_custom_functions,
     check_machine.check_wandb_is_installed,
 )
@@ -126,7 +133,7 @@ def notes(config: Config) -> list[str]:
         said.append(note)
     if config.reward.custom_reward_post_process_path is not None:
         said.append("--custom-reward-post-process-path can go: what slime's hook does is built in")
-    return said
+    return said + check_megatron.notes_of_model_flags(config)
 
 
 def _holds_checkpoint(directory: str) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slime_opd.config.megatron_support import MANAGED, SUPPORT
 from slime_opd.config.options import flag, option
 
 # Where the dataclasses are, and what of the run each configures.
@@ -30,30 +31,6 @@ _KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
 DTYPES = ("fp32", "bf16", "fp16", "fp8")
 # Types that are one value per layer: a number, or Megatron-LM's expression of lists such as ([0]*3+[1]*45).
 _PATTERNS = ("Union[int, List[int]]",)
-
-# Fields that this package sets by itself, and why; a flag for one of them is refused with the reason.
-OWN = {
-    "params_dtype": "say --bf16, --fp16 or --fp32",
-    "pipeline_dtype": "it is the dtype of training: say --bf16, --fp16 or --fp32",
-    "autocast_dtype": "training has one dtype: say --bf16, --fp16 or --fp32",
-    "enable_autocast": "training has one dtype: say --bf16, --fp16 or --fp32",
-    "variable_seq_lengths": "samples are packed, so lengths always vary",
-    "use_cpu_initialization": "weights are loaded, never kept as initialised",
-    "perform_initialization": "weights are loaded, never kept as initialised",
-    "init_model_with_meta_device": "weights are loaded, never kept as initialised",
-    "use_distributed_optimizer": "the optimizer is always distributed",
-    "transformer_impl": "say --attention-backend: local is this package's own, anything else Transformer Engine where it is",
-    "heterogeneous_block_specs": "the layers' spec comes from the model family",
-    "is_hybrid_model": "the layers' spec comes from the model family",
-    "test_mode": "it is for Megatron-core's own tests",
-    "flash_decode": "SGLang generates",
-    "inference_rng_tracker": "SGLang generates",
-    "inference_sampling_seed": "SGLang generates; its seed is --rollout-seed",
-    "use_inference_optimized_layers": "SGLang generates",
-    "inference_fuse_tp_communication": "SGLang generates",
-    "mlp_chunks_for_prefill": "SGLang generates",
-    "mtp_loss_scaling_factor": "layers for multi-token prediction are not trained, so they have no loss",
-}
 
 # Flags of slime's and Megatron-LM's that are known and not supported, and why.
 REFUSED = {
@@ -152,11 +129,13 @@ def make_stage(taken: set[str]) -> type:
     """A configuration stage with an option for each field that a word can say and that is not in `taken`; unset is None."""
     rows = []
     for field in megatron_fields().values():
-        if field.name in taken or field.name in OWN or field.name.startswith("_") or field.declared is None:
+        if field.name in taken or field.name in MANAGED or field.name.startswith("_") or field.declared is None:
             continue
         annotation, choices = field.declared
         is_many = annotation not in [kind | None for kind in _KINDS.values()]
-        help_line = f"{field.help} (Megatron: {field.default})"
+        support = SUPPORT.get(field.name)
+        refused = f"not supported: {support.reason}" if support is not None and support.is_refused else ""
+        help_line = f"{refused or field.help} (Megatron: {field.default})"
         metavar = "N or LIST" if _without_none(field.annotation) in _PATTERNS else None
         rows.append(
             (
@@ -189,15 +168,15 @@ def spelled(flag_name: str, stage_names: set[str]) -> tuple[str, str | None] | N
     return (name, "false") if flag_name.startswith(_NO) and is_switch and name in stage_names else None
 
 
-def values_for(stage: Any, part: str) -> dict[str, Any]:
+def values_for(stage: Any, part: str, skip: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What a stage has set of the fields of one part of the run, as Megatron's dataclasses take it; dtypes by their names.
 
-    Raises ValueError where a pattern of layers cannot be read.
+    Fields in `skip` are left out. Raises ValueError where a pattern of layers cannot be read.
     """
     found = {}
     for row in dataclasses.fields(stage):
         value, field = getattr(stage, row.name), megatron_fields()[row.name]
-        if value is None or value == () or part not in field.parts:
+        if value is None or value == () or part not in field.parts or row.name in skip:
             continue
         inner = _without_none(field.annotation)
         if inner in _PATTERNS:
@@ -222,9 +201,35 @@ def problems_of(stage: Any) -> list[str]:
                 layer_pattern(value)
             except ValueError as error:
                 problems.append(f"{flag(name)}: {error}")
-        if field.parts == ("latent_attention",) and not stage.multi_latent_attention:
+        if field.parts == ("latent_attention",) and value is not False and not stage.multi_latent_attention:
             problems.append(f"{flag(name)} {value} has no effect without --multi-latent-attention")
     return problems
+
+
+def is_default(name: str, value: Any) -> bool:
+    """Whether an option's value is the default of Megatron's dataclass."""
+    text = megatron_fields()[name].default
+    values = value if isinstance(value, tuple) else (value,)
+    if len(values) != 1:
+        return False
+    (one,) = values
+    if isinstance(one, bool):
+        return text == ("on" if one else "off")
+    if isinstance(one, str):
+        return text == {"fp32": "float32"}.get(one, one)
+    try:
+        return float(text) == one
+    except ValueError:
+        return False
+
+
+def flag_with_value(name: str, value: Any) -> str:
+    """The option and its value as on a command line, and Megatron-LM's name for it where that is another."""
+    words = {"True": "true", "False": "false"}
+    said = " ".join(words.get(str(one), str(one)) for one in (value if isinstance(value, tuple) else (value,)))
+    aliases = [alias for alias, (field, word) in NAMES.items() if field == name and word in (None, said)]
+    shown = flag(name) if value is True else f"{flag(name)} {said}"
+    return f"{shown} ({aliases[0]})" if aliases else shown
 
 
 def layer_pattern(text: str) -> int | list[int]:

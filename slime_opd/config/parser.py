@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from slime_opd.config import megatron_options, yaml_file
+from slime_opd.config import megatron_options, megatron_support, yaml_file
 from slime_opd.config.config import Config
 from slime_opd.config.help import help_text
 from slime_opd.config.options import Option, flag, options_of, stages_of, suggestion
@@ -130,7 +130,7 @@ def _read_words(flags: list[tuple[str, list[str]]], options: Mapping[str, Option
                 given.problems.append(str(error))
         elif name.removeprefix("--").startswith(SGLANG):
             given.sglang[name.removeprefix("--" + SGLANG)] = tuple(words)
-        elif reason := megatron_options.OWN.get(name.removeprefix("--").replace("-", "_")):
+        elif reason := megatron_support.MANAGED.get(name.removeprefix("--").replace("-", "_")):
             given.problems.append(f"{name} is set by this package: {reason}")
         elif reason := megatron_options.REFUSED.get(name):
             given.problems.append(f"{name} is not supported: {reason}")

@@ -45,6 +45,10 @@ class HiddenStatesModel(GPTModel):
     """
 
     def _postprocess(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if self.post_process:
+            # The output layer is never called, and what waits for its weights to be gathered is a hook before its call.
+            for hook in self.output_layer._forward_pre_hooks.values():
+                hook(self.output_layer, ())
         return hidden_states
 
     def _apply(self, *args, **kwargs) -> HiddenStatesModel:
@@ -274,10 +278,16 @@ def _run_settings(config: Config) -> dict:
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
-        "sequence_parallel": layout.sequence_parallel,
+        # As in Megatron-LM, it is off where there is no tensor parallelism.
+        "sequence_parallel": layout.sequence_parallel and layout.tensor_model_parallel_size > 1,
         "variable_seq_lengths": True,
         # The one dispatcher that takes sequences of varying lengths; asked for even where there are no experts.
         "moe_token_dispatcher_type": "alltoall",
+        # The grouped layers' names of weights are the ones that are loaded and exported.
+        "moe_grouped_gemm": True,
+        # Experts are not balanced unless a flag says so, whatever the family's own training did.
+        "moe_aux_loss_coeff": 0.0,
+        "moe_router_bias_update_rate": 0.0,
         # Losses arrive divided by the whole step's denominators, so gradients are summed and never averaged.
         "calculate_per_token_loss": True,
         "use_cpu_initialization": not device.has_cuda(),

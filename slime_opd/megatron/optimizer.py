@@ -23,24 +23,26 @@ class _HalfPrecision(Float16Module):
         return super().forward(*inputs, fp32_output=False, **options)
 
 
+def gradient_settings(config: Config) -> DistributedDataParallelConfig:
+    """Megatron's configuration of the gradient buffers."""
+    in_fp32 = config.training.accumulate_allreduce_grads_in_fp32 or parameter_dtype(config) is torch.float32
+    return DistributedDataParallelConfig(
+        **{
+            "use_distributed_optimizer": True,
+            "grad_reduce_in_fp32": in_fp32,
+            **settings(config, "gradients"),
+            # Megatron's check ends the run on the rank that fails it; `finite.py` checks all ranks and skips the step.
+            "check_for_nan_in_grad": False,
+        }
+    )
+
+
 def wrap(config: Config, model: HiddenStatesModel) -> DistributedDataParallel:
     """The model inside Megatron's gradient buffers (and its cast to half precision, where it trains in that)."""
     dtype = parameter_dtype(config)
     architecture = model.config
     inner = model if dtype is torch.float32 else _HalfPrecision(architecture, model)
-    wrapped = DistributedDataParallel(
-        config=architecture,
-        ddp_config=DistributedDataParallelConfig(
-            **{
-                "use_distributed_optimizer": True,
-                "grad_reduce_in_fp32": config.training.accumulate_allreduce_grads_in_fp32 or dtype is torch.float32,
-                **settings(config, "gradients"),
-                # Megatron's check ends the run on the rank that fails it; `finite.py` checks all ranks and skips the step.
-                "check_for_nan_in_grad": False,
-            }
-        ),
-        module=inner,
-    )
+    wrapped = DistributedDataParallel(config=architecture, ddp_config=gradient_settings(config), module=inner)
     # Losses are already divided by the step's global denominators: there is no token count left to divide by.
     architecture.finalize_model_grads_func = lambda chunks, num_tokens=None, **groups: finalize_model_grads(
         chunks, None, **groups
@@ -49,29 +51,44 @@ def wrap(config: Config, model: HiddenStatesModel) -> DistributedDataParallel:
     return wrapped
 
 
+def optimizer_settings(config: Config) -> OptimizerConfig:
+    """Megatron's configuration of the optimizer."""
+    options, dtype = config.optimizer, parameter_dtype(config)
+    return OptimizerConfig(
+        optimizer=options.optimizer,
+        lr=options.lr,
+        min_lr=options.min_lr,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_eps=options.adam_eps,
+        clip_grad=options.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+        # Megatron-LM's default: with --optimizer-cpu-offload the whole state is offloaded.
+        **{"optimizer_offload_fraction": 1.0} | settings(config, "optimizer"),
+    )
+
+
 def make_optimizer(config: Config, wrapped: DistributedDataParallel) -> MegatronOptimizer:
     """The distributed optimizer over the gradient buffers."""
-    options, dtype = config.optimizer, parameter_dtype(config)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer=options.optimizer,
-            lr=options.lr,
-            min_lr=options.min_lr,
-            weight_decay=options.weight_decay,
-            adam_beta1=options.adam_beta1,
-            adam_beta2=options.adam_beta2,
-            adam_eps=options.adam_eps,
-            clip_grad=options.clip_grad,
-            bf16=dtype is torch.bfloat16,
-            fp16=dtype is torch.float16,
-            params_dtype=dtype,
-            use_distributed_optimizer=True,
-            **settings(config, "optimizer"),
-        ),
-        [wrapped],
-    )
+    optimizer = get_megatron_optimizer(optimizer_settings(config), [wrapped])
     wrapped.module.config.grad_scale_func = optimizer.scale_loss
     return optimizer
+
+
+def finish_gathering_weights(wrapped: DistributedDataParallel) -> None:
+    """Give every rank the weights of the last optimizer step, where --overlap-param-gather leaves that to the next forward.
+
+    Call it on all ranks together, before anything but a forward reads the weights.
+    """
+    if not wrapped.ddp_config.overlap_param_gather:
+        return
+    for group in wrapped.bucket_groups + wrapped.expert_parallel_bucket_groups:
+        if not group.param_gather_dispatched or group.param_gather_handle is not None:
+            group.start_param_sync(force_sync=True)
 
 
 def gradients(wrapped: DistributedDataParallel) -> list[torch.Tensor]:

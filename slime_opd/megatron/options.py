@@ -8,14 +8,19 @@ import torch
 
 from slime_opd.config import Config
 from slime_opd.config.megatron_options import DTYPES, megatron_fields, values_for
+from slime_opd.config.megatron_support import NOT_PASSED, OF_MODEL
 
 _DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16, torch.uint8), strict=True))
 
 
 def settings(config: Config, part: str) -> dict[str, Any]:
-    """What the user has set of the fields of a part: transformer, latent_attention, optimizer or gradients."""
+    """What the user has set of the fields of a part: transformer, latent_attention, optimizer or gradients.
+
+    In bridge mode the Hugging Face config describes the model, and no flag does.
+    """
+    skip = NOT_PASSED | OF_MODEL if config.model.megatron_to_hf_mode == "bridge" else NOT_PASSED
     return {
         # Megatron keeps an fp8 state as bytes with a scale.
         name: _DTYPES[value] if "torch.dtype" in megatron_fields()[name].annotation else value
-        for name, value in values_for(config.megatron, part).items()
+        for name, value in values_for(config.megatron, part, skip).items()
     }

@@ -36,6 +36,7 @@ from slime_opd.megatron.model import (
     vocabulary_shard,
 )
 from slime_opd.megatron.optimizer import (
+    finish_gathering_weights,
     gradients,
     group_settings,
     loss_scale_can_fall,
@@ -174,6 +175,7 @@ class Trainer:
         for step in range(len(scored.batch.steps)):
             # A rollout of several steps reports its last one, the same way whether it has one or many.
             metrics = self._step(scored, step, settings)
+        finish_gathering_weights(self.wrapped)
         metrics |= {name: Last(count) for name, count in self.skipped.counts().items()}
         return metrics if self.layout.reports else {}
 

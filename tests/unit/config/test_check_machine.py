@@ -75,7 +75,6 @@ def test_the_layout_must_divide_the_checkpoints_architecture(student):
     "flag",
     [
         "--expert-tensor-parallel-size=2",
-        "--moe-permute-fusion",
     ],
 )
 def test_layouts_of_transformer_engine_are_refused_without_it(flag, monkeypatch):

@@ -388,6 +388,15 @@ RULES = {
     "nothing to learn from": (NO_SIGNAL, "nothing to learn from"),
     "group of one": (f"{REWARDED} --n-samples-per-prompt 1", "its group of one is always 0"),
     "kl without a reference": (f"{GOOD} --use-kl-loss", "--use-kl-loss needs --ref-load"),
+    "option of Megatron that is refused": (f"{GOOD} --tp-comm-overlap", "--tp-comm-overlap is not supported: "),
+    "number of Megatron out of range": (
+        f"{GOOD} --overlap-grad-reduce --bucket-size 0",
+        "--bucket-size 0 (--ddp-bucket-size): expected a number above 0",
+    ),
+    "option of Megatron without another": (
+        f"{GOOD} --overlap-param-gather",
+        "--overlap-param-gather has no effect without --overlap-grad-reduce",
+    ),
     "weight of no loss": (f"{GOOD} --kl-loss-coef 0.1", "--kl-loss-coef 0.1 has no effect without --use-kl-loss"),
     "mask of a redacted file": (
         f"{MODEL} --hf-checkpoint s --prompt-data a {ROLLOUT} --use-opd --opd-type sglang --rm-url http://***@h:1/generate",

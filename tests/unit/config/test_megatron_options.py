@@ -15,7 +15,8 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from slime_opd.config import parse, to_yaml
 from slime_opd.config.config import Config
 from slime_opd.config.help import help_text
-from slime_opd.config.megatron_options import NAMES, OWN, layer_pattern, megatron_fields, not_flags, values_for
+from slime_opd.config.megatron_options import NAMES, layer_pattern, megatron_fields, not_flags, values_for
+from slime_opd.config.megatron_support import MANAGED
 from slime_opd.config.options import options_of
 from slime_opd.errors import ConfigError
 
@@ -51,10 +52,10 @@ def test_the_source_has_the_fields_of_the_dataclasses():
 
 def test_every_field_is_a_flag_or_there_is_a_reason():
     options = options_of(Config)
-    reasons = {*not_flags(), *OWN}
+    reasons = {*not_flags(), *MANAGED}
     missing = [n for n in megatron_fields() if n not in options and n not in reasons and not n.startswith("_")]
     assert missing == []
-    assert OWN.keys() <= megatron_fields().keys() and not OWN.keys() & options.keys()
+    assert MANAGED.keys() <= megatron_fields().keys() and not MANAGED.keys() & options.keys()
 
 
 @pytest.mark.parametrize("name", OF_MEGATRON)
@@ -163,12 +164,9 @@ def test_help_counts_them_and_lists_them_when_asked():
 
 def test_the_docs_have_the_tables_as_they_are():
     text = (Path(__file__).parents[3] / "docs" / "megatron.md").read_text()
-    names, own, unsayable = (text.split(f"## {title}")[1].split("\n## ")[0] for title in (
-        "Megatron-LM's names", "Fields that this package sets", "Fields that no word can say"
-    ))  # fmt: skip
+    names, unsayable = (
+        text.split(f"## {title}")[1].split("\n## ")[0] for title in ("Megatron-LM's names", "Fields that are no flags")
+    )
     said = [f"| `{flag}` | `{field}`{f' = {word}' if word else ''} |" for flag, (field, word) in NAMES.items()]
     assert [line for line in names.splitlines() if line.startswith("| `")] == said
-    assert [line for line in own.splitlines() if line.startswith("| `")] == [
-        f"| `{n}` | {why} |" for n, why in OWN.items()
-    ]
     assert re.findall(r"`(\w+)`", unsayable) == not_flags()

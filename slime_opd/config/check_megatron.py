@@ -1,0 +1,245 @@
+"""Rules about Megatron-core's own options: those that `megatron_support` refuses, and those that need others."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+from slime_opd.config.check_machine import architecture_of, number_of_experts
+from slime_opd.config.config import Config
+from slime_opd.config.megatron_options import flag_with_value, is_default
+from slime_opd.config.megatron_support import OF_MODEL, SUPPORT, Answer
+
+# Where a number has to be for Megatron to do what the option says.
+_POSITIVE = (
+    "bucket_size",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "decoupled_lr",
+    "loss_scale",
+    "initial_loss_scale",
+    "min_loss_scale",
+    "loss_scale_window",
+    "hysteresis",
+    "moe_deepep_num_sms",
+)
+_NOT_NEGATIVE = ("decoupled_min_lr", "moe_router_bias_update_rate")
+_FRACTIONS = ("sgd_momentum", "optimizer_offload_fraction")
+
+# Options that do nothing without a switch, and the switch.
+_WITHOUT = {
+    "overlap_param_gather": "overlap_grad_reduce",
+    "bucket_size": "overlap_grad_reduce",
+    "decoupled_min_lr": "decoupled_lr",
+    "optimizer_offload_fraction": "optimizer_cpu_offload",
+    "use_torch_optimizer_for_cpu_offload": "optimizer_cpu_offload",
+    "overlap_cpu_optimizer_d2h_h2d": "optimizer_cpu_offload",
+    "pin_cpu_grads": "optimizer_cpu_offload",
+    "pin_cpu_params": "optimizer_cpu_offload",
+    "store_param_remainders": "use_precision_aware_optimizer",
+    "main_grads_dtype": "use_precision_aware_optimizer",
+    "main_params_dtype": "use_precision_aware_optimizer",
+    "exp_avg_dtype": "use_precision_aware_optimizer",
+    "exp_avg_sq_dtype": "use_precision_aware_optimizer",
+}
+
+# Parts of a layer that --recompute-modules takes, and what each needs: Transformer Engine's layers, or a kind of model.
+RECOMPUTED: dict[str, tuple[str, ...]] = {
+    "core_attn": (),
+    "mlp": (),
+    "moe": ("experts",),
+    "shared_experts": ("experts",),
+    "moe_act": ("engine", "experts"),
+    "layernorm": ("engine",),
+    "mla_up_proj": ("latent attention",),
+}
+
+
+def given_values(config: Config) -> dict[str, Any]:
+    """Megatron's options that are set and differ from Megatron's defaults, by field."""
+    stage = config.megatron
+    values = {name: getattr(stage, name, None) for name in SUPPORT}
+    return {
+        name: value
+        for name, value in values.items()
+        if value not in (None, ()) and (SUPPORT[name].refuses_default or not is_default(name, value))
+    }
+
+
+def check_supported(config: Config) -> list[str]:
+    """Options that this package does not support, or that would have no effect here."""
+    problems = []
+    for name, value in given_values(config).items():
+        support = SUPPORT[name]
+        if not support.is_refused or value in support.allowed:
+            continue
+        outcome = "has no effect here" if support.answer is Answer.NO_EFFECT else "is not supported"
+        problems.append(f"{flag_with_value(name, value)} {outcome}: {support.reason}")
+    return problems
+
+
+def check_ranges_of_megatron(config: Config) -> list[str]:
+    """Numbers that Megatron would stop at, or take for something else."""
+    rules = (
+        (_POSITIVE, lambda value: value > 0, "a number above 0"),
+        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+        (_FRACTIONS, lambda value: 0 <= value <= 1, "a number between 0 and 1"),
+    )
+    return [
+        f"{flag_with_value(name, value)}: expected {expected}"
+        for names, holds, expected in rules
+        for name in names
+        if (value := getattr(config.megatron, name)) is not None and not holds(value)
+    ]
+
+
+def check_needs(config: Config) -> list[str]:
+    """Options of Megatron's that have no effect, or fail, without another one."""
+    given, stage, layout = given_values(config), config.megatron, config.parallel
+    problems = [
+        f"{flag_with_value(name, given[name])} has no effect without {flag_with_value(needed, True)}"
+        for name, needed in _WITHOUT.items()
+        if name in given and not getattr(stage, needed)
+    ]
+
+    def needs(name: str, holds: bool, what: str) -> None:
+        if name in given and not holds:
+            problems.append(f"{flag_with_value(name, given[name])} needs {what}")
+
+    for name in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"):
+        needs(name, layout.pipeline_model_parallel_size > 1, "--pipeline-model-parallel-size 2 or more")
+    needs(
+        "deallocate_pipeline_outputs",
+        layout.pipeline_model_parallel_size > 1,
+        "--pipeline-model-parallel-size 2 or more",
+    )
+    needs("sgd_momentum", config.optimizer.optimizer == "sgd", "--optimizer sgd")
+    needs("decoupled_weight_decay", config.optimizer.optimizer == "adam", "--optimizer adam")
+    needs("use_precision_aware_optimizer", config.optimizer.optimizer == "adam", "--optimizer adam")
+    needs(
+        "optimizer_cpu_offload",
+        not config.training.fp32,
+        "half precision (--bf16): Megatron offloads the float32 copy of the weights",
+    )
+    if stage.optimizer_cpu_offload and stage.decoupled_weight_decay is False:
+        problems.append("--optimizer-cpu-offload needs --decoupled-weight-decay, which is on unless it is turned off")
+    for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
+        needs(
+            name,
+            config.training.fp16 and stage.loss_scale is None,
+            "--fp16, whose loss scale follows the gradients, without --loss-scale",
+        )
+    if stage.min_loss_scale is not None and stage.min_loss_scale > (stage.initial_loss_scale or 2**32):
+        problems.append(
+            f"{flag_with_value('min_loss_scale', stage.min_loss_scale)} is above --initial-loss-scale {stage.initial_loss_scale or 2**32}"
+        )
+    return problems + _recompute_problems(config)
+
+
+def _recompute_problems(config: Config) -> list[str]:
+    layout, stage = config.parallel, config.megatron
+    problems = []
+    is_full = layout.recompute_granularity == "full"
+    if stage.distribute_saved_activations and not (
+        is_full and layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel
+    ):
+        problems.append(
+            "--distribute-saved-activations needs --recompute-granularity full and --tensor-model-parallel-size 2 or more, without --sequence-parallel, which splits them already"
+        )
+    if not stage.recompute_modules:
+        return problems
+    shown = flag_with_value("recompute_modules", stage.recompute_modules)
+    if layout.recompute_granularity != "selective":
+        problems.append(f"{shown} has no effect without --recompute-granularity selective")
+    if unknown := [name for name in stage.recompute_modules if name not in RECOMPUTED]:
+        problems.append(f"{shown}: found {' '.join(unknown)}, expected of {', '.join(RECOMPUTED)}")
+    return problems
+
+
+def has_engine(config: Config) -> bool:
+    """Whether layers will be Transformer Engine's, as far as this machine tells."""
+    return importlib.util.find_spec("transformer_engine") is not None and config.training.attention_backend != "local"
+
+
+def check_engine(config: Config) -> list[str]:
+    """Options that only Transformer Engine's layers and optimizers can follow."""
+    if has_engine(config):
+        return []
+    needed = [
+        (flag_with_value(name, value), SUPPORT[name].reason)
+        for name, value in given_values(config).items()
+        if SUPPORT[name].answer is Answer.ENGINE
+    ]
+    needed += [
+        (f"--recompute-modules {name}", "Megatron recomputes it with its help")
+        for name in _recomputed(config, "engine")
+    ]
+    if config.megatron.moe_token_dispatcher_type == "flex":
+        needed.append(("--moe-token-dispatcher-type flex", SUPPORT["moe_enable_deepep"].reason))
+    local = config.training.attention_backend == "local"
+    why = "--attention-backend local is chosen" if local else "it is not installed here"
+    return [
+        f"{shown} needs Transformer Engine ({reason}), and {why}: drop the flag, or run on a machine with CUDA and Transformer Engine"
+        for shown, reason in needed
+    ]
+
+
+def check_flex_dispatcher(config: Config) -> list[str]:
+    """The flex dispatcher without DeepEP, or without ranks to dispatch to; and DeepEP without it."""
+    stage, layout = config.megatron, config.parallel
+    is_flex = stage.moe_token_dispatcher_type == "flex"
+    problems = []
+    if not is_flex:
+        return [
+            f"{flag_with_value(name, value)} has no effect without --moe-token-dispatcher-type flex"
+            for name, value in given_values(config).items()
+            if name in ("moe_enable_deepep", "moe_deepep_num_sms")
+        ]
+    if importlib.util.find_spec("deep_ep") is None:
+        problems.append(
+            "--moe-token-dispatcher-type flex needs the deep_ep package, which is not installed here: say alltoall"
+        )
+    if layout.expert_model_parallel_size * layout.expert_tensor_parallel_size == 1:
+        problems.append("--moe-token-dispatcher-type flex needs --expert-model-parallel-size 2 or more: say alltoall")
+    if stage.moe_shared_expert_overlap:
+        problems.append("--moe-shared-expert-overlap needs --moe-token-dispatcher-type alltoall, found flex")
+    return problems
+
+
+def check_kind_of_model(config: Config) -> list[str]:
+    """Options of a mixture of experts, or of latent attention, given for a model that is or has none."""
+    architecture, stage = architecture_of(config), config.megatron
+    if not architecture and config.model.num_layers is None:
+        return []
+    problems = []
+    if not (stage.num_moe_experts or number_of_experts(architecture)):
+        given = [
+            flag_with_value(name, value)
+            for name, value in given_values(config).items()
+            if name.startswith("moe_") and not SUPPORT[name].is_refused
+        ]
+        given += [f"--recompute-modules {name}" for name in _recomputed(config, "experts")]
+        problems += [f"{shown} has no effect: the model has no experts (--num-experts)" for shown in given]
+    if not (stage.multi_latent_attention or architecture.get("kv_lora_rank")):
+        problems += [
+            f"--recompute-modules {name} needs a model with latent attention (--multi-latent-attention)"
+            for name in _recomputed(config, "latent attention")
+        ]
+    return problems
+
+
+def _recomputed(config: Config, need: str) -> list[str]:
+    """The parts of --recompute-modules that need something."""
+    return [name for name in config.megatron.recompute_modules if need in RECOMPUTED.get(name, ())]
+
+
+def notes_of_model_flags(config: Config) -> list[str]:
+    """Flags of the model that nothing reads, because the model is that of --hf-checkpoint."""
+    if config.model.megatron_to_hf_mode != "bridge":
+        return []
+    given = [flag_with_value(name, value) for name, value in given_values(config).items() if name in OF_MODEL]
+    if not given:
+        return []
+    return [
+        f"--megatron-to-hf-mode bridge takes the model from --hf-checkpoint's config.json, and does not read {', '.join(given)}"
+    ]

@@ -1,0 +1,146 @@
+"""Every field of Megatron-core has one answer, the docs give it, and the checks follow it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from slime_opd.config import parse, problems
+from slime_opd.config.config import Config
+from slime_opd.config.help import help_text
+from slime_opd.config.megatron_options import is_default, megatron_fields, not_flags
+from slime_opd.config.megatron_support import SUPPORT, Answer
+from slime_opd.config.options import options_of
+
+OPTIONS = options_of(Config)
+DOCS = Path(__file__).parents[3] / "docs" / "megatron.md"
+# A value of an option that is not Megatron's default.
+OTHER_VALUES = {"bool": {"on": "false", "off": "true"}, "int": "7", "float": "0.7", "str": "word"}
+
+
+def another_value(name: str) -> str:
+    option, default = OPTIONS[name], megatron_fields()[name].default
+    if option.metavar:
+        return "[0]*2+[1]*3"
+    if option.choices:
+        allowed = SUPPORT[name].allowed
+        return next(word for word in option.choices if word not in allowed and (allowed or not is_default(name, word)))
+    value = OTHER_VALUES[option.kind.__name__]
+    return value[default] if isinstance(value, dict) else value
+
+
+def test_every_field_of_megatron_has_one_answer():
+    own = {name for name in megatron_fields() if name in OPTIONS and OPTIONS[name].stage != "megatron"}
+    internal = {name for name in megatron_fields() if name.startswith("_")}
+    unanswered = megatron_fields().keys() - SUPPORT.keys() - own - internal - set(not_flags())
+    assert unanswered == set(), "classify them in slime_opd/config/megatron_support.py"
+    assert SUPPORT.keys() <= megatron_fields().keys() - own, (
+        "fields that Megatron no longer has, or that are options of ours"
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, support in SUPPORT.items() if support.is_refused])
+def test_what_is_refused_is_refused_by_name_with_the_reason(name):
+    flag = OPTIONS[name].flag
+    said = [line for line in problems(parse([flag, another_value(name)])) if line.startswith(flag)]
+    assert any(SUPPORT[name].reason in line for line in said), said
+
+
+def default_values() -> dict[str, str]:
+    """Megatron's default of each refused option, where it can be given on a command line."""
+    defaults = {name: megatron_fields()[name].default for name, support in SUPPORT.items() if support.is_refused}
+    words = {name: {"on": "true", "off": "false"}.get(default, default) for name, default in defaults.items()}
+    return {name: word for name, word in words.items() if is_word(name, word)}
+
+
+def is_word(name: str, word: str) -> bool:
+    return word not in ("none", "1024 * 1024") and not SUPPORT[name].refuses_default
+
+
+@pytest.mark.parametrize(("name", "word"), default_values().items())
+def test_megatrons_default_of_what_is_refused_is_accepted(name, word):
+    flag = OPTIONS[name].flag
+    assert not [line for line in problems(parse([flag, word])) if line.startswith(flag)]
+
+
+@pytest.mark.parametrize("name", [name for name, support in SUPPORT.items() if support.answer is Answer.ENGINE])
+def test_what_needs_transformer_engine_is_refused_without_it(name, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
+    flag = OPTIONS[name].flag
+    said = [line for line in problems(parse([flag, another_value(name)])) if line.startswith(flag)]
+    assert any("needs Transformer Engine" in line and SUPPORT[name].reason in line for line in said), said
+
+
+ENGINE = "--attention-backend local is chosen"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--fp8-format", "hybrid"], "--fp8 hybrid (--fp8-format) is not supported: rows are packed to any length"),
+        (["--no-barrier-with-level-1-timing"], "--barrier-with-L1-time false (--no-barrier-with-level-1-timing) has no effect here"),
+        (["--overlap-param-gather"], "--overlap-param-gather has no effect without --overlap-grad-reduce"),
+        (["--bucket-size", "7"], "--bucket-size 7 (--ddp-bucket-size) has no effect without --overlap-grad-reduce"),
+        (["--bucket-size", "0", "--overlap-grad-reduce"], "--bucket-size 0 (--ddp-bucket-size): expected a number above 0"),
+        (["--decoupled-min-lr", "1e-7"], "--decoupled-min-lr 1e-07 has no effect without --decoupled-lr"),
+        (["--hysteresis", "3"], "--hysteresis 3 needs --fp16"),
+        (["--hysteresis", "3", "--fp16", "--loss-scale", "8"], "--hysteresis 3 needs --fp16"),
+        (["--sgd-momentum", "0.5"], "--sgd-momentum 0.5 needs --optimizer sgd"),
+        (["--recompute-modules", "mlp"], "--recompute-modules mlp has no effect without --recompute-granularity selective"),
+        (
+            ["--recompute-modules", "mlp", "moon", "--recompute-granularity", "selective"],
+            "--recompute-modules mlp moon: found moon, expected of core_attn, mlp",
+        ),
+        (
+            ["--recompute-modules", "layernorm", "--recompute-granularity", "selective", "--attention-backend", "local"],
+            f"--recompute-modules layernorm needs Transformer Engine (Megatron recomputes it with its help), and {ENGINE}",
+        ),
+        (["--distribute-saved-activations"], "--distribute-saved-activations needs --recompute-granularity full"),
+        (["--decoder-first-pipeline-num-layers", "2"], "--num-layers-in-first-pipeline-stage 2 (--decoder-first-pipeline-num-layers) needs"),
+        (["--deallocate-pipeline-outputs"], "--deallocate-pipeline-outputs needs --pipeline-model-parallel-size 2"),
+        (["--moe-aux-loss-coeff", "0", "0.1"], "--moe-aux-loss-coeff 0.0 0.1 is not supported: Megatron scales this loss"),
+        (["--moe-router-load-balancing-type", "sinkhorn"], "--moe-router-load-balancing-type sinkhorn is not supported"),
+        (["--moe-token-dispatcher-type", "allgather"], "--moe-token-dispatcher-type allgather is not supported"),
+        (["--moe-token-dispatcher-type", "flex"], "--moe-token-dispatcher-type flex needs --expert-model-parallel-size 2"),
+        (["--moe-token-dispatcher-type", "flex"], "--moe-token-dispatcher-type flex needs the deep_ep package"),
+        (["--moe-enable-deepep"], "--moe-enable-deepep has no effect without --moe-token-dispatcher-type flex"),
+        (["--use-precision-aware-optimizer", "--optimizer", "sgd"], "--use-precision-aware-optimizer needs --optimizer adam"),
+        (["--optimizer-cpu-offload", "--fp32"], "--optimizer-cpu-offload needs half precision"),
+        (["--num-layers", "2", "--moe-router-dtype", "fp32"], "--moe-router-dtype fp32 has no effect: the model has no experts"),
+    ],
+)  # fmt: skip
+def test_an_option_that_needs_another_is_refused_without_it(words, sentence):
+    assert any(line.startswith(sentence) for line in problems(parse(words))), problems(parse(words))
+
+
+def test_slimes_switches_that_change_nothing_are_accepted():
+    words = shlex.split(
+        "--no-masked-softmax-fusion --moe-grouped-gemm --moe-token-drop-policy probs --moe-aux-loss-coeff 0 "
+        "--moe-router-load-balancing-type seq_aux_loss --moe-token-dispatcher-type alltoall --no-rope-fusion "
+        "--no-gradient-accumulation-fusion --num-experts 4 --num-layers 2 --cuda-graph-impl none"
+    )
+    assert not [line for line in problems(parse(words)) if line.startswith(("--no-", "--moe", "--cuda", "--masked"))]
+
+
+def test_help_says_what_is_refused():
+    lines = {line.split()[0]: line for line in help_text(Config, ["megatron"]).splitlines() if line.startswith("  --")}
+    assert "not supported: Transformer Engine's userbuffers" in lines["--tp-comm-overlap"]
+    assert "not supported" not in lines["--overlap-grad-reduce"]
+
+
+def documented() -> list[str]:
+    """The rows of the docs' table: answer, fields, reason."""
+    groups: dict[tuple[Answer, str], list[str]] = {}
+    for name, support in SUPPORT.items():
+        groups.setdefault((support.answer, support.reason), []).append(f"`{name}`")
+    order = list(Answer)
+    rows = sorted(groups.items(), key=lambda row: order.index(row[0][0]))
+    return [f"| {answer.value} | {', '.join(names)} | {reason} |" for (answer, reason), names in rows]
+
+
+def test_the_docs_have_the_answer_of_every_field():
+    section = DOCS.read_text().split("## What becomes of each field")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("| ") and "`" in line]
+    assert lines == documented()
