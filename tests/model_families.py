@@ -187,9 +187,9 @@ def save_model(directory: Path, family: str) -> None:
     import torch
     import transformers
 
-    name, more = FAMILIES[family]
+    name, _ = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(transformers, f"{OF_TRANSFORMERS.get(name, name)}Config")(**SHAPE | more)
+    config = tiny_config(family)
     model = getattr(transformers, f"{OF_TRANSFORMERS.get(name, name)}ForCausalLM")(config).float()
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
@@ -201,6 +201,27 @@ def save_model(directory: Path, family: str) -> None:
                 # Transformers gives a group that is not chosen the score 0, DeepSeek and Megatron minus infinity: keep scores above.
                 tensor.abs_()
     model.save_pretrained(directory)
+    _name_family(directory, name)
+
+
+def tiny_config(family: str) -> Any:
+    """The config of the family's tiny model."""
+    import transformers
+
+    name, more = FAMILIES[family]
+    return getattr(transformers, f"{OF_TRANSFORMERS.get(name, name)}Config")(**SHAPE | more)
+
+
+def save_config(directory: Path, family: str) -> None:
+    """The config.json of the family's tiny model, without its weights."""
+    name, _ = FAMILIES[family]
+    config = tiny_config(family)
+    config.architectures = [f"{OF_TRANSFORMERS.get(name, name)}ForCausalLM"]
+    config.save_pretrained(directory)
+    _name_family(directory, name)
+
+
+def _name_family(directory: Path, name: str) -> None:
     if name in OF_TRANSFORMERS:
         path = directory / "config.json"
         path.write_text(
