@@ -203,7 +203,14 @@ def model_layout_problems(config: Config, layers: int | None, heads: int | None,
     # Stages at the ends may be given a number of layers of their own.
     ends = (config.megatron.num_layers_in_first_pipeline_stage, config.megatron.num_layers_in_last_pipeline_stage)
     given = [count for count in ends if count is not None]
-    if layers is not None and len(given) < pipeline and _indivisible(layers - sum(given), pipeline - len(given)):
+    if layers is None:
+        return problems
+    left, stages = layers - sum(given), pipeline - len(given)
+    if given and (left < stages or (stages == 0 and left)):
+        problems.append(
+            f"--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers: found {' and '.join(map(str, given))} of the model's {layers} layers, which leaves {left} for the other {stages} of {pipeline} pipeline stages"
+        )
+    elif stages > 0 and _indivisible(left, stages):
         rest = f" that the {len(given)} stages with a number of their own leave" if given else ""
         problems.append(
             f"--pipeline-model-parallel-size {pipeline} does not divide the model's {layers} layers{rest}; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers give the ends others"

@@ -240,11 +240,11 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     (Answer.NO_EFFECT, "hybridep is not supported", "moe_hybridep_num_sms"),
     # Optimizer.
     (Answer.MANAGED, "the optimizer is always distributed", "use_distributed_optimizer"),
-    (Answer.WORKS, TRAINED, "decoupled_lr decoupled_min_lr loss_scale initial_loss_scale"),
+    (Answer.WORKS, TRAINED, "loss_scale initial_loss_scale"),
     (
         Answer.WORKS,
         BUILT,
-        "apply_wd_to_qk_layernorm decoupled_weight_decay min_loss_scale loss_scale_window hysteresis sgd_momentum",
+        "decoupled_lr decoupled_min_lr apply_wd_to_qk_layernorm decoupled_weight_decay min_loss_scale loss_scale_window hysteresis sgd_momentum",
     ),
     (
         Answer.ENGINE,

@@ -103,7 +103,9 @@ class ParallelConfig:
     context_parallel_size: int = option(1, help="ranks that share a sequence (needs Transformer Engine)")
     expert_model_parallel_size: int = option(1, help="ranks that share the experts")
     expert_tensor_parallel_size: int = option(1, help="ranks that share one expert (needs Transformer Engine)")
-    sequence_parallel: bool = option(False, help="split norms and dropout over the tensor-parallel ranks")
+    sequence_parallel: bool = option(
+        False, help="split norms and dropout over the tensor-parallel ranks; nothing where there is one"
+    )
     recompute_granularity: str | None = option(
         None, choices=("full", "selective"), help="activations to recompute in the backward; unset: none"
     )

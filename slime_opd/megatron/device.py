@@ -8,6 +8,7 @@ available it does nothing.
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -34,6 +35,14 @@ def synchronize() -> None:
     """Wait for the device, so that a timer measures work and not its queueing."""
     if has_cuda():
         torch.cuda.synchronize()
+
+
+def choose_deterministic_kernels() -> None:
+    """Keep Transformer Engine, which reads this variable, from attention kernels that differ from run to run.
+
+    Call it before layers are built. Megatron refuses --deterministic-mode where the variable is not 0.
+    """
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 
 
 def install() -> None:

@@ -181,6 +181,8 @@ def build_model(config: Config, bridge: Bridge, *, on_meta: bool = False) -> Hid
     """This rank's pipeline stage, with fresh random weights, on this rank's device; on meta it has shapes alone."""
     rotary.install()
     architecture = transformer_config(config, bridge)
+    if architecture.deterministic_mode:
+        device.choose_deterministic_kernels()
     with torch.device("meta") if on_meta else nullcontext():
         model = HiddenStatesModel(
             config=architecture,

@@ -104,6 +104,14 @@ def build_everything(config: Any, rank: int) -> None:
         parallel.shut_down()
 
 
+# Commands that scripts give and that have to be accepted, by family.
+ACCEPTED = {
+    "Qwen3": "--sequence-parallel --no-masked-softmax-fusion --no-rope-fusion --no-gradient-accumulation-fusion",
+    "Qwen3 MoE": "--moe-grouped-gemm --moe-token-drop-policy probs --moe-router-dtype fp32 --moe-token-dispatcher-type alltoall "
+    "--moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 0",
+}
+
+
 def build_drawn(_rank, _world_size, _init_method, directory: str, base: str, examples: int) -> dict[str, int]:
     """Draw, check and build; returns how many were built and how many refused."""
     import warnings
@@ -126,6 +134,11 @@ def build_drawn(_rank, _world_size, _init_method, directory: str, base: str, exa
             build_everything(config, rank)
             counts["built"] += 1
 
+    for family, flags in ACCEPTED.items():
+        place = f"--hf-checkpoint {directory}/{list(FAMILIES).index(family)} --megatron-to-hf-mode bridge"
+        config = parse(shlex.split(f"{base} {place} {flags}"))
+        assert problems(config) == []
+        build_everything(config, 0)
     each()
     return counts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 
 import pytest
@@ -10,7 +11,7 @@ from ranks import run_ranks
 pytestmark = pytest.mark.dist
 
 FLAGS = (
-    "--softmax-scale 0.25 --no-async-tensor-model-parallel-allreduce --recompute-modules core_attn --check-for-large-grads "
+    "--no-batch-p2p-sync --deterministic-mode --recompute-modules core_attn --pad-buckets-for-high-nccl-busbw --decoupled-lr 1e-3 "
     "--no-check-for-nan-in-grad --adam-eps 1e-6 --no-decoupled-weight-decay --hysteresis 5"
 )
 
@@ -25,14 +26,16 @@ def what_arrived(rank, world_size, init_method, model_dir, mode):
     model, buffers = trainer.model.config, trainer.wrapped.ddp_config
     optimizer = trainer.optimizer.config
     return {
-        "softmax_scale": model.softmax_scale,
+        "batch_p2p_sync": model.batch_p2p_sync,
+        "deterministic_mode": model.deterministic_mode,
+        "kernels that may differ": os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"],
         "recompute_modules": model.recompute_modules,
-        "async": model.async_tensor_model_parallel_allreduce,
-        "check_for_large_grads": buffers.check_for_large_grads,
+        "pad_buckets": buffers.pad_buckets_for_high_nccl_busbw,
         "check_for_nan_in_grad": buffers.check_for_nan_in_grad,
         "adam_eps": optimizer.adam_eps,
         "decoupled_weight_decay": optimizer.decoupled_weight_decay,
         "hysteresis": optimizer.hysteresis,
+        "learning rates": sorted({group["max_lr"] for group in trainer.optimizer.param_groups}),
         # What the run gives where the user says nothing.
         "distributed": buffers.use_distributed_optimizer,
     }
@@ -49,14 +52,17 @@ RAW = (
 def test_each_part_of_the_run_has_what_was_said(tiny_model_dir, tmp_path, mode):
     (found,) = run_ranks(what_arrived, 1, tmp_path, str(tiny_model_dir), mode)
     assert found == {
-        "softmax_scale": 0.25,
+        "batch_p2p_sync": False,
+        "deterministic_mode": True,
+        "kernels that may differ": "0",
         "recompute_modules": ["core_attn"],
-        "async": False,
-        "check_for_large_grads": True,
+        "pad_buckets": True,
         "check_for_nan_in_grad": False,
         "adam_eps": 1e-6,
         "decoupled_weight_decay": False,
         "hysteresis": 5,
+        # Of the embedding and the output layer, and of the rest.
+        "learning rates": [1e-6, 1e-3],
         "distributed": True,
     }
 

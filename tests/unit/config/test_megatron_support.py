@@ -99,6 +99,10 @@ ENGINE = "--attention-backend local is chosen"
         ),
         (["--distribute-saved-activations"], "--distribute-saved-activations needs --recompute-granularity full"),
         (["--decoder-first-pipeline-num-layers", "2"], "--num-layers-in-first-pipeline-stage 2 (--decoder-first-pipeline-num-layers) needs"),
+        (
+            shlex.split("--num-layers 4 --pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 4"),
+            "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers: found 4 of the model's 4 layers, which leaves 0",
+        ),
         (["--deallocate-pipeline-outputs"], "--deallocate-pipeline-outputs needs --pipeline-model-parallel-size 2"),
         (["--moe-aux-loss-coeff", "0", "0.1"], "--moe-aux-loss-coeff 0.0 0.1 is not supported: Megatron scales this loss"),
         (["--moe-router-load-balancing-type", "sinkhorn"], "--moe-router-load-balancing-type sinkhorn is not supported"),
