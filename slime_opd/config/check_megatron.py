@@ -123,6 +123,13 @@ def check_needs(config: Config) -> list[str]:
     )
     if stage.optimizer_cpu_offload and stage.decoupled_weight_decay is False:
         problems.append("--optimizer-cpu-offload needs --decoupled-weight-decay, which is on unless it is turned off")
+    needs(
+        "moe_shared_expert_overlap",
+        "shared_experts" not in stage.recompute_modules,
+        "--recompute-modules without shared_experts: what overlaps is not recomputed",
+    )
+    needs("main_grads_dtype", stage.main_grads_dtype in ("fp32", "bf16"), "fp32 or bf16 as its value")
+    needs("main_params_dtype", stage.main_params_dtype in ("fp32", "fp16"), "fp32 or fp16 as its value")
     for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
         needs(
             name,

@@ -43,8 +43,7 @@ class Support:
 
 
 TRAINED = "a test trains with it"
-BUILT = "a test builds with it"
-READ = "read in Megatron-core's source"
+BUILT = "a test builds with it; what it does in training was read in Megatron-core's source"
 
 _NO_FAMILY = "no supported model family has it"
 _ONE_CHUNK = "every rank holds one chunk of layers, there is no interleaved pipeline"
@@ -82,13 +81,14 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     (Answer.NO_EFFECT, "Megatron-core no longer reads it", "moe_extended_tp async_tensor_model_parallel_allreduce"),
     (Answer.NO_EFFECT, "Megatron-core no longer reads it", "moe_token_dropping moe_per_layer_logging"),
     (Answer.NO_EFFECT, "Megatron-core no longer reads it", "apply_residual_connection_post_layernorm"),
-    (Answer.WORKS, TRAINED, "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage"),
+    (Answer.WORKS, TRAINED, "num_layers_in_first_pipeline_stage"),
+    (Answer.WORKS, BUILT, "num_layers_in_last_pipeline_stage"),
     (
         Answer.REFUSED,
         "say how many layers the ends have with --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers",
         "pipeline_model_parallel_layout account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split",
     ),
-    (Answer.WORKS, READ, "batch_p2p_sync clone_scatter_output_in_embedding"),
+    (Answer.WORKS, BUILT, "batch_p2p_sync clone_scatter_output_in_embedding"),
     (Answer.WORKS, TRAINED, "deallocate_pipeline_outputs"),
     (Answer.MANAGED, "sends between pipeline stages are batched on CUDA alone", "batch_p2p_comm"),
     (Answer.MANAGED, "Megatron sets it by the pipeline's layout", "mtp_standalone"),
@@ -115,7 +115,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     ),
     (Answer.MANAGED, "say --accumulate-allreduce-grads-in-fp32", "grad_reduce_in_fp32"),
     (Answer.WORKS, TRAINED, "deterministic_mode"),
-    (Answer.WORKS, READ, "disable_bf16_reduced_precision_matmul"),
+    (Answer.WORKS, BUILT, "disable_bf16_reduced_precision_matmul"),
     (Answer.REFUSED, "its kernels are for inference with FlashAttention", "batch_invariant_mode"),
     (Answer.REFUSED, "the linear layers would get float32 activations for their bfloat16 weights", "fp32_residual_connection"),
     (Answer.NO_EFFECT, "dropout draws from Megatron's own tracker of random states", "use_te_rng_tracker"),
@@ -152,7 +152,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     # Kernels. Which of them a machine can run is also a matter of its attention backend and Transformer Engine.
     (Answer.MANAGED, "say --attention-backend: local is this package's own, anything else Transformer Engine where it is", "transformer_impl"),
     (Answer.ENGINE, "the fused rotation is its kernel", "apply_rope_fusion"),
-    (Answer.ENGINE, "on a CPU the kernel would have to be compiled first", "bias_activation_fusion bias_dropout_fusion"),
+    (Answer.ENGINE, "layers without it run unfused", "bias_activation_fusion bias_dropout_fusion"),
     (Answer.ACCEPTED, "no attention here has Megatron's softmax", "masked_softmax_fusion"),
     (Answer.NO_EFFECT, "no layer here has Apex's norm", "persist_layer_norm memory_efficient_layer_norm"),
     (Answer.REFUSED, "it takes no packed rows", "fused_single_qkv_rope"),

@@ -111,6 +111,11 @@ ENGINE = "--attention-backend local is chosen"
         (["--moe-token-dispatcher-type", "flex"], "--moe-token-dispatcher-type flex needs the deep_ep package"),
         (["--moe-enable-deepep"], "--moe-enable-deepep has no effect without --moe-token-dispatcher-type flex"),
         (["--use-precision-aware-optimizer", "--optimizer", "sgd"], "--use-precision-aware-optimizer needs --optimizer adam"),
+        (["--use-precision-aware-optimizer", "--main-params-dtype", "bf16"], "--main-params-dtype bf16 needs fp32 or fp16 as its value"),
+        (
+            shlex.split("--moe-shared-expert-overlap --recompute-granularity selective --recompute-modules shared_experts"),
+            "--moe-shared-expert-overlap needs --recompute-modules without shared_experts",
+        ),
         (["--optimizer-cpu-offload", "--fp32"], "--optimizer-cpu-offload needs half precision"),
         (["--num-layers", "2", "--moe-router-dtype", "fp32"], "--moe-router-dtype fp32 has no effect: the model has no experts"),
     ],
