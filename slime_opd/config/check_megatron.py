@@ -24,7 +24,7 @@ _POSITIVE = (
     "moe_deepep_num_sms",
 )
 _NOT_NEGATIVE = ("decoupled_min_lr", "moe_router_bias_update_rate")
-_FRACTIONS = ("sgd_momentum", "optimizer_offload_fraction")
+_FRACTIONS = ("optimizer_offload_fraction",)
 
 # Options that do nothing without a switch, and the switch.
 _WITHOUT = {
@@ -113,9 +113,6 @@ def check_needs(config: Config) -> list[str]:
         layout.pipeline_model_parallel_size > 1,
         "--pipeline-model-parallel-size 2 or more",
     )
-    needs("sgd_momentum", config.optimizer.optimizer == "sgd", "--optimizer sgd")
-    needs("decoupled_weight_decay", config.optimizer.optimizer == "adam", "--optimizer adam")
-    needs("use_precision_aware_optimizer", config.optimizer.optimizer == "adam", "--optimizer adam")
     needs(
         "optimizer_cpu_offload",
         not config.training.fp32,

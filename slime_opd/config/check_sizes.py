@@ -17,7 +17,7 @@ _TEMPERATURE = (100.0, "every token would be equally likely")
 _SEED = (2**31 - 1, "seeds have 31 bits")
 _SECONDS = (1e8, "that is three years")
 CEILINGS: dict[str, tuple[float, str]] = {
-    "min_lr": (1.0, "a step would move every weight by about that much"),
+    **dict.fromkeys(("lr", "min_lr"), (1.0, "Adam moves every weight by about that much in a step")),
     "weight_decay": (10.0, "it would erase the weights"),
     "opd_kl_coef": _COEFFICIENT,
     "opd_divergence_coef": _COEFFICIENT,
@@ -33,8 +33,6 @@ CEILINGS: dict[str, tuple[float, str]] = {
     "opd_teacher_timeout_s": _SECONDS,
     "make_vocab_size_divisible_by": (10**6, "the vocabulary would be padded to a multiple of it"),
 }
-# Adam moves every weight by about the learning rate; plain SGD multiplies it with the gradient.
-_LARGEST_LR = {"adam": 1.0, "sgd": 1e4}
 
 # Bytes that a token of a rollout takes on the driver, and a sample beside them: at the least, ids, mask and log-probs.
 _BYTES_PER_TOKEN, _BYTES_PER_SAMPLE = 20, 500
@@ -46,9 +44,7 @@ _PROCESSES_PER_CORE, _FEW_PROCESSES = 4, 8
 def check_ceilings(config: Config) -> list[str]:
     """Numbers above what can be meant."""
     options, problems = options_of(Config), []
-    optimizer = config.optimizer.optimizer
-    ceilings = CEILINGS | {"lr": (_LARGEST_LR[optimizer], "a step would move every weight by about that much")}
-    for name, (largest, why) in ceilings.items():
+    for name, (largest, why) in CEILINGS.items():
         value = options[name].read(config)
         if value is not None and value > largest:
             problems.append(f"{flag(name)}: found {value}, expected at most {largest:.10g}: {why}")

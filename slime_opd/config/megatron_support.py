@@ -244,7 +244,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     (
         Answer.WORKS,
         BUILT,
-        "decoupled_lr decoupled_min_lr apply_wd_to_qk_layernorm decoupled_weight_decay min_loss_scale loss_scale_window hysteresis sgd_momentum",
+        "decoupled_lr decoupled_min_lr apply_wd_to_qk_layernorm decoupled_weight_decay min_loss_scale loss_scale_window hysteresis",
     ),
     (
         Answer.ENGINE,
@@ -263,6 +263,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
         "muon_momentum muon_split_qkv muon_use_nesterov muon_scale_mode muon_fp32_matmul_prec muon_num_ns_steps muon_tp_mode "
         "muon_extra_scale_factor",
     ),
+    (Answer.NO_EFFECT, "--optimizer has no sgd", "sgd_momentum"),
     (Answer.NO_EFFECT, "the count is not reported", "log_num_zeros_in_grad"),
     # Gradient buffers.
     (Answer.WORKS, TRAINED, "overlap_grad_reduce overlap_param_gather bucket_size pad_buckets_for_high_nccl_busbw "

@@ -166,7 +166,9 @@ class TrainingConfig:
 class OptimizerConfig:
     """Optimizer and learning rate"""
 
-    optimizer: str = option("adam", choices=("adam", "sgd"), help="optimizer")
+    optimizer: str = option(
+        "adam", choices=("adam",), help="optimizer; Megatron's distributed optimizer takes Adam alone"
+    )
     lr: float = option(1e-6, help="learning rate")
     min_lr: float = option(0.0, help="learning rate at the end of the decay")
     lr_decay_style: str = option(

@@ -1,6 +1,7 @@
-"""Whatever combination of Megatron's flags passes the checks, the model, the gradient buffers and the optimizer can be configured with it.
+"""Whatever combination of Megatron's flags passes the checks, model, gradient buffers and optimizer can be built with it.
 
-Models are built on meta tensors, one rank of four at a time, with torch's process group that sends nothing.
+Models of several ranks are built on meta tensors, one rank of four at a time, with torch's process group that sends nothing; those
+of one process with everything that trains them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ OURS = {
     "--recompute-granularity selective --recompute-modules": [
         "core_attn", "mlp", "moe shared_experts", "layernorm", "moe_act", "mla_up_proj core_attn"],
     "--bf16": [""], "--fp16": [""], "--fp32": [""],
-    "--optimizer": ["adam", "sgd"],
     "--attention-backend": ["auto", "local"],
     "--accumulate-allreduce-grads-in-fp32": [""],
     "--attention-dropout": ["0", "0.1"],
@@ -33,7 +33,6 @@ OURS = {
     "--moe-token-dispatcher-type": ["alltoall", "flex", "allgather"],
     "--overlap-grad-reduce --overlap-param-gather --bucket-size": ["1000", "0"],
     "--fp16 --initial-loss-scale": ["1024", "0.5"],
-    "--optimizer sgd --sgd-momentum": ["0.5", "2"],
 }  # fmt: skip
 
 
@@ -64,7 +63,7 @@ def argument_lists(families: list[str], directory: str) -> Any:
         family = draw(st.sampled_from(families))
         is_mixture = FAMILIES[family][0] in MIXTURES
         tensor, pipeline, expert = draw(
-            st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), *([(1, 1, 2), (2, 1, 2)] if is_mixture else [])])
+            st.sampled_from([(1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), *([(1, 1, 2), (2, 1, 2)] if is_mixture else [])])
         )
         needed = "--sequence-parallel " if is_mixture and tensor > 1 else ""
         chosen = draw(st.lists(choices, max_size=5, unique_by=lambda pair: pair[0]))
@@ -77,13 +76,13 @@ def argument_lists(families: list[str], directory: str) -> Any:
     return command()
 
 
-def build_everything(config: Any, rank: int) -> None:
-    """One rank's model on meta tensors, and the configurations of its buffers and optimizer."""
+def build_on_meta(config: Any, rank: int) -> None:
+    """One rank's model on meta tensors."""
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from slime_opd.megatron import device, model, optimizer, parallel
+    from slime_opd.megatron import device, model, parallel
 
     device.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
@@ -98,10 +97,24 @@ def build_everything(config: Any, rank: int) -> None:
         )
         tensor_parallel.model_parallel_cuda_manual_seed(0)
         model.build_model(config, model.make_bridge(config), on_meta=True)
-        optimizer.gradient_settings(config)
-        optimizer.optimizer_settings(config)
     finally:
         parallel.shut_down()
+
+
+def build_one_process(config: Any) -> None:
+    """The model of a run of one process, its gradient buffers, its optimizer and its schedule."""
+    from slime_opd.megatron import model, optimizer, parallel
+
+    with parallel.tool_process(config.parallel):
+        wrapped = optimizer.wrap(config, model.build_model(config, model.make_bridge(config)))
+        optimizer.make_scheduler(config, optimizer.make_optimizer(config, wrapped))
+
+
+def build_everything(config: Any, rank: int) -> None:
+    build_on_meta(config, rank)
+    layout = config.parallel
+    if layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.expert_model_parallel_size == 1:
+        build_one_process(config)
 
 
 # Commands that scripts give and that have to be accepted, by family.
@@ -186,7 +199,7 @@ def trained_weights(rank, world_size, init_method, models: list[str], cases: dic
 ONE_RANK = {
     "bf16": "--hf-checkpoint {0} --bf16",
     "bf16, other flags": "--hf-checkpoint {0} --bf16 --recompute-granularity selective --recompute-modules core_attn mlp "
-    "--loss-scale 8 --deterministic-mode --apply-wd-to-qk-layernorm --weight-decay 0",
+    "--loss-scale 8 --deterministic-mode",
     "mixture": "--hf-checkpoint {1}",
     "mixture, recomputed": "--hf-checkpoint {1} --recompute-granularity selective --recompute-modules moe shared_experts",
     "mixture, balanced": "--hf-checkpoint {1} --moe-router-bias-update-rate 0.01",

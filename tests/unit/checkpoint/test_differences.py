@@ -58,15 +58,16 @@ def test_megatrons_and_sglangs_options_are_compared_too():
 
 
 @pytest.mark.parametrize(
-    "words", ["--optimizer sgd", "--seed 1", "--rollout-seed 1", "--rollout-shuffle", "--hidden-size 8", "--bf16"]
+    "words",
+    ["--initial-loss-scale 8", "--seed 1", "--rollout-seed 1", "--rollout-shuffle", "--hidden-size 8", "--bf16"],
 )
 def test_what_the_checkpoint_fixes_is_refused_with_both_values(words):
     (sentence,) = refusals(found_between("", words))
     assert sentence.startswith(words.split()[0]) and "set it back" in sentence
 
 
-def test_without_the_optimizers_state_another_optimizer_is_honoured():
-    assert refusals(found_between("", "--optimizer sgd --no-load-optim")) == []
+def test_without_the_optimizers_state_another_loss_scale_is_honoured():
+    assert refusals(found_between("", "--initial-loss-scale 8 --no-load-optim")) == []
     assert refusals(found_between("", "--rollout-seed 1 --no-load-optim")) != []
 
 
