@@ -118,6 +118,11 @@ def check_needs(config: Config) -> list[str]:
         not config.training.fp32,
         "half precision (--bf16): Megatron offloads the float32 copy of the weights",
     )
+    needs(
+        "optimizer_cpu_offload",
+        bool(stage.use_precision_aware_optimizer),
+        "--use-precision-aware-optimizer: without it Megatron cannot load the state of a checkpoint into it",
+    )
     if stage.optimizer_cpu_offload and stage.decoupled_weight_decay is False:
         problems.append("--optimizer-cpu-offload needs --decoupled-weight-decay, which is on unless it is turned off")
     needs(
@@ -133,10 +138,9 @@ def check_needs(config: Config) -> list[str]:
             config.training.fp16 and stage.loss_scale is None,
             "--fp16, whose loss scale follows the gradients, without --loss-scale",
         )
-    if stage.min_loss_scale is not None and stage.min_loss_scale > (stage.initial_loss_scale or 2**32):
-        problems.append(
-            f"{flag_with_value('min_loss_scale', stage.min_loss_scale)} is above --initial-loss-scale {stage.initial_loss_scale or 2**32}"
-        )
+    lowest, first = stage.min_loss_scale or 1.0, stage.initial_loss_scale or 2.0**32
+    if config.training.fp16 and stage.loss_scale is None and lowest > first:
+        problems.append(f"--initial-loss-scale {first:.10g} is below --min-loss-scale {lowest:.10g}")
     return problems + _recompute_problems(config)
 
 

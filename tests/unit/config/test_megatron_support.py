@@ -115,6 +115,8 @@ ENGINE = "--attention-backend local is chosen"
             shlex.split("--moe-shared-expert-overlap --recompute-granularity selective --recompute-modules shared_experts"),
             "--moe-shared-expert-overlap needs --recompute-modules without shared_experts",
         ),
+        (["--fp16", "--initial-loss-scale", "0.5"], "--initial-loss-scale 0.5 is below --min-loss-scale 1"),
+        (["--optimizer-cpu-offload"], "--optimizer-cpu-offload needs --use-precision-aware-optimizer"),
         (["--optimizer-cpu-offload", "--fp32"], "--optimizer-cpu-offload needs half precision"),
         (["--num-layers", "2", "--moe-router-dtype", "fp32"], "--moe-router-dtype fp32 has no effect: the model has no experts"),
     ],
