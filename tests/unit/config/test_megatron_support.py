@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from slime_opd.config import parse, problems
+from slime_opd.config.check_megatron import notes_of_model_flags
 from slime_opd.config.config import Config
 from slime_opd.config.help import help_text
 from slime_opd.config.megatron_options import is_default, megatron_fields, not_flags
@@ -154,3 +155,28 @@ def test_the_docs_have_the_answer_of_every_field():
     section = DOCS.read_text().split("## What becomes of each field")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("| ") and "`" in line]
     assert lines == documented()
+
+
+@pytest.fixture
+def mixture(tmp_path) -> list[str]:
+    """Arguments that take the model from a config.json with 8 experts, 2 of them for each token."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2}')
+    return ["--hf-checkpoint", str(tmp_path), "--megatron-to-hf-mode", "bridge"]
+
+
+def test_flags_that_describe_another_model_are_refused_in_bridge_mode(mixture):
+    def said(*words: str) -> list[str]:
+        return [line for line in problems(parse([*mixture, *words])) if "takes the model from there" in line]
+
+    assert said("--num-experts", "8", "--moe-router-topk", "2") == []
+    (experts,) = said("--num-experts", "4")
+    assert experts.startswith("--num-moe-experts: found 4, but ") and "has 8" in experts
+    (chosen,) = said("--moe-router-topk", "4")
+    assert chosen.startswith("--moe-router-topk: found 4, but ") and "has 2" in chosen
+
+
+def test_flags_of_the_model_are_not_read_in_bridge_mode_and_a_note_says_so(mixture):
+    words = ["--moe-router-score-function", "sigmoid", "--moe-router-dtype", "fp32"]
+    bridge, raw = parse([*mixture, *words]), parse(words)
+    (note,) = notes_of_model_flags(bridge)
+    assert note.endswith("does not read --moe-router-score-function sigmoid") and notes_of_model_flags(raw) == []
