@@ -71,6 +71,7 @@ setup(
     description="On-policy distillation of language models: Megatron-core trains, SGLang generates, Ray places",
     python_requires=">=3.11",
     packages=find_packages(include=["slime_opd", "slime_opd.*"]),
+    package_data={"slime_opd.rehearsal": ["pretend_cuda.cpp"]},
     install_requires=EVERYWHERE,
     entry_points={"console_scripts": ["slime_opd = slime_opd.__main__:entry"]},
     extras_require={"cpu": CPU, "gpu": GPU, "wandb": WANDB, "test": TEST, "dev": DEV},

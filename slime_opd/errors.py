@@ -11,6 +11,7 @@
     ├── CheckpointError (RuntimeError)   a checkpoint that is missing, broken or of another model
     ├── WeightSyncError (RuntimeError)   an engine that does not serve the trainer's weights
     ├── NonFiniteError (RuntimeError)    a loss or gradient that stays infinite or NaN
+    ├── RehearsalError (RuntimeError)     a rehearsal that cannot be held on this machine
     └── ProcessDied (RuntimeError)       a process of the run that is dead, or does not answer
 
 Each also inherits the standard exception a caller would expect to catch. Each is built from
@@ -60,6 +61,10 @@ class WeightSyncError(SlimeOPDError, RuntimeError):
 
 class NonFiniteError(SlimeOPDError, RuntimeError):
     """The loss or the gradient was not finite for more steps in a row than `--max-skipped-steps`."""
+
+
+class RehearsalError(SlimeOPDError, RuntimeError):
+    """A step cannot be rehearsed here: no compiler, another build of torch, or code that the rehearsal cannot follow."""
 
 
 class ProcessDied(SlimeOPDError, RuntimeError):

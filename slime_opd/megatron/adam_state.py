@@ -1,4 +1,4 @@
-"""The state of torch's own Adam in Megatron's checkpoints, whose loader expects that of Transformer Engine's or Apex's."""
+"""torch's own Adam in Megatron's optimizer: its kernel, and its state in checkpoints, whose loader expects Transformer Engine's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ def _torch_adams(optimizer: MegatronOptimizer) -> list[Any]:
     return [one for one in chained if isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)]
 
 
+def use_fused_kernel(optimizer: MegatronOptimizer) -> None:
+    """Let torch's Adam update each parameter in one kernel.
+
+    By default torch updates all parameters of a group together on a GPU, with temporaries of 4 bytes for each of them.
+    """
+    for one in _torch_adams(optimizer):
+        for settings in (one.optimizer.defaults, *one.optimizer.param_groups):
+            settings.update(fused=True, foreach=False)
+
+
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
     """Make Megatron able to load into torch's Adam, whose state holds a `step` that Megatron's loader does not expect.
 
@@ -26,7 +36,7 @@ def prepare_to_load(optimizer: MegatronOptimizer) -> None:
         for group in one.optimizer.param_groups:
             for parameter in group["params"]:
                 one.optimizer.state[parameter] = {
-                    "step": torch.zeros(()),
+                    "step": torch.zeros((), device=parameter.device),
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
@@ -40,10 +50,13 @@ def _set_states(one: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> No
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a `step` of its own: Megatron loads one tensor into all, which Adam would then count up once for each."""
+    """Give every parameter a `step` of its own, on its device, where the fused kernel reads it.
+
+    Megatron loads one tensor into all, which Adam would then count up once for each.
+    """
     for one in _torch_adams(optimizer):
         for state in one.optimizer.state.values():
-            state["step"] = state["step"].clone()
+            state["step"] = state["step"].to(state["exp_avg"].device, copy=True)
 
 
 def round_steps(optimizer: MegatronOptimizer) -> None:

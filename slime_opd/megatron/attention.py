@@ -35,7 +35,7 @@ def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequence
     """Parameters of a packed row whose segments have `lengths`, in order."""
     cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cumulative[1:] = torch.cumsum(torch.tensor(lengths, dtype=torch.int32), dim=0)
-    cumulative = cumulative.to(device)
+    cumulative = cumulative.to(device, non_blocking=True)
     longest = max(lengths)
     return PackedSequences(
         qkv_format="thd",

@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from slime_opd.config import Config
+from slime_opd.megatron import device
+from slime_opd.megatron.adam_state import use_fused_kernel
 from slime_opd.megatron.model import HiddenStatesModel, parameter_dtype
 from slime_opd.megatron.options import settings
 
@@ -75,6 +78,9 @@ def optimizer_settings(config: Config) -> OptimizerConfig:
 def make_optimizer(config: Config, wrapped: DistributedDataParallel) -> MegatronOptimizer:
     """The distributed optimizer over the gradient buffers."""
     optimizer = get_megatron_optimizer(optimizer_settings(config), [wrapped])
+    if device.has_cuda():
+        use_fused_kernel(optimizer)
+        norm_without_waits()
     wrapped.module.config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
@@ -89,6 +95,22 @@ def finish_gathering_weights(wrapped: DistributedDataParallel) -> None:
     for group in wrapped.bucket_groups + wrapped.expert_parallel_bucket_groups:
         if not group.param_gather_dispatched or group.param_gather_handle is not None:
             group.start_param_sync(force_sync=True)
+
+
+def norm_without_waits() -> None:
+    """Replace Megatron's norm of the gradients where it is not Transformer Engine's or Apex's.
+
+    Megatron's own reads a number back from the device for each parameter.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = gradient_norm
+
+
+def gradient_norm(
+    chunk_size: int, overflow: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """The L2 norm [1] of all tensors of the first list, as Transformer Engine's `multi_tensor_l2norm` returns it."""
+    return torch.nn.utils.get_total_norm(tensor_lists[0]).reshape(1), None
 
 
 def gradients(wrapped: DistributedDataParallel) -> list[torch.Tensor]:

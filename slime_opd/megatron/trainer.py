@@ -99,16 +99,12 @@ class Trainer:
                 self.teacher_shard = replace(
                     self.shard, size=min(self.shard.size, checkpoint.vocabulary_rows(location))
                 )
-            if self.config.has_divergence and self.layout.is_last_stage:
-                # Student and teacher meet at their logits, long after the teacher's other weights have left.
-                self.teacher_weight = self.model.output_weight().detach().clone()
+            self._keep_teacher_output_layer()
         location, flag = self._student_location()
         self._verification.require(location, flag)
         checkpoint.load_weights(self.model, self.bridge, location, flag)
         prints["student"] = fingerprint(self.model)
-        self.wrapped = wrap(self.config, self.model)
-        self.optimizer: MegatronOptimizer = make_optimizer(self.config, self.wrapped)
-        self.scheduler = make_scheduler(self.config, self.optimizer)
+        self._prepare_training()
         run_state: dict[str, Any] = {}
         if location.iteration is not None and flag == "--load" and not options.finetune:
             run_state = directory.read_run_state(location)
@@ -126,6 +122,20 @@ class Trainer:
                 f"teacher and student are identical (weights' fingerprint {prints['student'][0]:.6g}): the penalty is 0 until the student moves"
             )
         return StartReport(f"{flag} {location.directory}", run_state, tuple(warnings))
+
+    def _keep_teacher_output_layer(self) -> None:
+        """Copy the output layer while the model has the teacher's weights, where distributions are compared.
+
+        Student and teacher meet at their logits, long after the teacher's other weights have left.
+        """
+        if self.config.has_divergence and self.layout.is_last_stage:
+            self.teacher_weight = self.model.output_weight().detach().clone()
+
+    def _prepare_training(self) -> None:
+        """Put the student, whose weights are loaded, into gradient buffers, and make optimizer and schedule."""
+        self.wrapped = wrap(self.config, self.model)
+        self.optimizer: MegatronOptimizer = make_optimizer(self.config, self.wrapped)
+        self.scheduler = make_scheduler(self.config, self.optimizer)
 
     def _student_location(self) -> tuple[directory.Location, str]:
         options = self.config.checkpoint

@@ -15,13 +15,20 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 GROUND = {"types", "fields", "errors", "schedule", "config", "lifetimes", "stopping"}
 TOOLS_OF_THE_TRADE = {"engine", "data", "checkpoint", "distill", "algorithm", "observe", "memory_estimate", "hooks"}
 STAGES = {"rollout", "reward", "teacher", "megatron", "weights"}
-LEVELS: tuple[set[str], ...] = (GROUND, TOOLS_OF_THE_TRADE, STAGES, {"cluster", "preflight"}, {"train"}, {"__main__"})
+LEVELS: tuple[set[str], ...] = (
+    GROUND,
+    TOOLS_OF_THE_TRADE,
+    STAGES,
+    {"cluster", "preflight", "rehearsal"},
+    {"train"},
+    {"__main__"},
+)
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 # Who alone may import what, by the room or file that may.
 ONLY_IN = {
     "ray": ("cluster", "train"),
-    "megatron": ("megatron", "weights"),
+    "megatron": ("megatron", "weights", "rehearsal"),
     "mbridge": ("megatron", "weights"),
     "httpx": ("engine",),
     "aiohttp": ("engine",),

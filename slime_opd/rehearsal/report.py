@@ -1,0 +1,31 @@
+"""A rehearsed step as text."""
+
+from __future__ import annotations
+
+from slime_opd.config import Config
+from slime_opd.memory_estimate import bytes_text, count_text
+from slime_opd.rehearsal.batch import Load, tokens_per_micro_batch
+from slime_opd.rehearsal.step import NOT_COVERED, PHASES, PRETENDED, Rehearsed
+
+
+def text_of(found: Rehearsed, config: Config, load: Load, *, holders: int = 4) -> str:
+    """Memory, kernels and waits by phase, and what was pretended."""
+    phases = [found.memory.phases[name] for name in PHASES if name in found.memory.phases]
+    lines = [
+        "A rehearsal on pretended CUDA: nothing was computed, and no GPU was used.",
+        f"{count_text(found.parameters)} parameters on this rank; micro-batches of {tokens_per_micro_batch(config):,} tokens in {load.sequences} sequences",
+        "",
+        f"{'phase':<10} {'peak':>10} {'after':>10} {'kernels':>9} {'collectives':>12}",
+    ]
+    for phase in phases:
+        lines.append(
+            f"{phase.name:<10} {bytes_text(phase.peak):>10} {bytes_text(phase.end):>10} {phase.kernels:>9,} {phase.collectives:>12,}"
+        )
+        lines += [f"{'':12}{bytes_text(size):>10}  {line}" for line, size in phase.holders.most_common(holders)]
+    lines += [f"\npeak of a step {bytes_text(found.peak)}; host memory {bytes_text(found.memory.peak_bytes['cpu'])}"]
+    lines += ["", "Waits of the host for the device, in each step:"]
+    lines += [
+        f"  {count:>6,}  {kind}: {line}" for (kind, line), count in sorted(found.syncs.items(), key=lambda i: -i[1])
+    ]
+    lines += ["", "Pretended: " + "; ".join(PRETENDED) + ".", "Not covered: " + "; ".join(NOT_COVERED) + "."]
+    return "\n".join(lines)

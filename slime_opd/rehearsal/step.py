@@ -1,0 +1,149 @@
+"""One training step of one rank, on a pretended device: build, wrap, score, forward, backward, optimizer.
+
+The trainer is the product's; only what would read files is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from slime_opd.config import Config
+from slime_opd.megatron import checkpoint, parallel
+from slime_opd.megatron.trainer import Trainer
+from slime_opd.rehearsal import groups, pretend_cuda
+from slime_opd.rehearsal.batch import Load, make_batch
+from slime_opd.rehearsal.memory import LiveMemory
+from slime_opd.rehearsal.syncs import FakeDevice, HostSyncs
+from slime_opd.rehearsal.where import Line
+from slime_opd.types import StartReport
+
+PRETENDED = (
+    *pretend_cuda.PRETENDED,
+    *groups.PRETENDED,
+    "tensors: FakeTensorMode's, with shapes and no numbers; numbers that the host reads are made up",
+    "checkpoints: nothing is loaded, the model keeps the weights it was built with",
+    "the rollout: equal samples that fill every micro-batch",
+)
+
+NOT_COVERED = (
+    "Transformer Engine's layers",
+    "scratch memory inside kernels (flash attention, matrix products)",
+    "memory of NCCL and of the CUDA context",
+    "fragmentation of CUDA's allocator",
+    "loading, the export of weights, SGLang",
+    "speed",
+)
+
+# In the order of a run.
+PHASES = ("build", "teacher", "wrap", "score", "forward", "head", "backward", "optimizer", "save")
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a step did.
+
+    memory: live bytes and kernels by phase. syncs: waits of the host inside the step, by kind and line. setup_syncs: before it.
+    """
+
+    memory: LiveMemory
+    syncs: dict[tuple[str, Line], int]
+    setup_syncs: dict[tuple[str, Line], int]
+    parameters: int
+    steps: int
+
+    def kernels(self, phase: str) -> int:
+        """Kernels of a phase of one step."""
+        return self.memory.phases[phase].kernels // self.steps
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of the device that were live at one time, a save aside."""
+        return max(phase.peak for name, phase in self.memory.phases.items() if name != "save")
+
+
+class _FakeTensors(FakeTensorMode):
+    # There is no device that numbers of the host could be copied to.
+    avoid_device_init = True
+
+
+class _RehearsedTrainer(Trainer):
+    """A trainer that starts from the weights it was built with, and marks the phases of its step."""
+
+    def __init__(self, config: Config, memory: LiveMemory, *, rank: int, world_size: int) -> None:
+        self._memory = memory
+        super().__init__(config, rank=rank, world_size=world_size, init_method="")
+
+    def _load(self) -> StartReport:
+        with self._memory.phase("teacher"):
+            if self.config.algorithm.use_kl_loss:
+                self.snapshots.keep("reference")
+            if self.config.has_megatron_teacher:
+                self.snapshots.keep("teacher", resident=self.config.opd.opd_teacher_resident)
+                self._keep_teacher_output_layer()
+        with self._memory.phase("wrap"):
+            self._prepare_training()
+        return StartReport("nothing", {}, ())
+
+    def run(self, batch: Any, steps: slice, head: Any, *, forward_only: bool) -> list:
+        def measured(*args: Any) -> Any:
+            with self._memory.phase("score" if forward_only else "head"):
+                result = head(*args)
+            # What the schedule does with a micro-batch's loss.
+            self._memory.switch("score" if forward_only else "backward")
+            return result
+
+        forward = "score" if forward_only else "forward"
+        hook = self.wrapped.register_forward_pre_hook(lambda *_: self._memory.switch(forward))
+        try:
+            with self._memory.phase(forward):
+                return super().run(batch, steps, measured, forward_only=forward_only)
+        finally:
+            hook.remove()
+
+    def _take_step(self, losses: list) -> tuple:
+        with self._memory.phase("optimizer"):
+            return super()._take_step(losses)
+
+
+def rehearse(
+    config: Config,
+    load: Load,
+    *,
+    rank: int = 0,
+    steps: int = 2,
+    with_save: bool = False,
+    seen: Callable[[Trainer], None] | None = None,
+) -> Rehearsed:
+    """Take `steps` optimizer steps as `rank`: Adam's state is made in the first, so only the second is as heavy as all others.
+
+    `pretend_cuda.load()` and `install()` have been called. `seen` is called with the trainer at the end, in the fake mode.
+    """
+    batch = make_batch(config, load)
+    memory, syncs = LiveMemory(), HostSyncs()
+    fake = _FakeTensors(allow_non_fake_inputs=True)
+    with groups.pretended(), FakeDevice(syncs), fake, syncs, memory:
+        with memory.phase("build"), torch.device("cuda", 0):
+            trainer = _RehearsedTrainer(config, memory, rank=rank, world_size=config.world_size)
+        setup = dict(syncs.counts)
+        syncs.counts.clear()
+        for _ in range(steps):
+            trainer.train(batch)
+        waits = {key: count // steps for key, count in syncs.counts.items()}
+        if with_save:
+            with memory.phase("save"):
+                _sharded_state(trainer)
+        if seen is not None:
+            seen(trainer)
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    parallel.shut_down()
+    return Rehearsed(memory, waits, setup, parameters, steps)
+
+
+def _sharded_state(trainer: Trainer) -> None:
+    """What a save gathers of the optimizer's state, before anything is written."""
+    checkpoint.state_to_save(trainer.model, trainer._training_state(), 1)
