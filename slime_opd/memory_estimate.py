@@ -180,7 +180,8 @@ class _Work:
 
     def _teacher_states(self) -> float:
         if self.config.opd.opd_teacher_hidden_on_host:
-            return self._hidden
+            # A chunk's.
+            return self.config.log_probs_chunk_size * self.architecture["hidden_size"] * self._width
         tokens = self.rollout_tokens
         if tokens is None:
             rollout = self.config.rollout
@@ -248,7 +249,7 @@ class _Work:
         """The output layer's part of the objective: float32 buffers of a chunk's logits, and of the weight's gradient."""
         tensor = self.config.parallel.tensor_model_parallel_size
         weight = self.size.embedding / tensor
-        chunk = self.config.training.log_probs_chunk_size * self.architecture["vocab_size"] / tensor
+        chunk = self.config.log_probs_chunk_size * self.architecture["vocab_size"] / tensor
         # Logits, probabilities and one more; with the whole vocabulary compared, as many of the teacher, and the slope.
         whole = self.config.has_divergence and self.config.has_megatron_teacher
         buffers = chunk * 4 * (5 if whole else 3) + chunk * self._width

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Qwen3-8B learns from Qwen3-32B, which an SGLang server of this script serves.
-# One node of eight 80 GB GPUs: two train, four generate, two serve the teacher.
+# One node of eight 80 GB GPUs: four train, two generate, two serve the teacher.
 # DRY_RUN=1 prints the flags of the run and starts nothing.
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 source "$ROOT/scripts/models/qwen3-8B.sh"
@@ -21,8 +21,8 @@ TEACHER_READY_SECONDS=${TEACHER_READY_SECONDS:-1200}
 
 CLUSTER_ARGS=(
    --actor-num-nodes 1
-   --actor-num-gpus-per-node 2
-   --rollout-num-gpus 4
+   --actor-num-gpus-per-node 4
+   --rollout-num-gpus 2
    --rollout-num-gpus-per-engine 1
    --update-weight-transport broadcast
 )

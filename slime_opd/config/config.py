@@ -37,6 +37,12 @@ class Config:
         return self.cluster.actor_num_nodes * self.cluster.actor_num_gpus_per_node
 
     @property
+    def log_probs_chunk_size(self) -> int:
+        """Tokens whose logits exist at one time."""
+        given = self.training.log_probs_chunk_size
+        return 1024 * self.parallel.tensor_model_parallel_size if given is None else given
+
+    @property
     def data_parallel_size(self) -> int:
         """Ranks that train on different samples."""
         layout = self.parallel

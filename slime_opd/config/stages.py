@@ -150,7 +150,10 @@ class TrainingConfig:
         choices=("auto", "flash", "fused", "unfused", "local"),
         help="attention kernel of Transformer Engine; local: this package's own",
     )
-    log_probs_chunk_size: int = option(1024, help="tokens whose logits exist at one time")
+    log_probs_chunk_size: int | None = option(
+        None,
+        help="tokens whose logits exist at one time; unset: 1024 for each tensor-parallel rank, so that a rank's share takes the same memory at any size, in fewer kernels",
+    )
     seed: int = option(1234, help="seed of the trainer")
     distributed_timeout_minutes: int = option(
         10,

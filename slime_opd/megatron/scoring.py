@@ -122,23 +122,36 @@ def _score_teacher(
     """The teacher's log-probs of the sampled tokens, or, where distributions are compared, its hidden states."""
     compares = settings.policy.divergence is not None
     samples = settings.policy.penalty is not None or not compares
+    states = None
 
     def head(hidden: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
+        nonlocal states
         found = {}
         if samples:
             found["teacher_log_probs"] = trainer.scores(
                 hidden, micro_batch, settings.teacher_temperature, trainer.teacher_shard
             )[0]
         if compares:
-            found["hidden"] = hidden.cpu() if trainer.config.opd.opd_teacher_hidden_on_host else hidden
+            if states is None:
+                states = _hidden_buffer(hidden, batch, on_host=trainer.config.opd.opd_teacher_hidden_on_host)
+            # Later work of this stream comes after the copy, so nobody has to wait for it.
+            states[micro_batch.rows].copy_(hidden, non_blocking=True)
         return found
 
     found = trainer.score_pass(batch, head)
-    hidden = found.pop("hidden", None)
-    if hidden is not None and trainer.config.opd.opd_teacher_hidden_on_host and device.has_cuda():
-        hidden = hidden.pin_memory()
-    states = None if hidden is None else TeacherStates(hidden, trainer.teacher_weight)
-    return _with_columns(batch, found), states
+    teacher = None if states is None else TeacherStates(states, trainer.teacher_weight)
+    return _with_columns(batch, found), teacher
+
+
+def _hidden_buffer(hidden: Tensor, batch: TrainBatch, *, on_host: bool) -> Tensor:
+    """Memory for the hidden states [R, H] of all response tokens of a batch, made once: joining parts would need it twice.
+
+    On the device of `hidden`, which is one micro-batch's, or in pinned memory of the host, to and from which copies need not wait.
+    """
+    shape = (int(batch.samples.response_lengths.sum()), hidden.shape[1])
+    if on_host:
+        return torch.empty(shape, dtype=hidden.dtype, pin_memory=device.has_cuda())
+    return torch.empty(shape, dtype=hidden.dtype, device=hidden.device)
 
 
 def _score_student(

@@ -261,7 +261,7 @@ class Trainer:
     @property
     def chunk_size(self) -> int:
         """Tokens whose logits exist at one time."""
-        return self.config.training.log_probs_chunk_size
+        return self.config.log_probs_chunk_size
 
     def score_pass(self, batch: TrainBatch, head: Any) -> dict[str, Tensor]:
         """Run the model's present weights over the batch; `head(hidden [R, H], micro_batch)` gives tensors by name.

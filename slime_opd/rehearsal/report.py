@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from slime_opd.config import Config
-from slime_opd.memory_estimate import bytes_text, count_text
-from slime_opd.rehearsal.batch import Load, tokens_per_micro_batch
+from slime_opd.memory_estimate import bytes_text, count_text, size_of, step_bytes
+from slime_opd.rehearsal.batch import Load, rollout_tokens, tokens_per_micro_batch
 from slime_opd.rehearsal.step import NOT_COVERED, PHASES, PRETENDED, Rehearsed
 
 
@@ -19,13 +22,27 @@ def text_of(found: Rehearsed, config: Config, load: Load, *, holders: int = 4) -
     ]
     for phase in phases:
         lines.append(
-            f"{phase.name:<10} {bytes_text(phase.peak):>10} {bytes_text(phase.end):>10} {phase.kernels:>9,} {phase.collectives:>12,}"
+            f"{phase.name:<10} {bytes_text(phase.peak):>10} {bytes_text(phase.end):>10} {phase.kernels // found.steps:>9,} {phase.collectives // found.steps:>12,}"
         )
         lines += [f"{'':12}{bytes_text(size):>10}  {line}" for line, size in phase.holders.most_common(holders)]
     lines += [f"\npeak of a step {bytes_text(found.peak)}; host memory {bytes_text(found.memory.peak_bytes['cpu'])}"]
+    lines += _estimated(found, config, load)
     lines += ["", "Waits of the host for the device, in each step:"]
     lines += [
         f"  {count:>6,}  {kind}: {line}" for (kind, line), count in sorted(found.syncs.items(), key=lambda i: -i[1])
     ]
     lines += ["", "Pretended: " + "; ".join(PRETENDED) + ".", "Not covered: " + "; ".join(NOT_COVERED) + "."]
     return "\n".join(lines)
+
+
+def _estimated(found: Rehearsed, config: Config, load: Load) -> list[str]:
+    architecture = json.loads((Path(config.model.hf_checkpoint) / "config.json").read_text())
+    size = size_of(architecture)
+    if size is None:
+        return []
+    parts = step_bytes(config, architecture, size, rollout_tokens=rollout_tokens(config, load), with_engine=False)
+    total = sum(parts.values())
+    return [
+        f"estimated {bytes_text(total)} ({(total / found.peak - 1) * 100:+.1f} %): "
+        + ", ".join(f"{name} {bytes_text(part)}" for name, part in parts.items())
+    ]

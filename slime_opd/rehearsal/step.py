@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slime_opd.config import Config
 from slime_opd.megatron import checkpoint, parallel
@@ -18,7 +17,7 @@ from slime_opd.megatron.trainer import Trainer
 from slime_opd.rehearsal import groups, pretend_cuda
 from slime_opd.rehearsal.batch import Load, make_batch
 from slime_opd.rehearsal.memory import LiveMemory
-from slime_opd.rehearsal.syncs import FakeDevice, HostSyncs
+from slime_opd.rehearsal.syncs import FakeDevice, FakeTensors, HostSyncs
 from slime_opd.rehearsal.where import Line
 from slime_opd.types import StartReport
 
@@ -64,11 +63,6 @@ class Rehearsed:
     def peak(self) -> int:
         """Most bytes of the device that were live at one time, a save aside."""
         return max(phase.peak for name, phase in self.memory.phases.items() if name != "save")
-
-
-class _FakeTensors(FakeTensorMode):
-    # There is no device that numbers of the host could be copied to.
-    avoid_device_init = True
 
 
 class _RehearsedTrainer(Trainer):
@@ -125,7 +119,7 @@ def rehearse(
     """
     batch = make_batch(config, load)
     memory, syncs = LiveMemory(), HostSyncs()
-    fake = _FakeTensors(allow_non_fake_inputs=True)
+    fake = FakeTensors(allow_non_fake_inputs=True)
     with groups.pretended(), FakeDevice(syncs), fake, syncs, memory:
         with memory.phase("build"), torch.device("cuda", 0):
             trainer = _RehearsedTrainer(config, memory, rank=rank, world_size=config.world_size)

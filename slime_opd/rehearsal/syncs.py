@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -36,6 +36,12 @@ _ANSWERS: dict[str, list[float]] = {
 _SMALL = 2**20
 
 _NATIVE = torch.device("cuda", 0)
+
+
+class FakeTensors(FakeTensorMode):
+    """FakeTensorMode that copies no numbers of the host to the device, as there is none."""
+
+    avoid_device_init = True
 
 
 class HostSyncs(TorchDispatchMode):

@@ -19,7 +19,7 @@ BASE = (
 )
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 SERVER = "--opd-type sglang --rm-url http://teacher/generate --opd-kl-coef 1"
-WHOLE = "--opd-type megatron --opd-teacher-load teacher --opd-kl-coef 0 --opd-divergence reverse_kl"
+WHOLE = "--opd-type megatron --opd-teacher-load teacher --opd-kl-coef 0 --opd-divergence reverse_kl --opd-teacher-hidden-on-host"
 
 # Name: the flags, and whether a save is rehearsed too.
 CASES = {
@@ -31,13 +31,12 @@ CASES = {
 def known() -> dict:
     """What is recorded of a few operations that can be counted by hand."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from slime_opd.rehearsal.memory import LiveMemory
-    from slime_opd.rehearsal.syncs import FakeDevice, HostSyncs
+    from slime_opd.rehearsal.syncs import FakeDevice, FakeTensors, HostSyncs
 
     memory, syncs = LiveMemory(), HostSyncs()
-    with FakeDevice(syncs), FakeTensorMode(allow_non_fake_inputs=True), syncs, memory:
+    with FakeDevice(syncs), FakeTensors(allow_non_fake_inputs=True), syncs, memory:
         with memory.phase("four and eight MiB") as phase:
             first = torch.empty(2**20, device="cuda")
             second = (first + 1).view(1024, 1024)

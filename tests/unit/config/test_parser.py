@@ -140,3 +140,10 @@ def test_a_wrong_flag_ends_a_process_with_one_line_and_code_2_in_seconds():
     assert run.returncode == 2
     assert run.stderr == "slime_opd: error: --use-odp: unknown flag; did you mean --use-opd?\n"
     assert time.monotonic() - start < 5
+
+
+def test_chunks_grow_with_tensor_parallelism_unless_their_size_is_given():
+    parallel = ["--tensor-model-parallel-size", "8", "--actor-num-gpus-per-node", "8"]
+    assert parse([]).log_probs_chunk_size == 1024
+    assert parse(parallel).log_probs_chunk_size == 8 * 1024
+    assert parse([*parallel, "--log-probs-chunk-size", "7"]).log_probs_chunk_size == 7
