@@ -54,11 +54,15 @@ CPU = [
     "uvloop>=0.23,<0.24",
 ]
 
-# Not run yet: there was no CUDA machine to install it on. SGLang pins its own torch and transformers.
-GPU = [
-    "sglang==0.5.9",
-    "transformer-engine[pytorch]>=2.8; platform_system == 'Linux'",
-]
+# What tools/setup_gpu.sh installs, in this order; docs/gpu_install.md says how far it was tried.
+# SGLang pins torch 2.9.1, transformers 4.57.1 and its kernels; it has wheels for Python 3.11 and 3.12.
+# It also asks for datasets of any version, and a resolver may go back to 2.14, which cannot be imported beside pyarrow 26.
+GPU = ["sglang==0.5.9", "datasets>=5.0.1,<6"]
+# megatron-core 0.16.1's own range. Not in the gpu extra: it must be built for the torch that is
+# installed, so without pip's build isolation, and an extra cannot say that.
+TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.9,<2.12"]
+# The newest that Transformer Engine 2.11 accepts: it takes 2.8.3.post1 for too new.
+FLASH_ATTN = ["flash-attn==2.8.3"]
 
 WANDB = ["wandb>=0.31,<0.32"]
 
@@ -69,10 +73,20 @@ setup(
     name="slime_opd",
     version="0.1.0",
     description="On-policy distillation of language models: Megatron-core trains, SGLang generates, Ray places",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["slime_opd", "slime_opd.*"]),
     package_data={"slime_opd.rehearsal": ["pretend_cuda.cpp"]},
     install_requires=EVERYWHERE,
     entry_points={"console_scripts": ["slime_opd = slime_opd.__main__:entry"]},
-    extras_require={"cpu": CPU, "gpu": GPU, "wandb": WANDB, "test": TEST, "dev": DEV},
+    extras_require={
+        "cpu": CPU,
+        "gpu": GPU,
+        "transformer-engine": TRANSFORMER_ENGINE,
+        "flash-attn": FLASH_ATTN,
+        "wandb": WANDB,
+        "test": TEST,
+        "dev": DEV,
+    },
 )

@@ -237,13 +237,6 @@ def test_a_checkpoint_is_converted_once_and_never_half(tmp_path):
     assert (tmp_path / "out").is_dir()
 
 
-def test_setup_cpu_says_what_it_lacks():
-    script = ROOT / "tools/setup_cpu.sh"
-    run = bash(f"'{script}' /nowhere", PYTHON="no-such-python")
-    assert run.returncode == 1
-    assert run.stderr.startswith("setup_cpu: error: found no no-such-python, expected Python 3.11 or newer")
-
-
 @pytest.mark.parametrize("script", MODELS, ids=lambda script: script.stem)
 def test_the_tensors_that_check_expects_are_the_published_models(script):
     _, config = family_config(script.stem, parse(model_arguments(script)))

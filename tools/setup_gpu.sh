@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# A virtual environment that runs all of slime_opd on Linux machines with NVIDIA GPUs.
+#
+#   tools/setup_gpu.sh [DIRECTORY]      (default: .venv)
+#
+#   PYTHON=python3.12    the interpreter: 3.11 or 3.12, for which SGLang's packages have wheels
+#   WITHOUT_NVCC=1       go on without a CUDA toolkit; machines that run engines need one
+#   WITH_FLASH_ATTN=1    build flash-attn too, for --attention-backend flash; long
+#   MAX_JOBS=N           compilers that run at once (default: one per core and per 4 GB of memory)
+#
+# pip alone cannot do it: Transformer Engine's PyTorch extension is a source distribution, and in its
+# isolated build pip compiles it for the newest torch, not for the one that SGLang pins. So SGLang
+# comes first, and the extension is compiled for what is there, with the CUDA headers of torch's own
+# wheels. The versions are in setup.py, in the extras gpu, transformer-engine and flash-attn.
+#
+# No GPU is needed, so it can run on a login node or in a container build; it then names the imports
+# that it could not try, and a second run where there is a GPU tries them.
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+NAME=setup_gpu
+VENV=${1:-.venv}
+PYTHON=${PYTHON:-python3}
+CUDA=12.8 # what the torch that SGLang pins is built for
+NEEDED_GB=20
+# What the last step imports: anywhere, and only where there is a driver.
+IMPORTS="httpx mbridge megatron.core ray sglang.launch_server slime_opd.train torch"
+KERNELS="sgl_kernel transformer_engine.pytorch sglang.srt.entrypoints.engine"
+STAMP=$VENV/.slime_opd_setup
+# shellcheck source=tools/setup_common.sh
+source "$ROOT/tools/setup_common.sh"
+
+has_driver() { # a GPU may be hidden or busy; what the kernels are linked to is the driver's library
+   "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null
+}
+
+find_nvcc() { # where SGLang's just-in-time compiler will look for it
+   local nvcc
+   if [ -n "${CUDA_HOME:-${CUDA_PATH:-}}" ]; then
+      nvcc=${CUDA_HOME:-$CUDA_PATH}/bin/nvcc
+   else
+      nvcc=$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)
+   fi
+   [ -x "$nvcc" ] && echo "$nvcc"
+}
+
+check_nvcc() {
+   local nvcc release
+   nvcc=$(find_nvcc) || fail "found no nvcc in CUDA_HOME, PATH or /usr/local/cuda, expected a CUDA toolkit ($CUDA): SGLang compiles kernels when an engine starts; install it, or set WITHOUT_NVCC=1 if engines will run on other machines"
+   release=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+   [ "${release%%.*}" = "${CUDA%%.*}" ] ||
+      fail "found CUDA $release at $nvcc, expected ${CUDA%%.*}.x ($CUDA is torch's own): name a toolkit with CUDA_HOME=…, or set WITHOUT_NVCC=1 if engines will run on other machines"
+}
+
+default_jobs() {
+   local cores gigabytes
+   cores=$(nproc)
+   gigabytes=$(awk '/^MemAvailable/ { print int($2 / 1024 / 1024 / 4) }' /proc/meminfo)
+   [ "$gigabytes" -ge 1 ] || gigabytes=1
+   echo $((cores < gigabytes ? cores : gigabytes))
+}
+
+[ "$(uname -s) $(uname -m)" = "Linux x86_64" ] ||
+   fail "found $(uname -s) $(uname -m), expected Linux x86_64: torch's wheels on PyPI have CUDA nowhere else"
+check_python "3.11 or 3.12" "sys.version_info[:2] in ((3, 11), (3, 12))"
+"$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
+   fail "found no Python.h for $PYTHON, expected Python's headers; install them (python3-dev, python3-devel)"
+export CXX=${CXX:-g++}
+command -v "$CXX" >/dev/null || fail "found no C++ compiler $CXX, expected g++ 9 or newer; install it, or name one with CXX=…"
+"$PYTHON" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
+   fail "found no libnuma.so.1, expected it: SGLang's kernels are linked to it; install it (libnuma1, numactl-libs)"
+[ -z "${WITHOUT_NVCC:-}" ] || [ -z "${WITH_FLASH_ATTN:-}" ] || fail "found WITHOUT_NVCC and WITH_FLASH_ATTN, expected one of them: flash-attn is compiled with nvcc"
+[ -n "${WITHOUT_NVCC:-}" ] || check_nvcc
+export MAX_JOBS=${MAX_JOBS:-$(default_jobs)}
+[[ $MAX_JOBS =~ ^[1-9][0-9]*$ ]] || fail "found MAX_JOBS=$MAX_JOBS, expected a number of compilers, 1 or more"
+
+FINGERPRINT="$(fingerprint "${BASH_SOURCE[0]}")${WITH_FLASH_ATTN:+ flash-attn}"
+has_driver && DRIVER=driver || DRIVER=no-driver
+STAMPED=$(cat "$STAMP" 2>/dev/null || true)
+if [ "$STAMPED" = "$FINGERPRINT driver" ] || [ "$STAMPED" = "$FINGERPRINT $DRIVER" ]; then
+   echo "setup_gpu: $VENV is up to date"
+   exit 0
+fi
+
+make_venv
+BIN=$(cd "$VENV" && pwd)/bin
+export PATH=$BIN:$PATH # ninja
+PIP=("$BIN/python" -m pip --disable-pip-version-check -qq)
+step "installing slime_opd, SGLang and its torch (11 GB)" "${PIP[@]}" install -e "${ROOT}[gpu,test]"
+"$BIN/python" -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda != sys.argv[1])' "$CUDA" ||
+   fail "found $("$BIN/python" -W ignore -c 'import torch; print("torch", torch.__version__, "built for CUDA", torch.version.cuda)'), expected a build for CUDA $CUDA; use a package index with PyPI's wheels"
+
+# The headers of torch's own CUDA libraries are in their wheels, but for two parts. A toolkit's may be of another
+# version, without cuDNN and NCCL; Transformer Engine would take them, so it is shown none.
+step "installing a builder and CUDA headers" \
+   "${PIP[@]}" install "setuptools>=70.1" wheel "nvidia-cuda-nvcc-cu12==$CUDA.*" "nvidia-cuda-cccl-cu12==$CUDA.*"
+HEADERS=$(printf '%s:' "$BIN"/../lib/python3*/site-packages/nvidia/*/include)
+step "compiling Transformer Engine for it, $MAX_JOBS at a time (some minutes)" \
+   env CUDA_HOME="$BIN/no-toolkit" CPATH="$HEADERS" NVTE_PYTORCH_FORCE_BUILD=TRUE \
+   "${PIP[@]}" install --no-build-isolation -e "${ROOT}[transformer-engine]"
+if [ -n "${WITH_FLASH_ATTN:-}" ]; then
+   step "compiling flash-attn (an hour or more)" env CUDA_HOME="$(dirname "$(dirname "$(find_nvcc)")")" \
+      "${PIP[@]}" install --no-build-isolation -e "${ROOT}[flash-attn]"
+fi
+
+step "checking that the versions fit together" "$BIN/python" -m pip check
+step "checking that it imports" "$BIN/python" -W ignore -c "import ${IMPORTS// /, }"
+if [ "$DRIVER" = driver ]; then
+   step "checking that its kernels import" "$BIN/python" -W ignore -c "import ${KERNELS// /, }${WITH_FLASH_ATTN:+, flash_attn}"
+   step "checking that torch finds a GPU" "$BIN/python" -W ignore -c 'import torch; torch.zeros(1, device="cuda")'
+else
+   echo "setup_gpu: not checked, as this machine has no NVIDIA driver: import of $KERNELS; run this again where there is a GPU"
+fi
+echo "$FINGERPRINT $DRIVER" >"$STAMP"
+echo "setup_gpu: done; use it with: source $VENV/bin/activate"
