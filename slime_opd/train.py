@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def train(run: Run) -> None:
     """Generate, train, and show how it goes, until the last rollout; then evaluate and save."""
     config = run.config
-    if is_evaluated(config) and not (config.evaluation.skip_eval_before_train or run.first_step):
+    if config.evaluates and not (config.evaluation.skip_eval_before_train or run.first_step):
         run.log(0, run.evaluate(0))
     for step in run.steps:
         done = step + 1
@@ -31,13 +31,8 @@ def train(run: Run) -> None:
         run.log(done, run.train(step, run.generate(step)))
         if reason := run.save_reason(done):
             run.save(done, reason)
-        if is_due(done, config.evaluation.eval_interval, config, is_evaluated(config)):
+        if is_due(done, config.evaluation.eval_interval, config, config.evaluates):
             run.log(done, run.evaluate(done))
-
-
-def is_evaluated(config: Config) -> bool:
-    """Whether the run has anything to evaluate on."""
-    return bool(config.evaluation.eval_prompt_data)
 
 
 def is_due(done: int, interval: int | None, config: Config, wanted: bool) -> bool:
@@ -61,7 +56,8 @@ def main(arguments: list[str]) -> None:
     from slime_opd.preflight import require_ready
 
     require_ready(config)
-    stopping = Stopping(grace_s=config.checkpoint.exit_grace_s, saves=config.checkpoint.save is not None)
+    saves = config.checkpoint.save is not None and not config.debug.debug_rollout_only
+    stopping = Stopping(grace_s=config.checkpoint.exit_grace_s, saves=saves)
     stopping.install()
     lifetimes.own()
     lifetimes.leave_last_words("it was still starting: nothing was trained yet")

@@ -1,9 +1,9 @@
 """One typed carrier per hop of the data.
 
-    Prompt ──► Sample ──► SampleGroup ──► RolloutBatch ──► TrainBatch
-    a row      a response  the n          columns, ready   one data-parallel
-    of data    and its     responses of   to split and     rank's share, in the
-               fields      one prompt     to send          order it trains on
+    Prompt ──► Sample ──► SampleGroup ──► Rollout ──► RolloutBatch ──► TrainBatch
+    a row      a response  the n          the groups   columns, ready   one data-parallel
+    of data    and its     responses of   of one step  to split and     rank's share, in the
+               fields      one prompt                  to send          order it trains on
 
 Notation of the shapes: N samples, R response tokens.
 """
@@ -88,6 +88,25 @@ class SampleGroup:
 
     prompt: Prompt
     samples: list[Sample]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What is trained on in one go: groups of samples, scored and rewarded, and where they come from.
+
+    `weights_version`: of the student's weights that generated them, counted from 1; 0: none were sent to the engines.
+    `prompts`: `PromptSource.state()` after the prompts of this rollout were taken; a checkpoint that is written once the
+    rollout is trained on continues from there.
+    """
+
+    groups: list[SampleGroup]
+    weights_version: int = 0
+    prompts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples, group by group."""
+        return [sample for group in self.groups for sample in group.samples]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ STATELESS_STAGES = (
     "divergence",
     "weights",
     "observe",
+    "debug",
 )
 
 _ARCHITECTURE = "the model would be another: set it back, or start at step 0 from the weights with --finetune"

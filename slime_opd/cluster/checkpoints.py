@@ -48,7 +48,7 @@ class RunCheckpoints:
 
     def _continue(self, run_state: dict[str, Any]) -> None:
         start, source = self.start, self._source
-        if source is None:
+        if source is None and not self._config.replays:
             raise ConfigError(f"{start.flag} {start.path} has a place in the prompts, but no --prompt-data is given")
         saved = run_state.get("run", {}).get("options")
         found = differences.differences(saved, public_values(self._config)) if saved is not None else []
@@ -58,7 +58,8 @@ class RunCheckpoints:
             raise ConfigError("\n".join(problems))
         prompts = run_state.get("prompts", {})
         try:
-            source.load_state(prompts)
+            if source is not None:
+                source.load_state(prompts)
         except CheckpointError as error:
             raise ConfigError(str(error)) from error
         console.say(

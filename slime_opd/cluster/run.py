@@ -7,7 +7,7 @@ import datetime
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from slime_opd.cluster.environment import engine_environment, trainer_environmen
 from slime_opd.cluster.trainers import TrainerGroup
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
+from slime_opd.config.check_machine import architecture_of
 from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.assemble import assemble, split
@@ -34,12 +35,13 @@ from slime_opd.observe import console, metrics, summary
 from slime_opd.observe.sinks import MetricSinks
 from slime_opd.rollout.evaluate import EvalSet
 from slime_opd.rollout.loop import BackgroundLoop
+from slime_opd.rollout.recording import Recordings, require_trainable
 from slime_opd.rollout.student import StudentRollouts
 from slime_opd.stopping import Stopping, during
 from slime_opd.teacher.probe import probe
 from slime_opd.teacher.recheck import TeacherRecheck
 from slime_opd.teacher.sglang import make_teacher
-from slime_opd.types import SampleGroup, StartReport
+from slime_opd.types import Rollout, StartReport
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +58,8 @@ class Run:
         stopping: Stopping | None = None,
     ) -> None:
         self.stopping = stopping or Stopping(grace_s=0, saves=False)  # one that is not installed sees no signal
-        self._steps_done, self._prompts_before_rollout = 0, None
-        self.config = with_epochs(config, source)
+        self._steps_done = 0
+        self.config = without_checkpoints(with_epochs(config, source))
         self._tokenizer, self._source, self._eval_sets = tokenizer, source, eval_sets
         self._run_dir = run_dir(config)
         self.log_dir = self._run_dir / "logs"
@@ -66,6 +68,12 @@ class Run:
         self._of_rollout: dict[str, metrics.Metric] = {}
         self._weights_version = 0
         self._weights_are_new = True
+        # Where the prompts stood after the last rollout that was trained on.
+        self._prompts: Mapping[str, Any] = {}
+        vocabulary = architecture_of(config).get("vocab_size", 0)
+        recorded, replayed = config.debug.save_debug_rollout_data, config.debug.load_debug_rollout_data
+        self._recorded = Recordings(recorded, vocabulary) if recorded is not None else None
+        self._replayed = Recordings(replayed, vocabulary) if replayed is not None else None
         self._last: dict[str, float] = {}
         self.watchdog = Watchdog(config.cluster.watchdog_interval_s, config.cluster.watchdog_timeout_s)
 
@@ -74,6 +82,7 @@ class Run:
             self._start()
             self._stack = self._stack.pop_all()
         self._started, self._done = time.monotonic(), self.first_step
+        self._prompts = self._checkpoints.run_state.get("prompts", {}) if self._source is None else self._source.state()
         lifetimes.leave_last_words(self._ending(is_finished=False))
         return self
 
@@ -108,6 +117,8 @@ class Run:
         if damaged := directory.problems(self._checkpoints.trainer_config):
             raise ConfigError("\n".join(damaged))
         self.first_step = self._checkpoints.start.step
+        if self._replayed is not None:
+            self._replayed.require_all(self.steps)
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / "config.yaml").write_text(to_yaml(config))
         options = dataclasses.asdict(redacted(config))
@@ -116,7 +127,7 @@ class Run:
         console.say(summary.opening(self._places()))
         keep.enter_context(self.watchdog)
         loop = keep.enter_context(BackgroundLoop(check=self.watchdog.check))
-        self._teacher = make_teacher(config) if config.has_sglang_teacher else None
+        self._teacher = make_teacher(config) if config.asks_teacher_server else None
         self._recheck: TeacherRecheck | None = None
         if self._teacher is not None:
             client, top_k = self._teacher.client, self._teacher.wanted.asked
@@ -138,19 +149,24 @@ class Run:
         for_engines = engine_environment(config, devices, os.environ)
         if for_trainers or for_engines:
             console.say(summary.environment({"trainers": for_trainers, "engines": for_engines if has_engines else {}}))
-        trainer_config = self._checkpoints.trainer_config
-        self._trainers = TrainerGroup(trainer_config, placement.trainers, self.watchdog, for_trainers)
-        keep.callback(self._trainers.stop)
+        self._trainers: TrainerGroup | None = None
+        if placement.trainers:
+            trainer_config = self._checkpoints.trainer_config
+            self._trainers = TrainerGroup(trainer_config, placement.trainers, self.watchdog, for_trainers)
+            keep.callback(self._trainers.stop)
         self._engines: EngineGroup | None = None
         if has_engines:
             self._engines = EngineGroup(config, placement.engines, self.log_dir, self.watchdog, for_engines)
             keep.callback(self._engines.stop)
         console.say(summary.starting(len(placement.trainers), len(placement.engines)))
-        shares_gpus = config.cluster.colocate and placement.has_gpus
+        shares_gpus = config.cluster.colocate and placement.has_gpus and self._trainers is not None
         report = start_processes(self._trainers, self._engines, shares_gpus=shares_gpus)
-        for warning in report.warnings:
-            console.warn(warning)
-        self._checkpoints.begin(self._trainers)
+        if self._trainers is not None:
+            for warning in report.warnings:
+                console.warn(warning)
+            self._checkpoints.begin(self._trainers)
+        if config.replays:
+            return
         self._rollouts = StudentRollouts(
             config,
             self._tokenizer,
@@ -170,7 +186,7 @@ class Run:
             self._run_dir,
             self._sinks.attempt,
             has_tensorboard=not self.config.observe.no_tensorboard,
-            has_engines=session.needs_engines(self.config),
+            has_engines=self.config.needs_engines,
             save=options.save,
             saves=str(self._checkpoints.policy),
             save_hf=options.save_hf,
@@ -182,9 +198,13 @@ class Run:
         return range(self.first_step, self.config.rollout.num_rollout or 0)
 
     @during("generate")
-    def generate(self, step: int) -> list[SampleGroup]:
-        """The samples of one rollout."""
-        self._prompts_before_rollout = self._source.state()
+    def generate(self, step: int) -> Rollout:
+        """One rollout: from the engines, from the data set (fine-tuning), or from its recording."""
+        if self._replayed is not None:
+            with self._timed("rollout"):
+                rollout = self._replayed.read(step + 1)
+            require_trainable(rollout, self.config)
+            return rollout
         if self._weights_are_new and not self.config.is_sft:
             self.update_weights()
         if self._recheck is not None:
@@ -203,22 +223,26 @@ class Run:
                 self._of_rollout["opd/teacher_drift"] = metrics.Last(self._recheck.drift)
         if self._rollouts.groups_left_out is not None:
             self._of_rollout["rollout/groups_left_out"] = metrics.Last(self._rollouts.groups_left_out)
-        self._prompts_before_rollout = None
-        return groups
+        rollout = Rollout(groups, self._weights_version, self._source.state())
+        if self._recorded is not None:
+            console.say(f"recorded {self._recorded.write(step + 1, rollout)}")
+        return rollout
 
     @during("train")
-    def train(self, step: int, groups: list[SampleGroup]) -> dict[str, metrics.Metric]:
-        """Train on a rollout; returns the metrics of both."""
-        samples = [sample for group in groups for sample in group.samples]
+    def train(self, step: int, rollout: Rollout) -> dict[str, metrics.Metric]:
+        """Train on a rollout; returns the metrics of both. With --debug-rollout-only, those of the rollout alone."""
+        samples = rollout.samples
         interval = self.config.observe.print_samples_interval
         if interval and not self.config.is_sft and step % interval == 0:
             console.print_samples(samples[:2], self._tokenizer.decode)
         label = f"training {step + 1}/{self.config.rollout.num_rollout}"
         with self._timed("train"), console.working(label), self.watchdog.waiting_for(label):
             batch = assemble(samples, self.config)
-            trained = self._trainers.train(split(batch, self.config), step / self.config.rollout.num_rollout)
-        self._weights_are_new = True
-        self._steps_done = step + 1
+            trained = {}
+            if self._trainers is not None:
+                trained = self._trainers.train(split(batch, self.config), step / self.config.rollout.num_rollout)
+                self._weights_are_new = True
+        self._steps_done, self._prompts = step + 1, rollout.prompts
         speed = self._speed(int(np.sum(batch.total_lengths)))
         return {**metrics.batch_metrics(batch), **trained, **self._of_rollout, **speed}
 
@@ -232,7 +256,7 @@ class Run:
 
     def update_weights(self) -> None:
         """Bring the engines to the trainer's weights."""
-        if self._engines is None:
+        if self._engines is None or self._trainers is None:
             return
         with self._timed("update_weights"), self.watchdog.waiting_for("sending weights to the engines"):
             self._weights_version += 1
@@ -263,8 +287,8 @@ class Run:
     def save(self, step: int, reason: str = BY_REQUEST) -> None:
         """Write a checkpoint that continues after `step` rollouts. `reason`: see slime_opd/checkpoint/saves.py."""
         started = time.perf_counter()
-        # A rollout that was interrupted has taken prompts that were not trained on.
-        run_state = {"step": step, "prompts": self._prompts_before_rollout or self._source.state()}
+        # Not where the source stands now: a rollout that was interrupted has taken prompts that were not trained on.
+        run_state = {"step": step, "prompts": dict(self._prompts)}
         if self._recheck is not None:
             run_state["teacher"] = self._recheck.state()
         with self.watchdog.waiting_for(f"saving after {step} rollouts"):
@@ -293,13 +317,15 @@ class Run:
         self._timings[name] = self._timings.get(name, 0.0) + time.perf_counter() - started
 
 
-def start_processes(trainers: TrainerGroup, engines: EngineGroup | None, *, shares_gpus: bool) -> StartReport:
+def start_processes(
+    trainers: TrainerGroup | None, engines: EngineGroup | None, *, shares_gpus: bool
+) -> StartReport | None:
     """Start trainers and engines and wait for them: at the same time, but one after the other where they share GPUs.
 
     SGLang sizes its cache by the memory that is free when it starts, which is known once the trainers have loaded.
     """
     starting = engines.begin_start([]) if engines is not None and not shares_gpus else []
-    report = trainers.finish_start(trainers.begin_start())
+    report = None if trainers is None else trainers.finish_start(trainers.begin_start())
     if engines is not None:
         engines.finish_start(engines.begin_start(trainers.gpu_ids()) if shares_gpus else starting)
     return report
@@ -312,6 +338,13 @@ def run_dir(config: Config) -> Path:
     if config.checkpoint.save is not None:
         return Path(config.checkpoint.save) / "run"
     return Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def without_checkpoints(config: Config) -> Config:
+    """With --debug-rollout-only, the configuration without the checkpoints that it does not use; else as it is."""
+    if not config.debug.debug_rollout_only:
+        return config
+    return dataclasses.replace(config, checkpoint=type(config.checkpoint)())
 
 
 def with_epochs(config: Config, source: PromptSource | None) -> Config:

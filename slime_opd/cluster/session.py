@@ -87,7 +87,9 @@ def reserve(config: Config, timeout_s: float = PLACEMENT_TIMEOUT_S) -> Placement
     The ranks of a node are one bundle, and each engine is one, so that neither straddles nodes. With --colocate an engine stands in
     the bundle of its ranks. Raises ConfigError when the cluster has too few GPUs, or none becomes free within `timeout_s` seconds.
     """
-    trainers, engines = config.world_size, config.num_engines if needs_engines(config) else 0
+    nodes = 0 if config.debug.debug_rollout_only else config.cluster.actor_num_nodes
+    trainers = nodes * config.cluster.actor_num_gpus_per_node
+    engines = config.num_engines if config.needs_engines else 0
     if not ray.cluster_resources().get("GPU"):
         cores = int(ray.cluster_resources().get("CPU", 0))
         if problem := process_problem(trainers, engines * config.cluster.rollout_num_gpus_per_engine, cores):
@@ -95,11 +97,11 @@ def reserve(config: Config, timeout_s: float = PLACEMENT_TIMEOUT_S) -> Placement
         return Placement([Slot({"num_cpus": 0})] * trainers, [Slot({"num_cpus": 0})] * engines, None)
     cluster = config.cluster
     plan = Bundles(
-        nodes=cluster.actor_num_nodes,
+        nodes=nodes,
         ranks_per_node=cluster.actor_num_gpus_per_node,
         engines=engines,
         gpus_per_engine=cluster.rollout_num_gpus_per_engine,
-        is_colocated=cluster.colocate,
+        is_colocated=cluster.colocate and nodes > 0,
     )
     if problem := plan.problem(_gpus_of_nodes()):
         raise ConfigError(problem)
@@ -151,8 +153,3 @@ def server_access() -> Access:
 def devices() -> Devices:
     """The devices of the Ray cluster."""
     return Devices.of_resources(ray.cluster_resources())
-
-
-def needs_engines(config: Config) -> bool:
-    """Whether anything is generated: by a rollout, or by an evaluation."""
-    return not config.is_sft or bool(config.evaluation.eval_prompt_data)

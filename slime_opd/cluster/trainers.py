@@ -15,7 +15,7 @@ import ray
 from slime_opd import lifetimes
 from slime_opd.cluster import heartbeat
 from slime_opd.cluster.bundles import in_rank_order
-from slime_opd.cluster.session import Slot, needs_engines
+from slime_opd.cluster.session import Slot
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
 from slime_opd.config.weight_transport import weight_transport
@@ -68,7 +68,7 @@ class TrainerActor:
         """Build and load the rank's model; returns its StartReport."""
         import torch
 
-        if needs_engines(self._config):
+        if self._config.needs_engines:
             # Refuses what cannot work before anything is loaded.
             weight_transport(self._config, has_gpus=torch.cuda.is_available())
         if not torch.cuda.is_available():

@@ -24,7 +24,11 @@ def check_required(config: Config) -> list[str]:
     if not only_evaluates(config):
         length = None if config.is_sft else "the longest response, in tokens"
         needed += [
-            ("--prompt-data", data.prompt_data, "a JSONL or Parquet file of prompts"),
+            (
+                "--prompt-data",
+                data.prompt_data or config.debug.load_debug_rollout_data,
+                "a JSONL or Parquet file of prompts",
+            ),
             ("--num-rollout", rollout.num_rollout or data.num_epoch, "the rollouts of the run (or give --num-epoch)"),
             ("--rollout-batch-size", rollout.rollout_batch_size, "the prompts of one rollout"),
         ]
@@ -152,7 +156,6 @@ def check_words_of_slime(config: Config) -> list[str]:
         )
     only_sft = {
         "rollout_function_path": function == SLIME_SFT_ROLLOUT,
-        "debug_train_only": config.rollout.debug_train_only,
         "disable_compute_advantages_and_returns": config.algorithm.disable_compute_advantages_and_returns,
     }
     problems += [

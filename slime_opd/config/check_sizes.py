@@ -67,8 +67,7 @@ def check_processes(config: Config) -> list[str]:
     """More processes than a machine without GPUs can run, where the run starts its own Ray there."""
     if config.cluster.ray_address != "local" or any(Path("/dev").glob("nvidia[0-9]*")):
         return []
-    has_engines = not config.is_sft or bool(config.evaluation.eval_prompt_data)
-    engines = config.num_engines * config.cluster.rollout_num_gpus_per_engine if has_engines else 0
+    engines = config.num_engines * config.cluster.rollout_num_gpus_per_engine if config.needs_engines else 0
     problem = process_problem(config.world_size, engines, _cores())
     return [problem] if problem else []
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from slime_opd.config import (
+    check_debug,
     check_distillation,
     check_kernels,
     check_learning,
@@ -57,6 +58,7 @@ COMBINATIONS: tuple[Check, ...] = (
     check_learning.check_words_of_slime,
     check_learning.check_dynamic_sampling,
     check_learning.check_wandb,
+    check_debug.check_debug,
     check_distillation.check_opd_type,
     check_distillation.check_opd_is_on,
     check_distillation.check_megatron_teacher,
@@ -74,6 +76,7 @@ CHECKS: tuple[Check, ...] = (
     *COMBINATIONS,
     check_machine.check_checkpoints_exist,
     check_machine.check_data_exists,
+    check_debug.check_recordings_exist,
     check_lengths.check_lengths,
     check_machine.check_hf_config,
     check_machine.check_layout_of_checkpoint,
@@ -119,7 +122,7 @@ def notes(config: Config) -> list[str]:
         said.append(
             "--n-samples-per-prompt 1: group normalisation of a group of one gives 0, so only the teacher teaches"
         )
-    if checkpoint.save is None and rollout.num_rollout != 0:
+    if checkpoint.save is None and rollout.num_rollout != 0 and not config.debug.debug_rollout_only:
         said.append("no --save: no checkpoint is written, so a run that ends early is lost")
     is_continued = checkpoint.save is not None and _holds_checkpoint(checkpoint.save)
     if checkpoint.load is not None and not _holds_checkpoint(checkpoint.load) and not is_continued:
@@ -129,6 +132,12 @@ def notes(config: Config) -> list[str]:
         said.append(
             "--colocate: trainer and engines keep their memory on the GPUs at the same time, as nothing releases it between rollouts; engines start once the trainers have loaded, and take --sglang-mem-fraction-static of what is free then, so set it low enough for the optimizer's state and the activations"
         )
+    if config.debug.debug_rollout_only:
+        said.append(
+            "--debug-rollout-only: nothing is trained, --save and --load are not used, and the engines keep the weights of --hf-checkpoint"
+        )
+    if config.evaluation.eval_prompt_data and not config.evaluates:
+        said.append("nothing is evaluated: training alone starts no engine")
     if note := check_sizes.packing_note(config):
         said.append(note)
     if config.reward.custom_reward_post_process_path is not None:

@@ -27,6 +27,7 @@ class Config:
     divergence: stages.DivergenceConfig = field(default_factory=stages.DivergenceConfig)
     weights: stages.WeightsConfig = field(default_factory=stages.WeightsConfig)
     observe: stages.ObserveConfig = field(default_factory=stages.ObserveConfig)
+    debug: stages.DebugConfig = field(default_factory=stages.DebugConfig)
     megatron: stages.MegatronConfig = field(default_factory=stages.MegatronConfig)
     # Options of the SGLang engines (`--sglang-X` is their `--X`), as words.
     sglang: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -82,8 +83,33 @@ class Config:
         return self.training.loss_type == "sft_loss"
 
     @property
+    def replays(self) -> bool:
+        """Whether the rollouts are read from recordings instead of being generated."""
+        return self.debug.load_debug_rollout_data is not None
+
+    @property
+    def generates(self) -> bool:
+        """Whether the engines generate the rollouts that the run trains on, and a teacher's server scores them."""
+        return not self.is_sft and not self.replays
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run evaluates the student."""
+        return bool(self.evaluation.eval_prompt_data) and not (self.replays or self.debug.debug_train_only)
+
+    @property
+    def needs_engines(self) -> bool:
+        """Whether anything is generated: by a rollout, or by an evaluation."""
+        return self.generates or self.evaluates
+
+    @property
+    def asks_teacher_server(self) -> bool:
+        """Whether a teacher's server scores samples during rollout; a replayed rollout was scored when it was recorded."""
+        return self.has_sglang_teacher and self.generates
+
+    @property
     def has_sglang_teacher(self) -> bool:
-        """Whether a teacher server scores the samples during rollout."""
+        """Whether the teacher's scores come with the rollout, from a teacher server."""
         return self.opd.use_opd and self.opd.opd_type == "sglang"
 
     @property

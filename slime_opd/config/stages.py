@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass
 
+from slime_opd.config.debug_stage import DebugConfig
 from slime_opd.config.distillation_stages import DivergenceConfig, OPDConfig
 from slime_opd.config.megatron_options import make_stage
 from slime_opd.config.options import option
 
-__all__ = ["DivergenceConfig", "OPDConfig"]  # the other stages are below
+__all__ = ["DebugConfig", "DivergenceConfig", "OPDConfig"]  # the other stages are below
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,9 +289,6 @@ class RolloutConfig:
         None,
         help="accepted for slime's scripts: its sft_rollout.generate_rollout is built in as --loss-type sft_loss",
         metavar="MODULE.FUNCTION",
-    )
-    debug_train_only: bool = option(
-        False, help="accepted for slime's scripts of supervised fine-tuning, which starts no engine without evaluation"
     )
     rollout_request_timeout_s: float = option(600.0, help="seconds that one generation may take")
     rollout_request_retries: int = option(8, help="times a failed generation is sent again")

@@ -32,7 +32,7 @@ class Inputs:
 def look_at_data(config: Config, tokenizer: Any, found: Findings) -> Inputs:
     """Read, render and tokenise every row of the training and evaluation files, and look whether they fit the run's sizes."""
     source = None
-    if config.data.prompt_data and _is_file(config.data.prompt_data):
+    if config.data.prompt_data and not config.replays and _is_file(config.data.prompt_data):
         source = attempt(found, lambda: PromptSource.of_run(config, tokenizer))
     if source is not None:
         _report(found, f"--prompt-data {config.data.prompt_data}", source.summary)
@@ -41,7 +41,7 @@ def look_at_data(config: Config, tokenizer: Any, found: Findings) -> Inputs:
         else:
             _note(found, size_notes(config, source.summary.lengths))
     eval_sets = []
-    arguments = config.evaluation.eval_prompt_data
+    arguments = config.evaluation.eval_prompt_data if config.evaluates else ()
     for name, path in zip(arguments[::2], arguments[1::2], strict=False):
         read = attempt(found, lambda n=name, p=path: read_eval_set(n, p, config, tokenizer)) if _is_file(path) else None
         if read is not None:

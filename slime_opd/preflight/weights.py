@@ -49,8 +49,7 @@ def _weight_directories(config: Config) -> Iterator[tuple[str, str]]:
 
 def _reads_hf_weights(config: Config) -> bool:
     """Whether anything loads the weights of --hf-checkpoint: an engine, or a trainer that starts from no other checkpoint."""
-    has_engine = not config.is_sft or bool(config.evaluation.eval_prompt_data)
-    if has_engine and config.sglang.get("load-format") != ("dummy",):
+    if config.needs_engines and config.sglang.get("load-format") != ("dummy",):
         return True
     checkpoint = config.checkpoint
     return checkpoint.ref_load is None and (

@@ -45,7 +45,7 @@ def make_reward(config: Config) -> Reward | None:
 
 def make_eval_reward(config: Config) -> Reward | None:
     """The reward of evaluation: `--eval-rm-type`, else that of training, else math; None without evaluation sets."""
-    if not config.evaluation.eval_prompt_data:
+    if not config.evaluates:
         return None
     if config.evaluation.eval_rm_type is not None:
         return REWARDS[config.evaluation.eval_rm_type]()

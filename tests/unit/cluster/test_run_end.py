@@ -76,9 +76,9 @@ def do_steps(run: Run, count: int) -> int:
     """The exit code of a run of `count` steps."""
     with pytest.raises(SystemExit) as caught, run.stopping, run:
         for step in range(count):
-            run.generate(step)
+            rollout = run.generate(step)
             with run.stopping.during("train"):
-                run._steps_done = step + 1
+                run._steps_done, run._prompts = step + 1, rollout.prompts
         raise SystemExit(0)
     return caught.value.code
 

@@ -220,7 +220,21 @@ RULES = {
         f"{GOOD} --rollout-function-path slime.rollout.sft_rollout.generate_rollout",
         "--rollout-function-path is for supervised fine-tuning: add --loss-type sft_loss",
     ),
-    "training alone": (f"{GOOD} --debug-train-only", "--debug-train-only is for supervised fine-tuning"),
+    "training alone": (f"{GOOD} --debug-train-only", "found nothing to train on, expected --load-debug-rollout-data"),
+    "a recording without a number": (
+        f"{GOOD} --save-debug-rollout-data rollouts.parquet",
+        "--save-debug-rollout-data: found 'rollouts.parquet', expected a path with {rollout_id} in it",
+    ),
+    "a recording with another brace": (f"{GOOD} --save-debug-rollout-data {{rollout_id}}{{x}}", "no other braces"),
+    "recording a recording": (
+        f"{GOOD} --save-debug-rollout-data a{{rollout_id}} --load-debug-rollout-data b{{rollout_id}}",
+        "the rollouts are recorded already",
+    ),
+    "neither half": (
+        f"{GOOD} --debug-rollout-only --load-debug-rollout-data b{{rollout_id}}",
+        "--debug-rollout-only with --load-debug-rollout-data: nothing would be done",
+    ),
+    "generating for fine-tuning": (f"{SFT} --debug-rollout-only", "--debug-rollout-only with --loss-type sft_loss"),
     "no advantages": (f"{GOOD} --disable-compute-advantages-and-returns", "is for supervised fine-tuning"),
     "kl in the reward": (f"{GOOD} --kl-coef 0.1", "say --use-kl-loss --kl-loss-coef 0.1"),
     "a project of nobody": (f"{GOOD} --wandb-project p", "--wandb-project has no effect without --use-wandb"),
