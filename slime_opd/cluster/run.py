@@ -118,7 +118,7 @@ class Run:
             raise ConfigError("\n".join(damaged))
         self.first_step = self._checkpoints.start.step
         if self._replayed is not None:
-            self._replayed.require_all(self.steps)
+            self._replayed.require_all(range(self.first_step + 1, (config.rollout.num_rollout or 0) + 1))
         self._run_dir.mkdir(parents=True, exist_ok=True)
         (self._run_dir / "config.yaml").write_text(to_yaml(config))
         options = dataclasses.asdict(redacted(config))

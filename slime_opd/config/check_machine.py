@@ -56,8 +56,9 @@ def _is_empty(directory: str) -> bool:
 
 def check_data_exists(config: Config) -> list[str]:
     """Prompt files that are not there; `FILE@[a:b]` is a slice of FILE."""
-    files = [("--prompt-data", config.data.prompt_data)]
-    files += [("--eval-prompt-data", file) for file in config.evaluation.eval_prompt_data[1::2]]
+    files = [] if config.replays else [("--prompt-data", config.data.prompt_data)]
+    if config.evaluates:
+        files += [("--eval-prompt-data", file) for file in config.evaluation.eval_prompt_data[1::2]]
     problems = []
     for name, found in files:
         path = None if found is None else Path(_without_slice(found))

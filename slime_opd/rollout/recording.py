@@ -65,12 +65,14 @@ class Recordings:
 
     def require_all(self, rollout_ids: range) -> None:
         """Raise ConfigError where one of the files that a run will read is missing."""
-        missing = [number for number in rollout_ids if not self.file(number).is_file()]
-        if missing:
-            last = missing[0] - 1
-            there = f"rollouts {rollout_ids[0]} to {last}" if last in rollout_ids else "none"
+        missing = next((number for number in rollout_ids if not self.file(number).is_file()), None)
+        if missing == rollout_ids[0]:
             raise ConfigError(
-                f"--load-debug-rollout-data: found {there} in {self.path}, expected {rollout_ids[0]} to {rollout_ids[-1]}: give --num-rollout {last} (and --lr-decay-iters, where the learning rate decays)"
+                f"--load-debug-rollout-data: found no file {self.file(missing)}, expected rollout {missing}, the run's first"
+            )
+        if missing is not None:
+            raise ConfigError(
+                f"--load-debug-rollout-data: found rollouts {rollout_ids[0]} to {missing - 1} of {self.path}, expected {rollout_ids[0]} to {rollout_ids[-1]}: give --num-rollout {missing - 1} (and --lr-decay-iters, where the learning rate decays)"
             )
 
     def write(self, rollout_id: int, rollout: Rollout) -> Path:

@@ -122,7 +122,11 @@ def test_top_k_of_a_teacher_server_that_is_the_student_has_no_divergence(
     flags += ["--opd-divergence", "reverse_kl", "--opd-log-prob-top-k", "4", "--opd-top-k-strategy", "union"]
     # A fourth of the responses is the teacher's own; half of the samples train in each step.
     flags += ["--opd-off-policy-fraction", "0.25", "--num-steps-per-rollout", "2", "--num-rollout", "2", "--lr", "0"]
-    code, output = run(distillation(tiny_model_dir, prompts, tmp_path / "run", *flags), tmp_path / "log")
+    recordings = str(tmp_path / "rollouts" / "{rollout_id}.parquet")
+    generating = distillation(
+        tiny_model_dir, prompts, tmp_path / "run", *flags, "--save-debug-rollout-data", recordings
+    )
+    code, output = run(generating, tmp_path / "log")
     assert code == 0, output[-3000:]
     steps = records(tmp_path / "run")
     assert [record["step"] for record in steps] == [1, 2]
@@ -134,6 +138,18 @@ def test_top_k_of_a_teacher_server_that_is_the_student_has_no_divergence(
         assert record["train/grad_norm"] < 0.05
         # Four ids and eight log-probs per token, beside the sampled one.
         assert 200 < record["perf/teacher_bytes_per_token"] < 600
+    # Replayed without an engine, a teacher's server and the prompts, under the same weights: the same numbers, bit for bit.
+    flags[flags.index("--rm-url") + 1] = "http://127.0.0.1:9/generate"
+    replaying = distillation(
+        tiny_model_dir, tmp_path, tmp_path / "replay", *flags, "--load-debug-rollout-data", recordings
+    )
+    code, output = run(replaying, tmp_path / "replay_log")
+    assert code == 0, output[-3000:]
+    for before, after in zip(steps, records(tmp_path / "replay"), strict=True):
+        trained = {name for name in before if name.startswith(("train/", "opd/"))} - {"opd/teacher_drift"}
+        assert {"train/loss", "train/grad_norm", "opd/divergence", "opd/overlap_ratio"} <= trained
+        assert {name: after[name] for name in trained} == {name: before[name] for name in trained}
+    assert not (tmp_path / "replay" / "logs" / "engine_0.log").exists()
 
 
 def test_at_another_temperature_the_penalty_is_still_taken_at_the_teachers(

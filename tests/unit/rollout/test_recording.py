@@ -132,9 +132,9 @@ def test_missing_recordings_are_refused_before_the_run_with_the_rollouts_that_th
     for number in (3, 4):
         recordings.write(number, a_rollout())
     recordings.require_all(range(3, 5))
-    with pytest.raises(ConfigError, match=r"found rollouts 3 to 4 in .*, expected 3 to 9: give --num-rollout 4"):
+    with pytest.raises(ConfigError, match=r"found rollouts 3 to 4 of .*, expected 3 to 9: give --num-rollout 4"):
         recordings.require_all(range(3, 10))
-    with pytest.raises(ConfigError, match="found none in"):
+    with pytest.raises(ConfigError, match=r"found no file .*rollout_1.parquet, expected rollout 1, the run's first"):
         recordings.require_all(range(1, 3))
 
 

@@ -59,14 +59,16 @@ class ScriptedTeacher:
         noise: float = 0.0,
         lie: Callable[[list], list] | None = None,
         max_input: int = 64,
+        tokenizer_path: str | None = None,
     ) -> None:
         self.model, self.texts, self.size, self.eos, self.top_k = model, texts, size, eos, top_k
         self.noise, self.lie, self.max_input, self.largest_id = noise, lie, max_input, 0
+        self.tokenizer_path = tokenizer_path
         self._random = np.random.default_rng(0)
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path == "/get_model_info":
-            return httpx.Response(200, json={"model_path": "big", "tokenizer_path": None})
+            return httpx.Response(200, json={"model_path": "big", "tokenizer_path": self.tokenizer_path})
         if request.url.path == "/get_server_info":
             return httpx.Response(200, json={"max_req_input_len": self.max_input})
         body = json.loads(request.content)

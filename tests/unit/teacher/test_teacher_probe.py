@@ -72,6 +72,14 @@ def test_what_cannot_be_checked_is_said():
     assert [gap.split(" (")[0] for gap in report.unchecked] == ["tokenizer", "end-of-sequence"]
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": "1.0", "model": null}'])
+def test_a_damaged_tokenizer_of_the_teacher_on_this_machine_is_reported_as_not_compared(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    report = probed(ScriptedTeacher(texts=None, tokenizer_path=str(tmp_path)))
+    assert report.checked_tokens == 0
+    assert [gap for gap in report.unchecked if gap.startswith("tokenizer") and str(tmp_path) in gap]
+
+
 def test_a_teacher_that_is_not_there_or_does_not_score_is_an_error():
     def gone(request):
         raise httpx.ConnectError("refused")
