@@ -16,7 +16,7 @@ from ranks import run_ranks
 pytestmark = pytest.mark.dist
 
 RANKS = 4
-EXAMPLES = 25
+EXAMPLES = 16
 # Options of this package that go to Megatron, and values to draw from.
 OURS = {
     "--sequence-parallel": [""],
