@@ -279,7 +279,10 @@ RULES = {
         f"{MODEL} {DATA} {TEACHER} --num-rollout 1 --rollout-max-response-len 8",
         "--rollout-batch-size: found none",
     ),
-    "a learning rate of a thousand": (f"{GOOD} --lr 1000", "--lr: found 1000.0, expected at most 1: Adam moves every weight"),
+    "a learning rate of a thousand": (
+        f"{GOOD} --lr 1000",
+        "--lr: found 1000.0, expected at most 1: Adam moves every weight",
+    ),
     "no response length": (
         f"{MODEL} {DATA} {TEACHER} --num-rollout 1 --rollout-batch-size 2",
         "--rollout-max-response-len: found none",
