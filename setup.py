@@ -58,10 +58,10 @@ CPU = [
 # SGLang pins torch 2.9.1, transformers 4.57.1 and its kernels; it has wheels for Python 3.11 and 3.12.
 # It also asks for datasets of any version, and a resolver may go back to 2.14, which cannot be imported beside pyarrow 26.
 GPU = ["sglang==0.5.9", "datasets>=5.0.1,<6"]
-# megatron-core 0.16.1's own range. Not in the gpu extra: it must be built for the torch that is
-# installed, so without pip's build isolation, and an extra cannot say that.
-TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.9,<2.12"]
-# The newest that Transformer Engine 2.11 accepts: it takes 2.8.3.post1 for too new.
+# Within megatron-core 0.16.1's range, <2.12; 2.11 looks for CUDA 12's libcudart.so in a directory that its wheel does
+# not have. Not in the gpu extra: it must be compiled for the torch that is installed, so without pip's build isolation.
+TRANSFORMER_ENGINE = ["transformer-engine[pytorch]>=2.9,<2.11"]
+# The newest that Transformer Engine 2.10 accepts: it takes 2.8.3.post1 for too new.
 FLASH_ATTN = ["flash-attn==2.8.3"]
 
 WANDB = ["wandb>=0.31,<0.32"]

@@ -24,8 +24,8 @@ PYTHON=${PYTHON:-python3}
 CUDA=12.8 # what the torch that SGLang pins is built for
 NEEDED_GB=20
 # What the last step imports: anywhere, and only where there is a driver.
-IMPORTS="httpx mbridge megatron.core ray sglang.launch_server slime_opd.train torch"
-KERNELS="sgl_kernel transformer_engine.pytorch sglang.srt.entrypoints.engine"
+IMPORTS="httpx mbridge megatron.core ray sglang.launch_server slime_opd.train torch transformer_engine.pytorch"
+KERNELS="sgl_kernel sglang.srt.entrypoints.engine"
 STAMP=$VENV/.slime_opd_setup
 # shellcheck source=tools/setup_common.sh
 source "$ROOT/tools/setup_common.sh"
