@@ -152,9 +152,7 @@ def test_a_torch_for_another_cuda_is_not_built_upon(machine):
 
 def test_imports_that_need_a_driver_are_named_where_there_is_none_and_tried_where_there_is_one(machine):
     without = setup(machine, REFUSE=NO_DRIVER)
-    assert (
-        "not checked, as this machine has no NVIDIA driver: import of sgl_kernel sglang" in without.stdout
-    )
+    assert "not checked, as this machine has no NVIDIA driver: import of sgl_kernel sglang" in without.stdout
     assert not any("import sgl_kernel" in line for line in commands_run(machine))
     again = setup(machine, REFUSE=NO_DRIVER)
     assert (again.returncode, again.stdout) == (0, f"setup_gpu: {machine / 'venv'} is up to date\n")
