@@ -38,7 +38,7 @@ def test_memory_is_of_the_layout():
     assert 137 < alone < 160 and alone / 2 < tensor < alone / 2 + 16384 * 4096 * 2 * 40 / 2**30
     assert total(
         f"{BASE} --tensor-model-parallel-size 2 --actor-num-gpus-per-node 2 --sequence-parallel"
-    ) == pytest.approx(alone / 2, rel=0.01)
+    ) == pytest.approx(alone / 2, rel=0.02)
     sharded = total(f"{BASE} --actor-num-gpus-per-node 8")
     assert alone - sharded == pytest.approx(8.19 * 12 * 7 / 8 / 1.073741824, rel=0.01)
 
