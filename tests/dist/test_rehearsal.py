@@ -81,14 +81,12 @@ def test_kernels_are_those_of_a_gpu(rehearsed, case):
     assert [name for name in kernels if "attn" in name or "attention" in name]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_optimizer_needs_no_copy_of_the_gradients(rehearsed, case):
+def test_the_optimizer_needs_no_copy_of_the_gradients(rehearsed):
     """Of torch's many-tensor kernels it would: 4 bytes for each parameter of the rank's share."""
-    ranks = {"penalty": 1, "divergence": 8}[case]
-    largest = 151936 * 4096 // {"penalty": 2, "divergence": 1}[case] // ranks
-    grown = rehearsed[case]["peaks"]["optimizer"] - rehearsed[case]["after"]["optimizer"]
-    # Clipping scales one gradient at a time, in a copy.
-    assert grown < 1.2 * 4 * largest < 4 * rehearsed[case]["parameters"] / ranks / 2
+    case = rehearsed["penalty"]
+    grown = case["peaks"]["optimizer"] - case["after"]["optimizer"]
+    # Clipping scales one gradient at a time, in a copy; the embedding's is the largest.
+    assert grown < 1.1 * 4 * 151936 * 4096 // 2 < 4 * case["parameters"] / 2
 
 
 def test_a_save_takes_no_memory_of_the_device(rehearsed):
