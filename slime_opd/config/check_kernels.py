@@ -17,10 +17,6 @@ def attention_of(config: Config, *, has_cuda: bool) -> Attention:
     half = "fp16" if training.fp16 else "bf16"
     is_half = training.fp16 or training.bf16 or has_cuda
     shape = _raw_shape(config) if config.model.megatron_to_hf_mode == "raw" else _bridge_shape(architecture_of(config))
-    if given.rotary_interleaved is not None:
-        shape["is_interleaved"] = given.rotary_interleaved
-    if given.rope_type is not None:
-        shape["has_yarn"] = given.rope_type == "yarn"
     return Attention(
         dtype="fp32" if training.fp32 or not is_half else half,
         backend=training.attention_backend,
@@ -31,15 +27,16 @@ def attention_of(config: Config, *, has_cuda: bool) -> Attention:
 
 def _raw_shape(config: Config) -> dict:
     model, given = config.model, config.megatron
-    dropout = {"dropout": model.attention_dropout}
+    shape = {"dropout": model.attention_dropout, "is_interleaved": bool(given.rotary_interleaved)}
     if given.multi_latent_attention:
         # Megatron's defaults.
         content, rotated = given.qk_head_dim or 128, given.qk_pos_emb_head_dim or 64
-        return dropout | _latent_shape(content, rotated, given.v_head_dim or 128, has_yarn=True)
+        has_yarn = (given.rope_type or "yarn") == "yarn"
+        return shape | _latent_shape(content, rotated, given.v_head_dim or 128, has_yarn)
     width = model.kv_channels
     if width is None and model.hidden_size and model.num_attention_heads:
         width = model.hidden_size // model.num_attention_heads
-    return dropout | ({} if width is None else {"query_width": width, "value_width": width})
+    return shape | ({} if width is None else {"query_width": width, "value_width": width})
 
 
 def _bridge_shape(architecture: dict) -> dict:

@@ -253,24 +253,6 @@ def check_context_parallel(config: Config) -> list[str]:
     ]
 
 
-def check_transformer_engine(config: Config) -> list[str]:
-    """What only Transformer Engine's layers can run."""
-    if importlib.util.find_spec("transformer_engine") is not None:
-        return []
-    reasons = (
-        (
-            "--expert-tensor-parallel-size",
-            config.parallel.expert_tensor_parallel_size > 1,
-            "its layers split an expert",
-        ),
-    )
-    return [
-        f"{name} needs Transformer Engine ({reason}), and it is not installed here: drop the flag, or install the gpu extra on a machine with CUDA"
-        for name, needed, reason in reasons
-        if needed
-    ]
-
-
 def check_mixture(config: Config) -> list[str]:
     """Layouts that a mixture of experts cannot be trained at, and experts of a model that has none."""
     layout = config.parallel

@@ -184,10 +184,12 @@ def check_engine(config: Config) -> list[str]:
     ]
     if config.megatron.moe_token_dispatcher_type == "flex":
         needed.append(("--moe-token-dispatcher-type flex", SUPPORT["moe_enable_deepep"].reason))
+    if (size := config.parallel.expert_tensor_parallel_size) > 1:
+        needed.append((f"--expert-tensor-parallel-size {size}", "its layers split an expert"))
     local = config.training.attention_backend == "local"
     why = "--attention-backend local is chosen" if local else "it is not installed here"
     return [
-        f"{shown} needs Transformer Engine ({reason}), and {why}: drop the flag, or run on a machine with CUDA and Transformer Engine"
+        f"{shown} needs Transformer Engine ({reason}), and {why}: drop the flag, or run on a machine with CUDA and Transformer Engine (tools/setup_gpu.sh)"
         for shown, reason in needed
     ]
 

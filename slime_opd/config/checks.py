@@ -86,7 +86,6 @@ CHECKS: tuple[Check, ...] = (
     check_sizes.check_processes,
     check_sglang.check_sglang_options,
     check_machine.check_context_parallel,
-    check_machine.check_transformer_engine,
     check_kernels.check_rope_fusion,
     check_megatron.check_engine,
     check_megatron.check_flex_dispatcher,
