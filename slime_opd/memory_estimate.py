@@ -216,7 +216,7 @@ class _Work:
         In elements of a token: q of the queries, k of the keys (and of the values), f of the MLP's inner width, h hidden.
         Read from what autograd keeps: 4h (two norms' inputs and outputs), and split over the tensor-parallel ranks
 
-            own layers          qkv, q without a gap, rotated q, k and v for every head, output       5f: both halves of fc1, act, gate, product
+            own layers          qkv, q without a gap, rotated q and k, output                         5f: both halves of fc1, act, gate, product
             Transformer Engine  qkv, normed and rotated q and k, output                               3f: both halves of fc1, product
         """
         a, tensor = self.architecture, self.config.parallel.tensor_model_parallel_size
@@ -225,7 +225,7 @@ class _Work:
         if self.with_engine:
             elements = (queries + 2 * keys) + 2 * (queries + keys) + queries + 3 * inner
         else:
-            elements = (queries + 2 * keys) + 2 * queries + 2 * queries + queries + 5 * inner
+            elements = (queries + 2 * keys) + 2 * queries + keys + queries + 5 * inner
         return 4 * between + elements / tensor * self._tokens * self._width
 
     def _layer_gradients(self, between: float) -> float:

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from slime_opd.config import check_machine, parse, problems
+from slime_opd.config import check_machine, check_megatron, parse, problems
 
 
 @pytest.fixture
@@ -71,18 +71,13 @@ def test_the_layout_must_divide_the_checkpoints_architecture(student):
     assert check_machine.check_hf_config(parse(words)) == [f"--hf-checkpoint: {student}/config.json is not JSON"]
 
 
-@pytest.mark.parametrize(
-    "flag",
-    [
-        "--expert-tensor-parallel-size=2",
-    ],
-)
-def test_layouts_of_transformer_engine_are_refused_without_it(flag, monkeypatch):
-    monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: None)
-    (problem,) = check_machine.check_transformer_engine(parse([flag]))
-    assert problem.startswith(f"{flag.split('=')[0]} needs Transformer Engine (")
-    monkeypatch.setattr(check_machine.importlib.util, "find_spec", lambda name: object())
-    assert check_machine.check_transformer_engine(parse([flag])) == []
+def test_layouts_of_transformer_engine_are_refused_without_it(monkeypatch):
+    config = parse(["--expert-tensor-parallel-size=2"])
+    monkeypatch.setattr(check_megatron.importlib.util, "find_spec", lambda name: None)
+    (problem,) = check_megatron.check_engine(config)
+    assert problem.startswith("--expert-tensor-parallel-size 2 needs Transformer Engine (")
+    monkeypatch.setattr(check_megatron.importlib.util, "find_spec", lambda name: object())
+    assert check_megatron.check_engine(config) == []
 
 
 @pytest.mark.parametrize("entry", ["rope_scaling", "rope_parameters"])
