@@ -6,7 +6,7 @@ FROM nvidia/cuda:12.8.1-devel-ubuntu24.04
 
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-    g++ git libnuma1 python3.12-dev python3.12-venv \
+    curl g++ git libnuma1 python3.12-dev python3.12-venv \
  && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/slime_opd

@@ -86,6 +86,7 @@ trap 'exit 143' TERM
 
 wait_for_url() { # name, URL, process id, its log, seconds
    local name=$1 url=$2 pid=$3 log=$4 deadline=$((SECONDS + $5))
+   command -v curl >/dev/null || fail "found no curl, which looks whether $name is ready"
    echo "waiting for $name at $url (log: $log)"
    until curl --silent --fail --max-time 5 --output /dev/null "$url"; do
       if ! kill -0 "$pid" 2>/dev/null; then

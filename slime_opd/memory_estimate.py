@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from slime_opd.config import Config
 from slime_opd.config.check_machine import number_of_experts
+from slime_opd.config.options import flag
 
 GIB = 2**30
 
@@ -83,14 +84,29 @@ def _attention(architecture: dict, hidden: int, heads: int) -> int:
     return hidden * head * (heads + 2 * groups) + heads * head * hidden
 
 
+# Options of Megatron's that change what a rank holds, and are not in the estimate.
+_NOT_COUNTED = (
+    "optimizer_cpu_offload",
+    "exp_avg_dtype",
+    "exp_avg_sq_dtype",
+    "main_grads_dtype",
+    "main_params_dtype",
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+)
+
+
 def estimates(config: Config, architecture: dict, size: Size) -> list[str]:
     """Bytes of a training rank at the peak of a step, and of an engine's GPU, by what holds them, as lines."""
     parts = step_bytes(config, architecture, size)
     width = 4 if config.training.fp32 else 2
     engine = size.total * width / config.cluster.rollout_num_gpus_per_engine
+    ignored = [flag(name) for name in _NOT_COUNTED if getattr(config.megatron, name) not in (None, False)]
+    without = f"; without what {', '.join(ignored)} changes" if ignored else ""
     return [
         f"{count_text(size.total)} parameters; about {bytes_text(sum(parts.values()))} on each training rank: "
-        + ", ".join(f"{name} {bytes_text(part)}" for name, part in parts.items() if part),
+        + ", ".join(f"{name} {bytes_text(part)}" for name, part in parts.items() if part)
+        + without,
         f"about {bytes_text(engine)} of weights on each engine's GPU, beside its cache (--sglang-mem-fraction-static)",
     ]
 
@@ -168,10 +184,12 @@ class _Work:
     @property
     def _tokens(self) -> int:
         """Of the largest micro-batch."""
-        training = self.config.training
-        return training.max_tokens_per_gpu or training.micro_batch_size * (
-            self.config.rollout.rollout_max_response_len or 4096
-        )
+        training, data = self.config.training, self.config.data
+        longest = (self.config.rollout.rollout_max_response_len or 4096) + (data.rollout_max_prompt_len or 0)
+        if training.use_dynamic_batch_size and training.max_tokens_per_gpu:
+            # A sample that is longer is a micro-batch of its own.
+            return max(training.max_tokens_per_gpu, longest)
+        return training.micro_batch_size * longest
 
     @property
     def _hidden(self) -> float:

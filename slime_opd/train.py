@@ -13,6 +13,7 @@ from slime_opd import lifetimes
 from slime_opd.cluster import private_cluster
 from slime_opd.config.checks import notes, validate
 from slime_opd.config.parser import command_line, parse
+from slime_opd.config.paths import with_absolute_paths
 from slime_opd.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> None:
         check([word for word in arguments if word != "--check"])
     config = parse(arguments)
     validate(config)
+    config = with_absolute_paths(config)
     from slime_opd.preflight import require_ready
 
     require_ready(config)

@@ -39,7 +39,7 @@ class Bundles:
         total, largest = sum(gpus_of_nodes.values()), max(gpus_of_nodes.values(), default=0)
         if sum(self.gpus) > total:
             return f"{self._needs()}, the Ray cluster has {total} ({_listed(gpus_of_nodes)}); change --actor-num-nodes, --actor-num-gpus-per-node or --rollout-num-gpus"
-        if self.ranks_per_node > largest:
+        if self.nodes and self.ranks_per_node > largest:
             return f"--actor-num-gpus-per-node {self.ranks_per_node}: no node of the Ray cluster has so many GPUs ({_listed(gpus_of_nodes)})"
         if max(self.gpus) > largest:
             return f"--rollout-num-gpus-per-engine {self.gpus_per_engine}: no node of the Ray cluster has so many GPUs ({_listed(gpus_of_nodes)})"
@@ -55,7 +55,7 @@ class Bundles:
 
     def _needs(self) -> str:
         engines = 0 if self.is_colocated else self.engines
-        parts = [f"{self.nodes} × {self.ranks_per_node} to train"]
+        parts = [f"{self.nodes} × {self.ranks_per_node} to train"] if self.nodes else []
         parts += [f"{engines} × {self.gpus_per_engine} to generate"] if engines else []
         return f"the run needs {sum(self.gpus)} GPUs ({', '.join(parts)})"
 

@@ -51,6 +51,12 @@ class RunCheckpoints:
         if source is None and not self._config.replays:
             raise ConfigError(f"{start.flag} {start.path} has a place in the prompts, but no --prompt-data is given")
         saved = run_state.get("run", {}).get("options")
+        replayed = self._config.debug.load_debug_rollout_data
+        if start.flag == "--save" and saved is not None and saved.get("load_debug_rollout_data") != replayed:
+            raise ConfigError(
+                f"--save {start.path} is of a run {'that generated its rollouts' if replayed else 'that replayed recorded rollouts'}: "
+                "give this one another --save, and --load to start from that checkpoint"
+            )
         found = differences.differences(saved, public_values(self._config)) if saved is not None else []
         if found:
             console.say("options that differ from the checkpoint's:\n  " + "\n  ".join(differences.table(found)))

@@ -3,7 +3,8 @@
 SGLang sets its own in each engine (`_set_envs_and_config` of its entrypoints/engine.py), whatever is set here: 8 for
 CUDA_DEVICE_MAX_CONNECTIONS, AUTO for CUDA_MODULE_LOADING. It sets NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE by its options, to 0 unless asked
 for. The first rank and the engines share a communicator for the weights, and NCCL's ranks must agree
-on both, so the trainers follow the same rule. A variable that the user has set keeps its value, and is passed to every rank and engine.
+on both, so the trainers follow the same rule. What the user has set of NCCL's variables is passed to every rank and engine, and what
+concerns Megatron and torch's allocator to every rank; it keeps its value.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from slime_opd.config import Config
 
 # Architectures after Hopper, by Ray's names of accelerators.
 _BLACKWELL_OR_LATER = re.compile(r"G?B\d00|RTX-PRO-6000|GeForce-RTX-50\d0")
+_CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
@@ -46,15 +48,17 @@ def trainer_environment(
     if not devices.has_gpus:
         return {}
     layout = config.parallel
-    variables = {}
+    variables = _set_by_user(user)
+    if _CONNECTIONS in user:
+        variables[_CONNECTIONS] = user[_CONNECTIONS]
     # Megatron overlaps the collectives of tensor and context parallelism with matrix products that are launched after them.
     if max(layout.tensor_model_parallel_size, layout.context_parallel_size) > 1 and not devices.are_blackwell_or_later:
-        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = user.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        variables.setdefault(_CONNECTIONS, "1")
     if has_engines:
         variables |= _communicator_variables(config, user)
     # Micro-batches differ in length, which fragments memory; but another process cannot open expandable segments by CUDA IPC.
-    if set_by_user := {name: user[name] for name in _ALLOCATOR_VARIABLES if name in user}:
-        variables |= set_by_user
+    if allocator := {name: user[name] for name in _ALLOCATOR_VARIABLES if name in user}:
+        variables |= allocator
     elif not shares_gpu_memory(config, has_engines=has_engines):
         variables["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     return variables
@@ -62,12 +66,28 @@ def trainer_environment(
 
 def engine_environment(config: Config, devices: Devices, user: Mapping[str, str]) -> dict[str, str]:
     """Variables of each engine; {} without GPUs."""
-    return _communicator_variables(config, user) if devices.has_gpus else {}
+    if not devices.has_gpus:
+        return {}
+    # Where trainer ranks hold different memory, as pipeline stages do, SGLang would refuse GPUs whose free memory differs.
+    colocated = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"} if config.cluster.colocate else {}
+    return colocated | _set_by_user(user) | _communicator_variables(config, user)
 
 
 def shares_gpu_memory(config: Config, *, has_engines: bool) -> bool:
     """Whether an engine may open the trainer's GPU memory, by CUDA IPC, to read the weights."""
     return has_engines and (config.cluster.colocate or config.weights.update_weight_transport == "tensor")
+
+
+def allocator_problem(config: Config, user: Mapping[str, str], *, has_engines: bool) -> str | None:
+    """Why the user's setting of torch's allocator cannot work; None where it can."""
+    for name in _ALLOCATOR_VARIABLES:
+        if "expandable_segments:True" in user.get(name, "") and shares_gpu_memory(config, has_engines=has_engines):
+            return f"{name}={user[name]}: the engines read the weights from the trainer's GPU memory by CUDA IPC, which expandable segments do not allow; unset it"
+    return None
+
+
+def _set_by_user(user: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in user.items() if name.startswith("NCCL_")}
 
 
 def _communicator_variables(config: Config, user: Mapping[str, str]) -> dict[str, str]:

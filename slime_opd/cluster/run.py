@@ -21,7 +21,7 @@ from slime_opd.checkpoint.saves import BY_REQUEST
 from slime_opd.cluster import ray_processes, session
 from slime_opd.cluster.checkpoints import RunCheckpoints
 from slime_opd.cluster.engines import EngineGroup
-from slime_opd.cluster.environment import engine_environment, trainer_environment
+from slime_opd.cluster.environment import allocator_problem, engine_environment, trainer_environment
 from slime_opd.cluster.trainers import TrainerGroup
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
@@ -61,7 +61,7 @@ class Run:
         self._steps_done = 0
         self.config = without_checkpoints(with_epochs(config, source))
         self._tokenizer, self._source, self._eval_sets = tokenizer, source, eval_sets
-        self._run_dir = run_dir(config)
+        self._run_dir = run_dir(self.config)
         self.log_dir = self._run_dir / "logs"
         self._stack = ExitStack()
         self._timings: dict[str, float] = {}
@@ -145,13 +145,15 @@ class Run:
         placement = session.reserve(config)
         keep.callback(placement.release)
         has_engines, devices = bool(placement.engines), session.devices()
+        if devices.has_gpus and (problem := allocator_problem(config, os.environ, has_engines=has_engines)):
+            raise ConfigError(problem)
         for_trainers = trainer_environment(config, devices, os.environ, has_engines=has_engines)
         for_engines = engine_environment(config, devices, os.environ)
         if for_trainers or for_engines:
             console.say(summary.environment({"trainers": for_trainers, "engines": for_engines if has_engines else {}}))
         self._trainers: TrainerGroup | None = None
         if placement.trainers:
-            trainer_config = self._checkpoints.trainer_config
+            trainer_config = with_disk_directory(self._checkpoints.trainer_config, self._run_dir)
             self._trainers = TrainerGroup(trainer_config, placement.trainers, self.watchdog, for_trainers)
             keep.callback(self._trainers.stop)
         self._engines: EngineGroup | None = None
@@ -337,7 +339,13 @@ def run_dir(config: Config) -> Path:
         return Path(config.observe.run_dir)
     if config.checkpoint.save is not None:
         return Path(config.checkpoint.save) / "run"
-    return Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    return Path("runs").absolute() / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def with_disk_directory(config: Config, run_directory: Path) -> Config:
+    """The configuration with a directory for --update-weight-transport disk: this run's own unless one is given."""
+    directory = config.weights.update_weight_disk_dir or str(run_directory / "weights")
+    return dataclasses.replace(config, weights=dataclasses.replace(config.weights, update_weight_disk_dir=directory))
 
 
 def without_checkpoints(config: Config) -> Config:

@@ -32,6 +32,8 @@ def check_debug(config: Config) -> list[str]:
         problems.append(
             "--debug-train-only: found nothing to train on, expected --load-debug-rollout-data with recorded rollouts"
         )
+    if config.replays and config.rollout.num_rollout is None and config.data.num_epoch is not None:
+        problems.append("--num-epoch counts prompts, which a replay does not read: give --num-rollout")
     if config.replays and debug.save_debug_rollout_data is not None:
         problems.append("--save-debug-rollout-data with --load-debug-rollout-data: the rollouts are recorded already")
     return problems
@@ -43,7 +45,7 @@ def check_recordings_exist(config: Config) -> list[str]:
     if path is None or not _names_each_rollout(path):
         return []
     numbers = range(1, (config.rollout.num_rollout or 0) + 1)
-    if any(Path(path.format(rollout_id=number)).is_file() for number in numbers):
+    if not numbers or any(Path(path.format(rollout_id=number)).is_file() for number in numbers):
         return []
     return [f"--load-debug-rollout-data: found no file of {path} for any rollout from 1 to {len(numbers)}"]
 

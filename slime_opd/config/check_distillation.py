@@ -9,7 +9,6 @@ from collections.abc import Callable
 from urllib.parse import urlsplit
 
 from slime_opd import schedule
-from slime_opd.config.check_learning import has_reward
 from slime_opd.config.config import Config
 from slime_opd.config.options import flag, options_of
 from slime_opd.config.redact import redact_urls
@@ -206,7 +205,7 @@ def check_distillation_weights(config: Config) -> list[str]:
     problems += [
         f"{flag(name)} needs a reward (--rm-type, --custom-rm-path): without one no answer is right or wrong"
         for name, value in (("opd_reward_beta", options.opd_reward_beta), ("opd_pass_rate_weights", rates))
-        if value and not has_reward(config)
+        if value and not config.has_reward
     ]
     return problems
 

@@ -80,7 +80,7 @@ def check_signal(config: Config) -> list[str]:
     """A policy loss with nothing to learn from."""
     if config.is_sft or only_evaluates(config) or config.opd.use_opd:
         return []
-    if not has_reward(config):
+    if not config.has_reward:
         return [
             "nothing to learn from: found neither a reward (--rm-type, --custom-rm-path) nor a teacher (--use-opd), expected at least one"
         ]
@@ -133,11 +133,6 @@ def only_evaluates(config: Config) -> bool:
     return config.rollout.num_rollout == 0
 
 
-def has_reward(config: Config) -> bool:
-    """Whether something rewards the samples."""
-    return config.reward.rm_type is not None or config.reward.custom_rm_path is not None
-
-
 # slime's layer specs whose layers are here without a word: Megatron's flags describe them.
 SLIME_SPECS = ("slime_plugins.models.glm4",)
 
@@ -180,7 +175,7 @@ def check_dynamic_sampling(config: Config) -> list[str]:
             if at_once is None
             else ["--over-sampling-batch-size has no effect without --dynamic-sampling-filter-path"]
         )
-    if not has_reward(config):
+    if not config.has_reward:
         problems.append("--dynamic-sampling-filter-path needs a reward (--rm-type, --custom-rm-path) to tell groups by")
     if rollout.n_samples_per_prompt == 1:
         problems.append("--dynamic-sampling-filter-path with --n-samples-per-prompt 1: a group of one has one reward")

@@ -117,7 +117,7 @@ def notes(config: Config) -> list[str]:
         )
     is_group_of_one = rollout.n_samples_per_prompt == 1 and config.algorithm.advantage_estimator == "grpo"
     is_normalised = is_group_of_one and not config.algorithm.disable_rewards_normalization
-    if config.opd.use_opd and check_learning.has_reward(config) and is_normalised:
+    if config.opd.use_opd and config.has_reward and is_normalised:
         said.append(
             "--n-samples-per-prompt 1: group normalisation of a group of one gives 0, so only the teacher teaches"
         )

@@ -83,6 +83,11 @@ class Config:
         return self.training.loss_type == "sft_loss"
 
     @property
+    def has_reward(self) -> bool:
+        """Whether something rewards the samples."""
+        return self.reward.rm_type is not None or self.reward.custom_rm_path is not None
+
+    @property
     def replays(self) -> bool:
         """Whether the rollouts are read from recordings instead of being generated."""
         return self.debug.load_debug_rollout_data is not None

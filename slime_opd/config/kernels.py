@@ -136,7 +136,9 @@ def _attention_kernel(machine: Machine, attention: Attention, uses_engine: bool)
     flash = (_engine_flash_problem if uses_engine else _flash_problem)(machine, attention)
     if attention.backend == "flash":
         if flash is not None:
-            raise ConfigError(f"--attention-backend flash: {flash}; set auto, which takes a kernel that can")
+            raise ConfigError(
+                f"--attention-backend flash: {flash}; set auto, which takes a kernel that can, or install flash-attn (WITH_FLASH_ATTN=1 tools/setup_gpu.sh)"
+            )
         return ("engine" if uses_engine else "flash_attn"), None
     if not uses_engine:
         return ("flash_attn" if flash is None else _torch_kernel(machine, attention)), None
@@ -221,8 +223,9 @@ def _fused_problem(machine: Machine, attention: Attention) -> str | None:
 def _repeats_groups(machine: Machine, attention: Attention, kernel: AttentionKernel) -> bool:
     if kernel == "varlen":
         return "enable_gqa" not in machine.varlen_options
-    # torch's memory-efficient kernel, the only one for float32 that does not keep all scores, takes no groups.
-    return kernel == "segments" and machine.has_cuda and not attention.is_half
+    # torch's memory-efficient kernel takes no groups, and is the only one that does not keep all scores in float32 and before Ampere.
+    has_flash = attention.is_half and (machine.compute_capability or (0, 0)) >= (8, 0)
+    return kernel == "segments" and machine.has_cuda and not has_flash
 
 
 def _note(

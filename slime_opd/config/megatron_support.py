@@ -76,10 +76,11 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     (
         Answer.NO_EFFECT,
         _NO_CONTEXT_PARALLEL,
-        "hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank hybrid_context_parallel cp_comm_type",
+        "hierarchical_context_parallel_sizes max_seqlen_per_dp_cp_rank hybrid_context_parallel",
     ),
-    (Answer.NO_EFFECT, "Megatron-core no longer reads it", "moe_extended_tp async_tensor_model_parallel_allreduce"),
-    (Answer.NO_EFFECT, "Megatron-core no longer reads it", "moe_token_dropping moe_per_layer_logging"),
+    (Answer.ACCEPTED, _NO_CONTEXT_PARALLEL, "cp_comm_type"),
+    (Answer.NO_EFFECT, "Megatron-core no longer reads it", "moe_extended_tp moe_token_dropping"),
+    (Answer.ACCEPTED, "Megatron-core no longer reads it", "async_tensor_model_parallel_allreduce moe_per_layer_logging"),
     (Answer.NO_EFFECT, "Megatron-core no longer reads it", "apply_residual_connection_post_layernorm"),
     (Answer.WORKS, TRAINED, "num_layers_in_first_pipeline_stage"),
     (Answer.WORKS, BUILT, "num_layers_in_last_pipeline_stage"),
@@ -114,11 +115,11 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
         "params_dtype pipeline_dtype autocast_dtype enable_autocast",
     ),
     (Answer.MANAGED, "say --accumulate-allreduce-grads-in-fp32", "grad_reduce_in_fp32"),
-    (Answer.WORKS, TRAINED, "deterministic_mode"),
+    (Answer.WORKS, "a test trains with it on a CPU; on a GPU it chooses deterministic kernels of torch, flash-attn and Transformer Engine, which was only read", "deterministic_mode"),
     (Answer.WORKS, BUILT, "disable_bf16_reduced_precision_matmul"),
     (Answer.REFUSED, "its kernels are for inference with FlashAttention", "batch_invariant_mode"),
     (Answer.REFUSED, "the linear layers would get float32 activations for their bfloat16 weights", "fp32_residual_connection"),
-    (Answer.NO_EFFECT, "dropout draws from Megatron's own tracker of random states", "use_te_rng_tracker"),
+    (Answer.ACCEPTED, "dropout draws from Megatron's own tracker of random states", "use_te_rng_tracker"),
     (Answer.REFUSED, _FP8, "fp8 fp4 fp8_param fp4_param fp8_param_gather activation_func_fp8_input_store"),
     (
         Answer.NO_EFFECT,
@@ -167,8 +168,9 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     (
         Answer.NO_EFFECT,
         _OWN_HEAD,
-        "cross_entropy_loss_fusion cross_entropy_fusion_impl defer_embedding_wgrad_compute wgrad_deferral_limit",
+        "defer_embedding_wgrad_compute wgrad_deferral_limit",
     ),
+    (Answer.ACCEPTED, _OWN_HEAD, "cross_entropy_loss_fusion cross_entropy_fusion_impl"),
     # The model.
     (
         Answer.MODEL,
@@ -200,7 +202,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     (Answer.NO_EFFECT, "no attention here scales its scores by the layer's number", "apply_query_key_layer_scaling"),
     (Answer.REFUSED, _TRAINING_LOOP, "qk_clip log_max_attention_logit"),
     (Answer.NO_EFFECT, _TRAINING_LOOP, "qk_clip_alpha qk_clip_threshold"),
-    (Answer.NO_EFFECT, _LOADED, "init_method_std embedding_init_method_std"),
+    (Answer.ACCEPTED, _LOADED, "init_method_std embedding_init_method_std"),
     (
         Answer.MANAGED,
         _LOADED,
@@ -208,7 +210,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     ),
     (Answer.MANAGED, _SPEC, "heterogeneous_block_specs is_hybrid_model"),
     (Answer.REFUSED, "the keys of a checkpoint would be others", "hetereogenous_dist_checkpoint"),
-    (Answer.MANAGED, "layers for multi-token prediction are not trained, so they have no loss", "mtp_loss_scaling_factor"),
+    (Answer.ACCEPTED, "layers for multi-token prediction are not trained, so they have no loss", "mtp_loss_scaling_factor"),
     (
         Answer.MANAGED,
         _GENERATES,
@@ -239,7 +241,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     (Answer.REFUSED, "the one backend of the flex dispatcher that is supported is deepep", "moe_flex_dispatcher_backend"),
     (Answer.NO_EFFECT, "hybridep is not supported", "moe_hybridep_num_sms"),
     # Optimizer.
-    (Answer.MANAGED, "the optimizer is always distributed", "use_distributed_optimizer"),
+    (Answer.ACCEPTED, "the optimizer is always distributed", "use_distributed_optimizer"),
     (Answer.WORKS, TRAINED, "loss_scale initial_loss_scale"),
     (
         Answer.WORKS,
@@ -264,7 +266,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
         "muon_extra_scale_factor",
     ),
     (Answer.NO_EFFECT, "--optimizer has no sgd", "sgd_momentum"),
-    (Answer.NO_EFFECT, "the count is not reported", "log_num_zeros_in_grad"),
+    (Answer.ACCEPTED, "the count is not reported", "log_num_zeros_in_grad"),
     # Gradient buffers.
     (Answer.WORKS, TRAINED, "overlap_grad_reduce overlap_param_gather bucket_size pad_buckets_for_high_nccl_busbw "
      "reduce_scatter_with_fp32_accumulation"),
@@ -282,7 +284,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     ),
     (Answer.REFUSED, "NCCL's registered buffers were never tried with weight updates", "nccl_ub"),
     # Timing and logging.
-    (Answer.NO_EFFECT, _NO_TIMERS, "barrier_with_L1_time"),
+    (Answer.ACCEPTED, _NO_TIMERS, "barrier_with_L1_time"),
     (Answer.NO_EFFECT, "the run's resolved configuration is in --run-dir", "config_logger_dir"),
 )  # fmt: skip
 

@@ -132,7 +132,14 @@ def _flash_attention(
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
-        query, key, value, *_bounds(packed), dropout_p=dropout, softmax_scale=scale, causal=True
+        query,
+        key,
+        value,
+        *_bounds(packed),
+        dropout_p=dropout,
+        softmax_scale=scale,
+        causal=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
 
 

@@ -38,11 +38,14 @@ def synchronize() -> None:
 
 
 def choose_deterministic_kernels() -> None:
-    """Keep Transformer Engine, which reads this variable, from attention kernels that differ from run to run.
+    """Keep torch, cuBLAS and Transformer Engine from kernels whose results differ from run to run.
 
-    Call it before layers are built. Megatron refuses --deterministic-mode where the variable is not 0.
+    Call it before layers are built. Where torch has no deterministic kernel it warns. Megatron refuses --deterministic-mode where
+    Transformer Engine's variable is not 0.
     """
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def install() -> None:
@@ -99,6 +102,12 @@ def _numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _replace(module: Any, name: str, value: Any) -> None:
+    """Replace a function of Megatron's that has to exist: under another name the replacement would do nothing."""
+    getattr(module, name)
+    setattr(module, name, value)
+
+
 def _replace_cuda_functions() -> None:
     from megatron.core.tensor_parallel import random as parallel_random
     from megatron.core.transformer.moe import token_dispatcher
@@ -111,11 +120,17 @@ def _replace_cuda_functions() -> None:
     torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
     torch.cuda.stream = lambda stream: nullcontext()
     # Where a tensor is on the CPU already, Megatron leaves it a tensor when all-to-all is to have a list of numbers.
-    token_dispatcher.maybe_move_tensor_to_cpu = _numbers
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _numbers)
     torch.cuda.empty_cache = lambda: None
     torch.cuda.manual_seed = torch.random.default_generator.manual_seed
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     torch.nn.Module.cuda = lambda self, device=None: self
-    parallel_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    parallel_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    _replace(
+        parallel_random,
+        "_get_cuda_rng_state",
+        lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
+    )
+    _replace(
+        parallel_random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    )

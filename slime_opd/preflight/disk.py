@@ -20,6 +20,8 @@ def look_at_written_directories(config: Config, found: Findings) -> None:
         "--run-dir": config.observe.run_dir,
         "--update-weight-disk-dir": config.weights.update_weight_disk_dir,
     }
+    if (recorded := config.debug.save_debug_rollout_data) is not None:
+        directories["--save-debug-rollout-data"] = os.path.dirname(recorded) or "."
     if config.checkpoint.save is None and config.observe.run_dir is None:
         directories["--run-dir"] = "runs"
     for flag, directory in directories.items():

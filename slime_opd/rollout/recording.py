@@ -65,6 +65,8 @@ class Recordings:
 
     def require_all(self, rollout_ids: range) -> None:
         """Raise ConfigError where one of the files that a run will read is missing."""
+        if not rollout_ids:
+            return
         missing = next((number for number in rollout_ids if not self.file(number).is_file()), None)
         if missing == rollout_ids[0]:
             raise ConfigError(
@@ -131,11 +133,14 @@ class Recordings:
 def require_trainable(rollout: Rollout, config: Config) -> None:
     """Raise DataError where a replayed rollout lacks what the run's options train on."""
     samples, expected = rollout.samples, config.samples_per_rollout
-    if len(samples) != expected:
+    per_prompt = 1 if config.is_sft else config.rollout.n_samples_per_prompt
+    sizes = {len(group.samples) for group in rollout.groups}
+    if len(samples) != expected or sizes != {per_prompt}:
         raise DataError(
-            f"--load-debug-rollout-data: found {len(samples)} samples in a rollout, expected the {expected} of --rollout-batch-size × --n-samples-per-prompt"
+            f"--load-debug-rollout-data: found {len(samples)} samples in groups of {', '.join(map(str, sorted(sizes)))}, expected {expected} (--rollout-batch-size × --n-samples-per-prompt) in groups of {per_prompt}"
         )
     needed = {
+        "reward": config.has_reward and not config.is_sft,
         "teacher_log_probs": config.has_sglang_teacher,
         "teacher_top_ids": config.teacher_top_k > 0,
         "student_top_ids": config.student_top_k > 0,
@@ -144,7 +149,13 @@ def require_trainable(rollout: Rollout, config: Config) -> None:
     for name, is_needed in needed.items():
         if is_needed and not any(name in sample.values for sample in samples):
             raise DataError(
-                f"--load-debug-rollout-data: the recorded rollout has no {name}, which these options train on: record it with the same options of the teacher"
+                f"--load-debug-rollout-data: the recorded rollout has no {name}, which these options train on: record it with the same options of the reward and the teacher"
+            )
+    for name, number in {"teacher_top_ids": config.teacher_top_k, "student_top_ids": config.student_top_k}.items():
+        widths = {sample.values[name].shape[1] for sample in samples if number and name in sample.values}
+        if widths - {number}:
+            raise DataError(
+                f"--load-debug-rollout-data: the recorded {name} are of the top {widths.pop()} tokens, these options ask for {number}: set --opd-log-prob-top-k back, or record the rollout again"
             )
 
 

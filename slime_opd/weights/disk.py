@@ -17,7 +17,7 @@ class DiskTransport:
 
     def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:
         self._controls = controls
-        self._directory = disk_directory(config)
+        self._directory = Path(config.weights.update_weight_disk_dir)
         self._origin = Path(config.model.hf_checkpoint)
         self._files = 0
 
@@ -39,10 +39,3 @@ class DiskTransport:
         self._files = 0
         for control in self._controls:
             control.update_weights_from_disk(str(self._directory.resolve()), weight_version=version)
-
-
-def disk_directory(config: Config) -> Path:
-    """`--update-weight-disk-dir`, or a directory beside the run's other files."""
-    if config.weights.update_weight_disk_dir is not None:
-        return Path(config.weights.update_weight_disk_dir)
-    return Path(config.observe.run_dir or config.checkpoint.save or "runs") / "weights"

@@ -5,7 +5,7 @@ from model_families import family_config
 from test_scripts import MODELS, PARAMETERS, model_arguments
 
 from slime_opd.config import parse
-from slime_opd.memory_estimate import bytes_text, count_text, estimates, size_of
+from slime_opd.memory_estimate import bytes_text, count_text, estimates, size_of, step_bytes
 
 QWEN3_8B = {
     "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -62,3 +62,19 @@ def test_bytes_are_given_in_the_unit_that_shows_them(count, text):
 @pytest.mark.parametrize(("count", "text"), [(340_000, "0.3M"), (35_000_000, "35M"), (8_190_735_360, "8.19B")])
 def test_parameters_are_given_in_the_unit_that_shows_them(count, text):
     assert count_text(count) == text
+
+
+def test_what_the_estimate_leaves_out_is_said():
+    config = parse(["--optimizer-cpu-offload", "--exp-avg-dtype", "bf16", "--rollout-max-response-len", "64"])
+    (line, _) = estimates(config, QWEN3_8B, size_of(QWEN3_8B))
+    assert line.endswith("; without what --optimizer-cpu-offload, --exp-avg-dtype changes")
+
+
+def test_a_sample_longer_than_a_micro_batch_is_one_of_its_own():
+    def activations(*words: str) -> float:
+        packed = ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "64", *words]
+        return step_bytes(parse(packed), QWEN3_8B, size_of(QWEN3_8B))["activations"]
+
+    assert activations("--rollout-max-response-len", "128") == pytest.approx(
+        2 * activations("--rollout-max-response-len", "64")
+    )

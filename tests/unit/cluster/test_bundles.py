@@ -43,3 +43,10 @@ def test_processes_are_numbered_by_bundle_then_by_gpu_as_a_number():
 def test_a_cluster_that_can_never_hold_the_bundles_is_refused(plan, nodes, problem):
     found = plan.problem(nodes)
     assert found is None if problem is None else problem in found
+
+
+def test_a_run_that_only_generates_needs_no_gpu_to_train():
+    plan = bundles(nodes=0, ranks_per_node=4, engines=2, gpus_per_engine=1)
+    assert plan.gpus == [1, 1]
+    assert plan.problem({"box": 2}) is None
+    assert "0 ×" not in plan.problem({"box": 1})

@@ -12,7 +12,7 @@ from slime_opd.checkpoint import directory, saves
 from slime_opd.checkpoint.aside import complete_steps
 from slime_opd.cluster.checkpoints import RunCheckpoints
 from slime_opd.config import Config
-from slime_opd.config.stages import CheckpointConfig, ModelConfig, OptimizerConfig, RolloutConfig
+from slime_opd.config.stages import CheckpointConfig, DebugConfig, ModelConfig, OptimizerConfig, RolloutConfig
 from slime_opd.errors import CheckpointError, ConfigError
 
 
@@ -179,3 +179,18 @@ def test_weights_alone_are_continued_with_a_fresh_optimizer(tmp_path, capsys):
     again, _, _ = begin(config_of(tmp_path, no_save_optim=True))
     assert again.trainer_config.checkpoint.no_load_optim and again.start.step == 2
     assert "starts afresh" in capsys.readouterr().out
+
+
+def test_a_replay_does_not_go_on_in_the_recorded_runs_directory_but_from_its_checkpoint(tmp_path):
+    config = config_of(tmp_path / "recorded")
+    save(begin(config), 3)
+    replay = dataclasses.replace(config, debug=DebugConfig(load_debug_rollout_data="rollouts/{rollout_id}"))
+    with pytest.raises(ConfigError, match=r"is of a run that generated its rollouts: give this one another --save"):
+        RunCheckpoints(replay, None)
+    options = CheckpointConfig(save=str(tmp_path / "replay"), load=str(tmp_path / "recorded"))
+    replay = dataclasses.replace(replay, checkpoint=options)
+    checkpoints = RunCheckpoints(replay, None)
+    assert checkpoints.start.step == 3 and checkpoints.run_state["prompts"]["offset"] == 30
+    trainers = Trainers(tmp_path / "replay")
+    checkpoints.save(trainers, {"step": 4, "prompts": checkpoints.run_state["prompts"]}, "interval")
+    assert RunCheckpoints(replay, None).start.step == 4

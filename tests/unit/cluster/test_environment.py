@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slime_opd.cluster.environment import Devices, engine_environment, trainer_environment
+from slime_opd.cluster.environment import Devices, allocator_problem, engine_environment, trainer_environment
 from slime_opd.config import parse
 
 CPU, HOPPER, UNKNOWN = Devices(False), Devices(True, frozenset({"H100"})), Devices(True)
@@ -34,6 +34,8 @@ TP2 = "--actor-num-gpus-per-node 2 --tensor-model-parallel-size 2"
         # What the user has set stays, under either of torch's names.
         (HOPPER, "", {"PYTORCH_ALLOC_CONF": "x"}, OFF | {"PYTORCH_ALLOC_CONF": "x"}),
         (HOPPER, "--colocate", {"PYTORCH_CUDA_ALLOC_CONF": "x"}, OFF | {"PYTORCH_CUDA_ALLOC_CONF": "x"}),
+        (HOPPER, "", {"CUDA_DEVICE_MAX_CONNECTIONS": "8", "HOME": "/"}, OFF | EXPANDABLE | {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}),
+        (HOPPER, "", {"NCCL_DEBUG": "INFO"}, OFF | EXPANDABLE | {"NCCL_DEBUG": "INFO"}),
         (HOPPER, "", {"NCCL_NVLS_ENABLE": "1"}, {"NCCL_CUMEM_ENABLE": "0", "NCCL_NVLS_ENABLE": "1"} | EXPANDABLE),
         # As SGLang has it: an option of its engines turns a variable on, whatever the user has set.
         (HOPPER, "--sglang-enable-nccl-nvls", {}, OFF | {"NCCL_NVLS_ENABLE": "1"} | EXPANDABLE),
@@ -47,6 +49,22 @@ def test_the_environment_of_a_trainer_rank(devices, flags, user, expected):
 def test_without_engines_nccl_keeps_its_defaults():
     config = parse(["--loss-type", "sft_loss", "--colocate"])
     assert trainer_environment(config, HOPPER, {}, has_engines=False) == EXPANDABLE
+
+
+def test_what_a_user_sets_of_nccl_reaches_runs_without_engines_and_engines():
+    user = {"NCCL_SOCKET_IFNAME": "eth0", "NCCL_CUMEM_ENABLE": "1"}
+    assert trainer_environment(parse([]), HOPPER, user, has_engines=False) == EXPANDABLE | user
+    assert engine_environment(parse([]), HOPPER, user) == OFF | user
+    colocated = engine_environment(parse(["--colocate"]), HOPPER, {})
+    assert colocated == OFF | {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+
+
+def test_expandable_segments_are_refused_where_an_engine_opens_the_trainers_memory():
+    config = parse(["--colocate"])
+    assert "unset it" in allocator_problem(config, EXPANDABLE, has_engines=True)
+    assert allocator_problem(config, EXPANDABLE, has_engines=False) is None
+    assert allocator_problem(parse([]), EXPANDABLE, has_engines=True) is None
+    assert allocator_problem(config, {}, has_engines=True) is None
 
 
 @pytest.mark.parametrize("user", [{}, {"NCCL_CUMEM_ENABLE": "1"}])

@@ -9,7 +9,7 @@ import pytest
 
 from slime_opd.checkpoint.lock import LOCK, RunLock
 from slime_opd.cluster import session
-from slime_opd.cluster.run import Run, start_processes
+from slime_opd.cluster.run import Run, start_processes, with_disk_directory
 from slime_opd.config.parser import parse
 from slime_opd.errors import ConfigError
 
@@ -92,3 +92,17 @@ def test_a_run_without_engines_starts_its_trainers_alone():
     calls = []
     assert start_processes(Recorder("trainers", calls), None, shares_gpus=True) == "report"
     assert calls == ["begin trainers", "finish trainers"]
+
+
+def test_a_run_that_only_generates_writes_nothing_into_its_checkpoints_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Run(parse(["--save", str(tmp_path / "save"), "--debug-rollout-only"]), None, None, [])
+    assert run.config.checkpoint.save is None
+    assert run.log_dir.parents[1] == tmp_path / "runs"
+
+
+def test_weights_that_travel_by_disk_have_a_directory_of_this_run_alone(tmp_path):
+    config = parse(["--update-weight-transport", "disk"])
+    assert with_disk_directory(config, tmp_path).weights.update_weight_disk_dir == str(tmp_path / "weights")
+    given = parse(["--update-weight-transport", "disk", "--update-weight-disk-dir", "/fast"])
+    assert with_disk_directory(given, tmp_path).weights.update_weight_disk_dir == "/fast"

@@ -221,6 +221,10 @@ RULES = {
         "--rollout-function-path is for supervised fine-tuning: add --loss-type sft_loss",
     ),
     "training alone": (f"{GOOD} --debug-train-only", "found nothing to train on, expected --load-debug-rollout-data"),
+    "a replay by epochs": (
+        f"{GOOD.replace('--num-rollout', '--num-epoch')} --load-debug-rollout-data b{{rollout_id}}",
+        "--num-epoch counts prompts, which a replay does not read: give --num-rollout",
+    ),
     "a recording without a number": (
         f"{GOOD} --save-debug-rollout-data rollouts.parquet",
         "--save-debug-rollout-data: found 'rollouts.parquet', expected a path with {rollout_id} in it",

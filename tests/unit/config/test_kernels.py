@@ -81,7 +81,7 @@ ENGINE = Kernels(uses_engine=True, attention="engine", rope_fusion=True)
         (H100_FLASH, Attention(backend="flash"), (False, "flash_attn", False, False)),
         (H100_FLASH, FP32, (False, "segments", False, True)),
         (H100_FLASH, MOONLIGHT, (False, "segments", False, False)),
-        (V100_FLASH, Attention(dtype="fp16"), (False, "segments", False, False)),
+        (V100_FLASH, Attention(dtype="fp16"), (False, "segments", False, True)),
         (H100_BROKEN, Attention(backend="local"), (False, "segments", False, False)),
     ],
 )  # fmt: skip

@@ -81,7 +81,7 @@ ENGINE = "--attention-backend local is chosen"
     ("words", "sentence"),
     [
         (["--fp8-format", "hybrid"], "--fp8 hybrid (--fp8-format) is not supported: rows are packed to any length"),
-        (["--no-barrier-with-level-1-timing"], "--barrier-with-L1-time false (--no-barrier-with-level-1-timing) has no effect here"),
+        (["--disable-tp-comm-overlap-ag"], "--tp-comm-overlap-ag false (--disable-tp-comm-overlap-ag) has no effect here"),
         (["--overlap-param-gather"], "--overlap-param-gather has no effect without --overlap-grad-reduce"),
         (["--bucket-size", "7"], "--bucket-size 7 (--ddp-bucket-size) has no effect without --overlap-grad-reduce"),
         (["--bucket-size", "0", "--overlap-grad-reduce"], "--bucket-size 0 (--ddp-bucket-size): expected a number above 0"),

@@ -179,7 +179,6 @@ WORDS = """
 FLAGS = [line for line in WORDS.splitlines() if line and not line.startswith("#")]
 REFUSED = {
     "--enable-mtp-training": "is not supported: layers for multi-token prediction stay as they are",
-    "--mtp-loss-scaling-factor": "is set by this package: layers for multi-token prediction are not trained",
 }
 
 

@@ -91,7 +91,7 @@ def test_flash_attn_is_given_boundaries_scale_and_dropout(monkeypatch):
     attend(core.eval(), *heads())
     (arguments, training), (_, scoring) = calls
     assert [x.tolist() for x in arguments[3:5]] == [[0, 3, 8, 13]] * 2
-    assert training == {"dropout_p": 0.25, "softmax_scale": 0.3, "causal": True}
+    assert training == {"dropout_p": 0.25, "softmax_scale": 0.3, "causal": True, "deterministic": False}
     assert scoring["dropout_p"] == 0.0
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from slime_opd import fields
 from slime_opd.config import Config
-from slime_opd.config.stages import DivergenceConfig, OPDConfig, RolloutConfig
+from slime_opd.config.stages import DivergenceConfig, OPDConfig, RewardConfig, RolloutConfig
 from slime_opd.errors import ConfigError, DataError
 from slime_opd.rollout.recording import Recordings, require_trainable
 from slime_opd.types import Prompt, Rollout, RolloutBatch, Sample, SampleGroup, Status
@@ -155,5 +155,33 @@ def test_a_rollout_without_the_teachers_scores_is_not_trained_on_with_a_teacher(
     top_k = replace(penalty, divergence=DivergenceConfig(opd_divergence="reverse_kl", opd_log_prob_top_k=3))
     with pytest.raises(DataError, match=r"has no (teacher|student)_top_ids, which these options train on"):
         require_trainable(rollout, top_k)
-    with pytest.raises(DataError, match="found 4 samples in a rollout, expected the 6"):
+    with pytest.raises(DataError, match=r"found 4 samples in groups of 2, expected 6 .* in groups of 2"):
         require_trainable(rollout, replace(config, rollout=RolloutConfig(rollout_batch_size=3, n_samples_per_prompt=2)))
+    with pytest.raises(DataError, match=r"found 4 samples in groups of 2, expected 4 .* in groups of 4"):
+        require_trainable(rollout, replace(config, rollout=RolloutConfig(rollout_batch_size=1, n_samples_per_prompt=4)))
+
+
+def test_another_top_k_than_the_recorded_one_and_missing_rewards_are_refused():
+    rollout = a_rollout()
+    config = Config(rollout=RolloutConfig(rollout_batch_size=2, n_samples_per_prompt=2))
+    config = replace(config, opd=OPDConfig(use_opd=True, opd_type="sglang"))
+    for number in (3, 4):
+        options = DivergenceConfig(opd_divergence="reverse_kl", opd_log_prob_top_k=number)
+        config = replace(config, divergence=options)
+        if number == 3:
+            require_trainable(rollout, config)
+            continue
+        with pytest.raises(DataError, match=r"are of the top 3 tokens, these options ask for 4"):
+            require_trainable(rollout, config)
+    rewarded = Config(
+        rollout=RolloutConfig(rollout_batch_size=2, n_samples_per_prompt=2), reward=RewardConfig(rm_type="math")
+    )
+    require_trainable(rollout, rewarded)
+    for sample in rollout.samples:
+        sample.values.pop("reward", None)
+    with pytest.raises(DataError, match="has no reward, which these options train on"):
+        require_trainable(rollout, rewarded)
+
+
+def test_a_run_with_nothing_left_to_do_needs_no_recording(recordings):
+    recordings.require_all(range(5, 5))
