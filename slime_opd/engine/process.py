@@ -105,13 +105,21 @@ class OwnedProcess:
     def wait_ready(self, timeout_s: float) -> None:
         """Return when the server can serve.
 
-        Raises EngineError with the end of its log as soon as it exits, EngineTimeout (and
+        Raises EngineError with the end of its log as soon as it exits or has lost a process, EngineTimeout (and
         stops it) after `timeout_s` seconds.
         """
         deadline = time.monotonic() + timeout_s
         pause = 0.05
         with httpx.Client(trust_env=False) as http:
-            while not self._answers(http, min(5.0, timeout_s)):
+            while True:
+                is_ready = self._answers(http, min(5.0, timeout_s))
+                if self.exit_code() is None and (lost := self.lost_process()) is not None:
+                    self.stop()
+                    raise EngineError(
+                        f"{self.name} has lost a process while it started ({lost}); the end of {self.log_path}:\n{self.last_log_lines()}"
+                    )
+                if is_ready:
+                    return
                 if self.exit_code() is not None:
                     raise EngineError(
                         f"{self.name} exited with code {self.exit_code()} before it was ready; the end of {self.log_path}:\n{self.last_log_lines()}"
@@ -123,6 +131,10 @@ class OwnedProcess:
                     )
                 time.sleep(pause)
                 pause = min(pause * 1.5, 1.0)
+
+    def lost_process(self) -> str | None:
+        """A process that the server cannot do without and that has ended by itself; None where there is none that is known of."""
+        return None
 
     def stop(self, grace_s: float = 2.0) -> None:
         """End the server and all it started: SIGTERM, and SIGKILL for what is left after `grace_s` seconds."""

@@ -11,6 +11,7 @@ import torch
 
 import slime_opd
 from slime_opd.engine import weight_proof
+from slime_opd.engine.health import Worker, unhealthy, workers_of
 from slime_opd.engine.process import OwnedProcess, free_port
 from slime_opd.engine.with_key import command_with_key, key_environment
 
@@ -62,3 +63,10 @@ class EngineProcess(OwnedProcess):
             # The server imports this package: the CPU launcher is in it.
             environment={"PYTHONPATH": os.pathsep.join(search_path), **key_environment(api_key)},
         )
+        self._workers: dict[tuple[int, float], Worker] = {}
+
+    def lost_process(self) -> str | None:
+        """A scheduler or detokenizer that was there and is gone: the HTTP process outlives it, and may even answer."""
+        self._workers |= {(worker.pid, worker.started): worker for worker in workers_of(self.pid)}
+        status, which = unhealthy(list(self._workers.values()))
+        return which if status == "dead" else None

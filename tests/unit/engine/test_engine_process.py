@@ -16,7 +16,7 @@ from slime_opd import lifetimes
 from slime_opd.engine import cpu_launcher, weight_proof
 from slime_opd.engine.process import OwnedProcess, free_port
 from slime_opd.engine.router import RouterProcess
-from slime_opd.engine.server import engine_command
+from slime_opd.engine.server import EngineProcess, engine_command
 from slime_opd.errors import EngineError
 
 
@@ -81,6 +81,16 @@ def owned(tmp_path: Path, source: str, port: int = 1) -> OwnedProcess:
         ready_path="/",
         log_path=tmp_path / "logs" / "server.log",
     )
+
+
+def test_an_engine_that_loses_its_detokenizer_while_it_starts_is_not_waited_for(tmp_path):
+    # SGLang's HTTP process goes on without it, and answers as long as nobody asks for text.
+    child = ["bash", "-c", "exec -a sglang::detokenizer sleep 3"]
+    source = f"import subprocess, time; subprocess.Popen({child}); time.sleep(600)"
+    engine = EngineProcess("/m", port=free_port(), log_path=tmp_path / "log")
+    engine.command = (sys.executable, "-S", "-c", source)
+    with engine, pytest.raises(EngineError, match=r"has lost a process while it started \(detokenizer, process \d+\)"):
+        engine.wait_ready(60)
 
 
 def test_a_process_that_ends_before_it_is_ready_is_reported_with_its_code_and_log(tmp_path):
