@@ -117,6 +117,8 @@ def sentence(name: str, error: BaseException, memory: str) -> SlimeOPDError | No
         return died(_with_process(name, text), memory)
     if isinstance(error, ray.exceptions.LocalRayletDiedError | ray.exceptions.OwnerDiedError):
         return ProcessDied(f"Ray's processes on the driver's machine died ({memory})")
+    if isinstance(error, ray.exceptions.RayError) and not isinstance(error, ray.exceptions.RayTaskError):
+        return ProcessDied(f"a part of Ray failed: {first_sentence(text)} ({memory})")
     if is_lost_connection(error):
         return ProcessDied(f"{name} lost its connection to another trainer rank: {first_sentence(text)}")
     return None

@@ -73,7 +73,7 @@ def join(address: str) -> None:
         raise ConfigError(
             f"--ray-address {address}: no Ray cluster answers there; start one with `ray start --head`, or say --ray-address local"
         ) from error
-    except (RuntimeError, TimeoutError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises bare ones too, as where its raylet was killed while it started
         if address == "local":
             raise ProcessDied(f"Ray did not start on this machine: {first_sentence(str(error))}") from error
         raise ConfigError(

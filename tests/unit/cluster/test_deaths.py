@@ -13,6 +13,7 @@ from ray.exceptions import (
     LocalRayletDiedError,
     NodeDiedError,
     OutOfMemoryError,
+    RaySystemError,
     RayTaskError,
 )
 
@@ -66,6 +67,10 @@ CASES = [
     (
         OutOfMemoryError(FOR_MEMORY),
         "ran low on memory (23.10GB of 23.54GB were in use there): give it more memory, lower",
+    ),
+    (
+        RaySystemError("Unable to connect to the GCS. It may have died"),
+        "a part of Ray failed: System error: Unable to connect to the GCS",
     ),
     (ActorUnavailableError("The actor is temporarily unavailable: RpcError: Socket closed", bytes(16)), "rank 1 died"),
     (NodeDiedError("the node died"), "the machine of trainer rank 1 has left the Ray cluster"),

@@ -35,6 +35,8 @@ def test_a_cluster_that_cannot_be_joined_is_one_sentence_with_the_flag(monkeypat
             "the Ray cluster cannot be joined: Version mismatch: Ray 2.1",
         ),
         (TimeoutError("it took too long"), "the Ray cluster cannot be joined: it took too long"),
+        # What ray.init raises where the raylet that it has started is killed at once.
+        (Exception("The node timed out. Look at"), "the Ray cluster cannot be joined: The node timed out"),
     ):
 
         def init(error: Exception = error, **_: object) -> None:
@@ -43,5 +45,5 @@ def test_a_cluster_that_cannot_be_joined_is_one_sentence_with_the_flag(monkeypat
         monkeypatch.setattr(session.ray, "init", init)
         with pytest.raises(ConfigError, match=rf"^--ray-address 10.0.0.1:1: {sentence}"):
             session.join("10.0.0.1:1")
-    with pytest.raises(ProcessDied, match=r"^Ray did not start on this machine: it took too long"):
+    with pytest.raises(ProcessDied, match=r"^Ray did not start on this machine: The node timed out"):
         session.join("local")
