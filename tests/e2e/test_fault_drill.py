@@ -24,7 +24,7 @@ def test_killed_runs_lose_nothing_and_leave_nothing_behind(tmp_path):
         for stack, kills in KILLS.items()
     ]
     with Campaign(tmp_path) as campaign:
-        results = campaign.run(batches)
+        results = campaign.run(batches, jobs=2)
     assert campaign.problems == []
     assert {result.line(): result.problems for result in results if result.problems} == {}
     kills = [result for result in results if result.kind != FINISHED]
