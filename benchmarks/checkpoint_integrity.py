@@ -33,10 +33,10 @@ def measure(rank: int, world_size: int, init_method: str, directory: str, gigaby
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from slime_opd.checkpoint.directory import publish
+    from slime_opd.checkpoint.formats.verification import Verification, on_first_rank, write_manifest
     from slime_opd.checkpoint.location import Location
     from slime_opd.config.stages import ParallelConfig
-    from slime_opd.megatron import parallel
-    from slime_opd.megatron.verification import Verification, on_first_rank, write_manifest
+    from slime_opd.model import parallel
 
     parallel.initialize(
         ParallelConfig(), rank=rank, world_size=world_size, init_method=init_method, seed=0, timeout_minutes=10

@@ -8,11 +8,11 @@ import torch
 from brute_force import VOCABULARY, Case
 from torch import Tensor
 
-from slime_opd.algorithm.objective import Objective, PenaltyOptions, PolicyOptions
 from slime_opd.distill.comparison import DivergenceOptions
-from slime_opd.megatron.head import HeadSettings, ObjectiveHead, TeacherStates
-from slime_opd.megatron.output_layer import chunked_objective
-from slime_opd.megatron.vocabulary import VocabularyShard
+from slime_opd.head.objective_head import HeadSettings, ObjectiveHead, TeacherStates
+from slime_opd.head.output_layer import chunked_objective
+from slime_opd.head.vocabulary import VocabularyShard
+from slime_opd.objective.objective import Objective, PenaltyOptions, PolicyOptions
 
 METRICS_TOP_K = 4
 

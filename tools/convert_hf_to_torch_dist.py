@@ -39,11 +39,13 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from slime_opd.checkpoint import directory, disk
+    from slime_opd.checkpoint.formats import conversion, hugging_face
+    from slime_opd.checkpoint.formats import model_state as checkpoint
+    from slime_opd.checkpoint.formats.verification import Verification, on_first_rank, write_manifest
     from slime_opd.checkpoint.lock import RunLock
     from slime_opd.checkpoint.tokenizer import copy_tokenizer
     from slime_opd.config.stages import ParallelConfig
-    from slime_opd.megatron import checkpoint, conversion, hugging_face, parallel
-    from slime_opd.megatron.verification import Verification, on_first_rank, write_manifest
+    from slime_opd.model import parallel
 
     source = directory.require(config.model.hf_checkpoint, "--hf-checkpoint")
     config = completed(config, hugging_face.weights_dtype(config.model.hf_checkpoint))

@@ -50,7 +50,7 @@ def convert(options: argparse.Namespace) -> list[str]:
     # Weights are moved from file to file; a GPU would only be in the way.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from slime_opd.checkpoint import directory
-    from slime_opd.megatron import export
+    from slime_opd.checkpoint.formats import export
 
     location = directory.require(options.input_dir, "--input-dir")
     if location.is_hugging_face:

@@ -1,0 +1,1 @@
+"""Reinforcement learning: advantage estimators, policy losses, KL estimates, reductions. Pure functions on tensors."""

@@ -1,7 +1,7 @@
 """Whether a checkpoint is whole, as far as a short look shows, and the sentence for one that is not.
 
 A short look reads small files and the sizes of large ones, and takes no longer for a large model. Reading everything is the work
-of the trainer's ranks, `slime_opd/megatron/verification.py`.
+of the trainer's ranks, `slime_opd/checkpoint/formats/verification.py`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from slime_opd import lifetimes
+from slime_opd.batch.assemble import assemble, split
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.lock import RunLock
 from slime_opd.checkpoint.saves import BY_REQUEST
@@ -28,7 +29,6 @@ from slime_opd.config import Config
 from slime_opd.config.check_machine import architecture_of
 from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
-from slime_opd.data.assemble import assemble, split
 from slime_opd.data.source import PromptSource
 from slime_opd.errors import CheckpointError, ConfigError
 from slime_opd.observe import console, metrics, summary

@@ -74,7 +74,7 @@ class TrainerActor:
         if not torch.cuda.is_available():
             # Ranks on one node share its cores.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._config.cluster.actor_num_gpus_per_node))
-        from slime_opd.megatron.trainer import Trainer
+        from slime_opd.trainer.trainer import Trainer
 
         self._trainer = Trainer(self._config, rank=self._rank, world_size=self._world_size, init_method=init_method)
         return self._trainer.start_report

@@ -1,6 +1,6 @@
 """The model families that can be trained, by `model_type` of a Hugging Face config.json.
 
-docs/models.md has what was tested of each; slime_opd/megatron/families has the code. A test keeps the three equal.
+docs/models.md has what was tested of each; slime_opd/model/families has the code. A test keeps the three equal.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Prompts: files, columns, chat templates, and a source with a cursor."""

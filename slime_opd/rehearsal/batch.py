@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from slime_opd.batch.assemble import assemble, split
 from slime_opd.config import Config, parse
-from slime_opd.data.assemble import assemble, split
 from slime_opd.types import Prompt, Sample, Status, TrainBatch
 
 

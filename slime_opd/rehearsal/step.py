@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
+from slime_opd.checkpoint.formats import model_state as checkpoint
 from slime_opd.config import Config
-from slime_opd.megatron import checkpoint, parallel
-from slime_opd.megatron.trainer import Trainer
+from slime_opd.model import parallel
 from slime_opd.rehearsal import groups, pretend_cuda
 from slime_opd.rehearsal.batch import Load, make_batch
 from slime_opd.rehearsal.memory import LiveMemory
 from slime_opd.rehearsal.syncs import FakeDevice, FakeTensors, HostSyncs
 from slime_opd.rehearsal.where import Line
+from slime_opd.trainer.trainer import Trainer
 from slime_opd.types import StartReport
 
 PRETENDED = (

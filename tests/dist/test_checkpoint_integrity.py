@@ -37,8 +37,8 @@ class Laboratory:
         import dataclasses
 
         from slime_opd.checkpoint import whole
-        from slime_opd.data.assemble import assemble, split
-        from slime_opd.megatron.trainer import Trainer
+        from slime_opd.batch.assemble import assemble, split
+        from slime_opd.trainer.trainer import Trainer
 
         # Large files are not read by a short look: leave all to the ranks.
         whole._SMALL_BYTES = 0
@@ -70,8 +70,8 @@ class Laboratory:
         """What loading the newest checkpoint of `root` raises; "loaded" where it raises nothing."""
         from slime_opd.checkpoint import directory
         from slime_opd.errors import CheckpointError
-        from slime_opd.megatron import checkpoint
-        from slime_opd.megatron.verification import Verification
+        from slime_opd.checkpoint.formats import model_state as checkpoint
+        from slime_opd.checkpoint.formats.verification import Verification
 
         trainer = self.trainer
         try:
@@ -209,7 +209,7 @@ def failures_to_write(laboratory: Laboratory, small_disk: str | None) -> dict[st
     disk.shutil.disk_usage = check
     answers["there is room again"] = laboratory.save(3).replace(str(laboratory.root), "ROOT")
     if small_disk is not None:
-        from slime_opd.megatron import checkpoint
+        from slime_opd.checkpoint.formats import model_state as checkpoint
 
         roots, laboratory.root = laboratory.root, Path(small_disk)
         import dataclasses

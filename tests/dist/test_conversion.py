@@ -56,7 +56,8 @@ def peak_memory(rank, world_size, init_method, directory: str):
 
     from slime_opd.config import stages
     from slime_opd.config.config import Config
-    from slime_opd.megatron import conversion, hugging_face, parallel, torch_dist
+    from slime_opd.checkpoint.formats import conversion, hugging_face, torch_dist
+    from slime_opd.model import parallel
 
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
     config = Qwen3Config(vocab_size=64, num_hidden_layers=LAYERS, head_dim=64, tie_word_embeddings=False, **shape)
@@ -106,9 +107,10 @@ def refusals(rank, world_size, init_method, model_dir: str, directory: str):
     from slime_opd.config import stages
     from slime_opd.config.config import Config
     from slime_opd.errors import CheckpointError
-    from slime_opd.megatron import conversion, parallel
-    from slime_opd.megatron.load_hugging_face import load_hugging_face
-    from slime_opd.megatron.model import build_model, make_bridge
+    from slime_opd.checkpoint.formats import conversion
+    from slime_opd.model import parallel
+    from slime_opd.checkpoint.formats.load_hugging_face import load_hugging_face
+    from slime_opd.model.builder import build_model, make_bridge
 
     parallel.initialize(
         stages.ParallelConfig(), rank=rank, world_size=world_size, init_method=init_method, seed=0, timeout_minutes=5

@@ -74,7 +74,7 @@ def counted_calls() -> Iterator[Counter]:
     """Counts the collectives, and the state dicts of models, that are called inside."""
     import torch.distributed as dist
 
-    from slime_opd.megatron.model import HiddenStatesModel
+    from slime_opd.model.builder import HiddenStatesModel
 
     counts: Counter = Counter()
     with pytest.MonkeyPatch.context() as patch:
@@ -93,10 +93,11 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
     import torch
 
     from slime_opd.checkpoint.directory import publish
-    from slime_opd.data.assemble import split
-    from slime_opd.megatron import checkpoint, conversion, parallel, torch_dist
-    from slime_opd.megatron.load_hugging_face import load_hugging_face
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import split
+    from slime_opd.checkpoint.formats import model_state as checkpoint, conversion, torch_dist
+    from slime_opd.model import parallel
+    from slime_opd.checkpoint.formats.load_hugging_face import load_hugging_face
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
     from slime_opd.types import RolloutBatch, TrainBatch
 
@@ -264,7 +265,7 @@ def test_the_table_in_the_docs_is_of_these_results(outcomes, models, hugging_fac
 
 def refused(rank, world_size, init_method, model_dir):
     from slime_opd.errors import ConfigError
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.trainer.trainer import Trainer
 
     with pytest.raises(ConfigError) as refusal:
         Trainer(make_config(model_dir, "one process"), rank=rank, world_size=world_size, init_method=init_method)

@@ -32,7 +32,7 @@ def differences() -> dict[str, float]:
     import torch
     from megatron.core.fusions import fused_mla_yarn_rope_apply as fused
 
-    from slime_opd.megatron import rotary
+    from slime_opd.model import rotary
 
     for name in ("rotary_fwd_q_kernel", "rotary_bwd_q_kernel", "rotary_fwd_kv_kernel", "rotary_bwd_kv_kernel"):
         setattr(fused, name, Untuned(getattr(fused, name)))

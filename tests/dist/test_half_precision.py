@@ -25,9 +25,9 @@ LAYOUTS = {"one process": (1, 1, 1), "TP=2": (2, 2, 1), "EP=2": (2, 1, 2)}
 
 def train_chosen(rank, world_size, init_method, models, precision, tensor, expert, save):
     """Metrics of every chosen objective, and the step after them: of this run, and of one that was resumed before it."""
-    from slime_opd.data.assemble import assemble, split
-    from slime_opd.megatron import parallel
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import assemble, split
+    from slime_opd.model import parallel
+    from slime_opd.trainer.trainer import Trainer
 
     config = make_config(*models, world_size, tensor, 1)
     config = dataclasses.replace(
@@ -102,8 +102,8 @@ def overflow(rank, world_size, init_method, models):
 
     In the second the scale is at its minimum, and a sample of the first step has a gradient that float16 cannot hold.
     """
-    from slime_opd.data.assemble import assemble, split
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import assemble, split
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
 
     config = make_config(*models, world_size, 1, 1)

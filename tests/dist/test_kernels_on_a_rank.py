@@ -11,9 +11,9 @@ pytestmark = pytest.mark.dist
 
 def start_and_step(rank, world_size, init_method, model_dir):
     from slime_opd.config.kernels import Machine
-    from slime_opd.data.assemble import split
-    from slime_opd.megatron import model, parallel
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import split
+    from slime_opd.model import builder as model, parallel
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
 
     found = []

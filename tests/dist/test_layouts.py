@@ -66,8 +66,8 @@ def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save
     """Two optimizer steps; returns what a rank can say of them."""
     import dataclasses
 
-    from slime_opd.data.assemble import split
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import split
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
     from slime_opd.types import TrainBatch
 
@@ -100,7 +100,7 @@ def non_finite_steps(trainer, batch, config) -> dict:
     """Steps with a NaN and with a gradient too large for float32 in one sample, then a good one, then NaN until it is refused."""
     import torch
 
-    from slime_opd.data.assemble import split
+    from slime_opd.batch.assemble import split
     from slime_opd.errors import NonFiniteError
     from slime_opd.observe.metrics import values
 
@@ -230,8 +230,8 @@ def test_a_resumed_step_is_the_step_that_was_interrupted_at_any_layout(
 
 def self_teacher_step(rank, world_size, init_method, model_dir):
     """One step whose teacher is the student, loaded in the trainer."""
-    from slime_opd.data.assemble import split
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import split
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
 
     config = make_config(model_dir, world_size, 1, 1, opd_type="megatron", opd_teacher_load=model_dir)
@@ -256,7 +256,7 @@ def test_a_teacher_that_is_the_student_has_no_reverse_kl_and_no_gradient(tiny_mo
 def refused_teacher(rank, world_size, init_method, student_dir, teacher_dir):
     """The sentence with which a teacher of another architecture is refused."""
     from slime_opd.errors import CheckpointError
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.trainer.trainer import Trainer
 
     config = make_config(student_dir, world_size, 1, 1, opd_type="megatron", opd_teacher_load=teacher_dir)
     with pytest.raises(CheckpointError) as refusal:
@@ -282,7 +282,7 @@ def raw_scores(rank, world_size, init_method, model_dir):
     import dataclasses
 
     from slime_opd.config import stages
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.types import TrainBatch
 
     directory, torch_dist = model_dir

@@ -82,7 +82,7 @@ def build_on_meta(config: Any, rank: int) -> None:
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from slime_opd.megatron import device, model, parallel
+    from slime_opd.model import device, builder as model, parallel
 
     device.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
@@ -103,7 +103,8 @@ def build_on_meta(config: Any, rank: int) -> None:
 
 def build_one_process(config: Any) -> None:
     """The model of a run of one process, its gradient buffers, its optimizer and its schedule."""
-    from slime_opd.megatron import model, optimizer, parallel
+    from slime_opd.model import builder as model, parallel
+    from slime_opd.trainer import optimizer
 
     with parallel.tool_process(config.parallel):
         wrapped = optimizer.wrap(config, model.build_model(config, model.make_bridge(config)))
@@ -174,9 +175,9 @@ def trained_weights(rank, world_size, init_method, models: list[str], cases: dic
     from test_layouts import SAMPLES, make_batch
 
     from slime_opd.config import parse
-    from slime_opd.data.assemble import split
-    from slime_opd.megatron import parallel
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import split
+    from slime_opd.model import parallel
+    from slime_opd.trainer.trainer import Trainer
 
     found = {}
     for number, (case, flags) in enumerate(cases.items()):

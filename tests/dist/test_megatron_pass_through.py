@@ -18,7 +18,7 @@ FLAGS = (
 
 def what_arrived(rank, world_size, init_method, model_dir, mode):
     from slime_opd.config import parse
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.trainer.trainer import Trainer
 
     words = ["--hf-checkpoint", model_dir, "--num-rollout", "1", "--rollout-batch-size", "1", *shlex.split(FLAGS)]
     config = parse([*words, "--loss-type", "sft_loss", *shlex.split(mode)])
@@ -72,7 +72,7 @@ def log_probs_of_three_layers(rank, world_size, init_method, model_dir):
     import numpy as np
 
     from slime_opd.config import parse
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.types import RolloutBatch, TrainBatch
 
     words = f"--hf-checkpoint {model_dir} --megatron-to-hf-mode bridge --num-rollout 1 --rollout-batch-size 1 --loss-type sft_loss"
@@ -103,7 +103,7 @@ def bias_in_bfloat16(rank, world_size, init_method, model_dir):
     import torch
 
     from slime_opd.config import parse
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.types import RolloutBatch, TrainBatch
 
     words = f"--hf-checkpoint {model_dir} --megatron-to-hf-mode bridge --num-rollout 1 --rollout-batch-size 1 --loss-type sft_loss --bf16"

@@ -43,7 +43,7 @@ def differences(rank, world_size, init_method, directory: str):
     """By script: the fields of Megatron's configuration, and of its embeddings, that differ between the two modes."""
     from slime_opd.config import parse
     from slime_opd.config.stages import ParallelConfig
-    from slime_opd.megatron import model, parallel
+    from slime_opd.model import builder as model, parallel
 
     parallel.initialize(
         ParallelConfig(), rank=rank, world_size=world_size, init_method=init_method, seed=0, timeout_minutes=5

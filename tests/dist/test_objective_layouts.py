@@ -120,9 +120,9 @@ def make_samples(top_k: int = 0):
 
 def train_all(rank, world_size, init_method, student, teacher, tensor, pipeline):
     """The metrics of every objective's last step, and the weights after all of them."""
-    from slime_opd.data.assemble import assemble, split
-    from slime_opd.megatron.snapshots import WeightSnapshots
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import assemble, split
+    from slime_opd.trainer.snapshots import WeightSnapshots
+    from slime_opd.trainer.trainer import Trainer
 
     config = make_config(student, teacher, world_size, tensor, pipeline)
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
@@ -187,8 +187,8 @@ def test_the_objectives_are_as_different_as_they_should_be(outcomes):
 def learn_from_itself(rank, world_size, init_method, model, divergences):
     """Metrics of a step for each divergence, where the teacher is the student."""
     from slime_opd.config import stages
-    from slime_opd.data.assemble import assemble, split
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import assemble, split
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
 
     config = dataclasses.replace(

@@ -28,13 +28,13 @@ GIB = 2**30
 # Every wait of the host for the device in a step, and how often: whoever adds one adds it here, with a reason.
 WAITS = {
     # One number for the skipped step, one for the norm that is logged, and the metrics: each once a step, after all work is queued.
-    (READ, "slime_opd/megatron/finite.py non_finite"): 1,
+    (READ, "slime_opd/trainer/finite.py non_finite"): 1,
     (READ, "megatron/core/optimizer/clip_grads.py get_grad_norm_fp32"): 1,
-    (READ, "slime_opd/megatron/trainer.py _collect"): 1,
-    (READ, "slime_opd/megatron/trainer.py _collect.<locals>.<dictcomp>"): 1,
+    (READ, "slime_opd/trainer/trainer.py _collect"): 1,
+    (READ, "slime_opd/trainer/trainer.py _collect.<locals>.<dictcomp>"): 1,
 }
 # The teacher's weights come in, and the student's go out and come back, each once a rollout.
-SWAPS = {(SYNCHRONIZE, "slime_opd/megatron/device.py synchronize"): 3}
+SWAPS = {(SYNCHRONIZE, "slime_opd/model/device.py synchronize"): 3}
 
 
 @pytest.fixture(scope="module")

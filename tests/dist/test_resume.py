@@ -16,7 +16,7 @@ CHANGED = {"lr": 4e-3, "min_lr": 2e-3, "adam_beta1": 0.7, "adam_beta2": 0.8, "ad
 
 
 def make_trainer(config, init_method, optimizer: dict, **checkpoint):
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.trainer.trainer import Trainer
 
     config = dataclasses.replace(
         config,
@@ -27,7 +27,7 @@ def make_trainer(config, init_method, optimizer: dict, **checkpoint):
 
 
 def step_of(trainer) -> dict[str, float]:
-    from slime_opd.data.assemble import split
+    from slime_opd.batch.assemble import split
     from slime_opd.observe.metrics import values
 
     return values(trainer.train(split(make_batch(), trainer.config)[0]))
@@ -35,7 +35,7 @@ def step_of(trainer) -> dict[str, float]:
 
 def save_and_resume(rank, world_size, init_method, model_dir, directory):
     """Two steps are saved, one more is taken; then resumed with other options, and with a schedule of the saved ones."""
-    from slime_opd.megatron import parallel
+    from slime_opd.model import parallel
 
     config = make_config(model_dir, 1, 1, 1, opd_type="sglang")
     save, hf = f"{directory}/save", f"{directory}/hf/step_2"

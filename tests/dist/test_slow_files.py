@@ -35,9 +35,9 @@ def save_slowly(rank, world_size, init_method, models, directory: str):
     """What a save gives whose second rank takes 2.5 times the limit for a file, and what a collective does that is as late."""
     import torch.distributed as dist
 
-    from slime_opd.data.assemble import assemble, split
-    from slime_opd.megatron import parallel
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import assemble, split
+    from slime_opd.model import parallel
+    from slime_opd.trainer.trainer import Trainer
 
     class Watched(Trainer):
         def _load(self):

@@ -41,8 +41,8 @@ def tokens() -> np.ndarray:
 
 def train(rank, world_size, init_method, student, teacher, divergence):
     """The metrics of one step."""
-    from slime_opd.data.assemble import assemble, split
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.batch.assemble import assemble, split
+    from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
     from slime_opd.types import Prompt, Sample, Status
 
@@ -110,8 +110,8 @@ def convert(rank, world_size, init_method, source, target) -> None:
     """Save `source` as a Megatron checkpoint whose vocabulary is padded to a multiple of 224."""
     import dataclasses
 
-    from slime_opd.megatron import checkpoint
-    from slime_opd.megatron.trainer import Trainer
+    from slime_opd.checkpoint.formats import model_state as checkpoint
+    from slime_opd.trainer.trainer import Trainer
 
     config = make_config(source, source, world_size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, make_vocab_size_divisible_by=112))

@@ -31,7 +31,7 @@ def on_rank(rank, world_size, init_method):
     from brute_force import PADDED, VOCABULARY, problem
     from objective_cases import objective_of, values_and_gradients
 
-    from slime_opd.megatron.vocabulary import VocabularyShard
+    from slime_opd.head.vocabulary import VocabularyShard
 
     dist.init_process_group("gloo", init_method=init_method, rank=rank, world_size=world_size)
     rows = PADDED // world_size

@@ -68,10 +68,10 @@ def train_kind(name: str, rank: int, world_size: int, init_method: str, director
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from slime_opd.batch.assemble import assemble, split
     from slime_opd.config import parse
-    from slime_opd.data.assemble import assemble, split
-    from slime_opd.megatron.trainer import Trainer
     from slime_opd.rollout.recording import Recordings, require_trainable
+    from slime_opd.trainer.trainer import Trainer
 
     layout = ["--actor-num-gpus-per-node", str(world_size), "--tensor-model-parallel-size", str(tensor)]
     words = flags(KINDS[name].flags, Path(directory) / "student", Path(directory) / "teacher")

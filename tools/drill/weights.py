@@ -13,7 +13,7 @@ def differing_tensors(one: Path, other: Path) -> list[str]:
     with warnings.catch_warnings():
         # Megatron's, about what is not installed.
         warnings.simplefilter("ignore")
-        from slime_opd.megatron.torch_dist import Reader
+        from slime_opd.checkpoint.formats.torch_dist import Reader
 
     readers = [Reader(directory) for directory in (one, other)]
     described = [reader.tensors() for reader in readers]

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from slime_opd.checkpoint import manifest
-from slime_opd.megatron import torch_dist
-from slime_opd.megatron.torch_dist import Piece
+from slime_opd.checkpoint.formats import torch_dist
+from slime_opd.checkpoint.formats.torch_dist import Piece
 
 TENSORS = {"embedding.word_embeddings.weight": (16, 8), "decoder.final_layernorm.weight": (8,)}
 

@@ -15,7 +15,7 @@ DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
 def test_the_supported_families_are_those_that_the_tests_train():
     from transformers import CONFIG_MAPPING
 
-    from slime_opd.megatron.families.mimo import MiMoConfig
+    from slime_opd.model.families.mimo import MiMoConfig
 
     types = {name: config.model_type for name in CONFIG_MAPPING for config in [CONFIG_MAPPING[name]]}
     by_class = {CONFIG_MAPPING[name].__name__.removesuffix("Config"): kind for name, kind in types.items()}
@@ -26,7 +26,7 @@ def test_the_supported_families_are_those_that_the_tests_train():
 def test_the_supported_families_have_a_bridge_and_a_row_in_the_documentation():
     from mbridge.core.bridge import _MODEL_REGISTRY
 
-    from slime_opd.megatron import families
+    from slime_opd.model import families
 
     assert families.bridge_of and set(SUPPORTED) <= set(_MODEL_REGISTRY)
     rows = set(re.findall(r"`(\w+)ForCausalLM`", DOCUMENT.read_text(encoding="utf-8")))
@@ -36,7 +36,7 @@ def test_the_supported_families_have_a_bridge_and_a_row_in_the_documentation():
 def test_every_other_family_of_the_bridge_has_a_reason():
     from mbridge.core.bridge import _MODEL_REGISTRY
 
-    from slime_opd.megatron import families
+    from slime_opd.model import families
 
     assert families.bridge_of and set(_MODEL_REGISTRY) <= {*SUPPORTED, *UNSUPPORTED}
     assert not set(SUPPORTED) & set(UNSUPPORTED)

@@ -14,7 +14,7 @@ IMPORTS = """
 import logging
 logging.basicConfig(level=logging.INFO)
 logging.getLogger("megatron").setLevel(logging.WARNING)
-from slime_opd.megatron import trainer
+from slime_opd.trainer import trainer
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 get_rerun_state_machine()
 """

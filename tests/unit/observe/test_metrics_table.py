@@ -12,7 +12,7 @@ from brute_force import cases, problem
 from objective_cases import objective_of
 
 from slime_opd import fields
-from slime_opd.algorithm.objective import Terms, sft_objective
+from slime_opd.objective.objective import Terms, sft_objective
 from slime_opd.observe.metrics import batch_metrics
 from slime_opd.rollout.evaluate import _means
 from slime_opd.types import RolloutBatch

@@ -10,10 +10,10 @@ import pytest
 from conftest import save_tiny_model
 
 from slime_opd import train
+from slime_opd.checkpoint.formats.model_state import shapes_at
 from slime_opd.config import machine, parse
 from slime_opd.config.kernels import Machine
 from slime_opd.errors import ConfigError
-from slime_opd.megatron.checkpoint import shapes_at
 from slime_opd.preflight import preflight, require_ready
 
 QWEN3_8B = {

@@ -1,0 +1,42 @@
+"""Model families: mbridge's, and those that it does not have or whose configuration it gets wrong, in one small file each."""
+
+from __future__ import annotations
+
+import torch
+from mbridge import AutoBridge
+from mbridge.core.bridge import Bridge
+from mbridge.core.parallel_states import ParallelStates
+from transformers import AutoConfig, PretrainedConfig
+
+from slime_opd.errors import ConfigError
+
+# Importing a file registers its family, in place of mbridge's where it has one.
+from slime_opd.model.families import deepseek_v3, glm4, glm4_moe, mimo, mixtral
+
+__all__ = ["bridge_of", "deepseek_v3", "glm4", "glm4_moe", "mimo", "mixtral"]
+
+
+def bridge_of(directory: str, dtype: torch.dtype, layout: ParallelStates | None = None) -> Bridge:
+    """The bridge between Megatron and the family of a Hugging Face directory, at a layout (by default this rank's).
+
+    Raises ConfigError for a family that neither mbridge nor this package knows.
+    """
+    try:
+        hf_config = read_config(directory)
+        return AutoBridge.from_config(hf_config, dtype=dtype, parallel_states=layout)
+    except ValueError as error:
+        raise ConfigError(f"--hf-checkpoint {directory}: {error}") from error
+
+
+def read_config(directory: str) -> PretrainedConfig:
+    """The config of a Hugging Face directory, with what families are read from under its names of transformers 4."""
+    # Where it is not refused, transformers asks at the terminal whether to run a directory's own code.
+    hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    # transformers 5 keeps all that is said of rotary embeddings in one place.
+    rotary = getattr(hf_config, "rope_parameters", None) or {}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rotary and not hasattr(hf_config, name):
+            setattr(hf_config, name, rotary[name])
+    if getattr(hf_config, "head_dim", 0) is None:
+        hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
+    return hf_config

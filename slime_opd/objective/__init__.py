@@ -1,0 +1,1 @@
+"""The objective: streams of losses over tokens. Pure functions on tensors."""

@@ -1,0 +1,134 @@
+"""A model's weights in Hugging Face's form, gathered whole on every rank.
+
+What there is to gather is exchanged once, when GatheredWeights is made. An export then moves tensors alone: over the
+pipeline stages, the expert-parallel ranks and the tensor-parallel ranks, and nothing at all where each of these is one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from mbridge.core.bridge import Bridge
+from megatron.core import parallel_state
+from torch import Tensor
+
+from slime_opd.model import device
+from slime_opd.model.builder import HiddenStatesModel
+
+_EXPERT = ".mlp.experts.linear_fc"
+
+
+@dataclass(frozen=True)
+class _Parameter:
+    """One parameter of one pipeline stage: its name there and in the whole model, and this stage's shard of it."""
+
+    stage: int
+    local_name: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    # The axis that tensor parallelism splits; None where every tensor-parallel rank has all of it.
+    split_axis: int | None
+
+
+class GatheredWeights:
+    """Iterates (Hugging Face name, tensor) over all weights of a model, one at a time, with their present values.
+
+    All ranks make it together and iterate it together, to the end: each weight is gathered when its turn comes.
+    """
+
+    def __init__(self, model: HiddenStatesModel, bridge: Bridge) -> None:
+        self._model, self._bridge = model, bridge
+        own = self._own_parameters()
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        per_stage = [own] * stages
+        if stages > 1:
+            dist.all_gather_object(per_stage, own, group=parallel_state.get_pipeline_model_parallel_group())
+        self._parameters = [parameter for stage in per_stage for parameter in stage]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        is_tied = self._bridge.hf_config.tie_word_embeddings
+        own = _tensors(self._model)
+        seen: set[str] = set()
+        for parameter in self._parameters:
+            for name, value in self._whole(parameter, own):
+                for hf_name, tensor in zip(*self._bridge._weight_to_hf_format(name, value), strict=True):
+                    # With pipeline stages a tied embedding comes once for each end of the model.
+                    if hf_name in seen or (is_tied and hf_name == "lm_head.weight"):
+                        continue
+                    seen.add(hf_name)
+                    # A slice (of a padded vocabulary, of a fused projection) would drag its whole storage to disk or to an engine.
+                    owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+                    yield hf_name, tensor if owns_storage else tensor.clone(memory_format=torch.contiguous_format)
+
+    def _own_parameters(self) -> list[_Parameter]:
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        # Layers and experts count from 0 on each rank; experts get their number in the model when they are gathered.
+        names = self._bridge._weight_name_mapping_mcore_local_to_global(self._model, consider_ep=False)
+        return [
+            _Parameter(
+                stage,
+                local_name,
+                names[local_name],
+                tuple(tensor.shape),
+                tensor.dtype,
+                tensor.partition_dim if getattr(tensor, "tensor_model_parallel", False) else None,
+            )
+            for local_name, tensor in _tensors(self._model).items()
+        ]
+
+    def _whole(self, parameter: _Parameter, own: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """A parameter with all its tensor-parallel shards, by its name in the whole model; of experts, those of all ranks."""
+        is_gated = self._bridge.config.gated_linear_unit
+        if parameter.stage == parallel_state.get_pipeline_model_parallel_rank():
+            shard = own[parameter.local_name].detach()
+        else:
+            shard = torch.empty(parameter.shape, dtype=parameter.dtype, device=device.device())
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            stages = parallel_state.get_pipeline_model_parallel_group()
+            dist.broadcast(shard, dist.get_global_rank(stages, parameter.stage), group=stages)
+        if _EXPERT not in parameter.name:
+            shards = [shard]
+            if parameter.split_axis is not None:
+                shards = _all_gather(shard, parallel_state.get_tensor_model_parallel_group())
+            yield parameter.name, merge_shards(parameter.name, shards, parameter.split_axis, is_gated=is_gated)
+            return
+        prefix, _, number = parameter.name.rpartition("weight")
+        per_rank = _all_gather(shard, parallel_state.get_expert_model_parallel_group())
+        experts = self._bridge.config.num_moe_experts // len(per_rank)
+        for rank, expert in enumerate(per_rank):
+            shards = _all_gather(expert, parallel_state.get_expert_tensor_parallel_group())
+            yield (
+                f"{prefix}weight{experts * rank + int(number)}",
+                merge_shards(parameter.name, shards, parameter.split_axis, is_gated=is_gated),
+            )
+
+
+def merge_shards(name: str, shards: list[Tensor], split_axis: int | None, *, is_gated: bool) -> Tensor:
+    """A parameter from the shards of its tensor-parallel ranks, in rank order. `is_gated`: the first MLP matrix is two in one."""
+    if len(shards) == 1:
+        return shards[0]
+    if ".linear_fc1." in name and is_gated:
+        # Each rank has its part of the gate above its part of the other half.
+        halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat([part for half in halves for part in half])
+    # Transformer Engine's experts do not name the axis that they are split on.
+    return torch.cat(shards, dim=int(".linear_fc2." in name) if _EXPERT in name else split_axis)
+
+
+def _tensors(model: HiddenStatesModel) -> dict[str, Tensor]:
+    """What is exported of a model: its parameters, and the routers' biases for the choice of experts, which are buffers."""
+    biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")}
+    return dict(model.named_parameters()) | biases
+
+
+def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    """The tensors of all ranks of a group, in rank order; no communication where the group is this rank alone."""
+    if group.size() == 1:
+        return [tensor]
+    gathered = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(gathered, tensor, group=group)
+    return gathered

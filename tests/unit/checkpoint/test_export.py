@@ -1,0 +1,44 @@
+"""A Hugging Face directory takes its name only when it is whole, and none is written over."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slime_opd.checkpoint import manifest
+from slime_opd.checkpoint.formats.export import replace_directory
+
+
+def maker(text: str):
+    def make(partial: Path) -> None:
+        partial.mkdir()
+        (partial / "weights").write_text(text)
+        manifest.write(partial, manifest.measure(partial, ["weights"]))
+
+    return make
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_what_is_interrupted_has_no_name_and_is_made_anew(tmp_path):
+    def killed(partial: Path) -> None:
+        maker("half")(partial)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace_directory(tmp_path / "hf", killed)
+    assert names(tmp_path) == ["hf.partial"]
+    replace_directory(tmp_path / "hf", maker("whole"))
+    assert names(tmp_path) == ["hf"]
+    assert (tmp_path / "hf" / "weights").read_text() == "whole"
+
+
+def test_an_equal_directory_is_kept_once_and_another_is_kept_beside_it(tmp_path):
+    for text in ("first", "first", "second", "third"):
+        replace_directory(tmp_path / "hf", maker(text))
+    assert names(tmp_path) == ["hf", "hf.aside_1", "hf.aside_2"]
+    kept = [(tmp_path / name / "weights").read_text() for name in names(tmp_path)]
+    assert kept == ["third", "first", "second"]
