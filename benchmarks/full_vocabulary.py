@@ -23,7 +23,8 @@ from slime_opd.distill.comparison import DivergenceOptions
 from slime_opd.head.objective_head import HeadSettings, ObjectiveHead, TeacherStates
 from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.vocabulary import VocabularyShard
-from slime_opd.objective.objective import PolicyOptions
+from slime_opd.objective.options import PolicyOptions
+from slime_opd.objective.tokens import TokenColumns
 
 
 def inputs(sizes: argparse.Namespace, device: torch.device) -> dict[str, Tensor]:
@@ -56,7 +57,7 @@ def ours(given: dict[str, Tensor], sizes: argparse.Namespace, kind: str) -> Tens
     }
     teacher = TeacherStates(given["teacher_hidden"], given["teacher_weight"])
     shard = VocabularyShard(0, sizes.vocabulary)
-    head = ObjectiveHead(settings, shard, torch.zeros(tokens, dtype=torch.int64, device=device), columns, teacher)
+    head = ObjectiveHead(settings, shard, torch.zeros(tokens, dtype=torch.int64, device=device), TokenColumns.from_mapping(columns), teacher)
     return chunked_objective(given["hidden"], given["weight"], shard, head, sizes.chunk).loss
 
 

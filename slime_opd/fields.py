@@ -59,6 +59,7 @@ TABLE: tuple[Field, ...] = (
     Field("penalty_log_probs", RESPONSE, np.float32, None),
     Field("ref_log_probs", RESPONSE, np.float32, None),
     Field("advantages", RESPONSE, np.float32, None, "rollout/advantages"),
+    Field("penalty_return", RESPONSE, np.float32, None),
     Field("policy_weights", RESPONSE, np.float32, None),
     Field("penalty_weights", RESPONSE, np.float32, None),
     Field("divergence_base", RESPONSE, np.float32, None),

@@ -173,6 +173,13 @@ class RolloutBatch:
             self.tokens, self.prompt_lengths, self.response_lengths, {**self.columns, name: row.array(values)}
         )
 
+    def with_columns(self, columns: Mapping[str, object]) -> RolloutBatch:
+        """The same batch with columns added or replaced."""
+        batch = self
+        for name, values in columns.items():
+            batch = batch.with_column(name, values)
+        return batch
+
     def select(self, indices: Sequence[int] | np.ndarray) -> RolloutBatch:
         """The samples at `indices`, in that order, with every column they carry."""
         chosen = np.asarray(indices, dtype=np.int64)
@@ -214,6 +221,10 @@ class TrainBatch:
 
     samples: RolloutBatch
     steps: tuple[tuple[int, ...], ...]
+
+    def with_columns(self, columns: Mapping[str, object]) -> TrainBatch:
+        """The same share with columns added or replaced."""
+        return TrainBatch(self.samples.with_columns(columns), self.steps)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from brute_force import VOCABULARY, Case
 from torch import Tensor
 
 from slime_opd.distill.comparison import DivergenceOptions
+from slime_opd.distill.penalty import PenaltyOptions, clamp_signal, sampled_reverse_kl, subtract_penalty
 from slime_opd.head.objective_head import HeadSettings, ObjectiveHead, TeacherStates
 from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.vocabulary import VocabularyShard
-from slime_opd.objective.objective import Objective, PenaltyOptions, PolicyOptions
+from slime_opd.objective.options import PolicyOptions
+from slime_opd.objective.streams import Objective
+from slime_opd.objective.tokens import TokenColumns
 
 METRICS_TOP_K = 4
 
@@ -22,9 +25,40 @@ def settings_of(case: Case) -> HeadSettings:
     policy = PolicyOptions(
         **case.policy,
         penalty=None if case.penalty is None else PenaltyOptions(**case.penalty),
+        penalty_in_step=not subtracts_before_steps(case),
         divergence=None if case.divergence is None else DivergenceOptions(**case.divergence),
     )
     return HeadSettings(policy, case.temperature, case.teacher_temperature, case.top_k, METRICS_TOP_K)
+
+
+def subtracts_before_steps(case: Case) -> bool:
+    """Whether the penalty is of the rollout's first policy, whose log-probs are a scored column."""
+    return case.penalty is not None and case.later_step and not case.penalty.get("refresh_student", False)
+
+
+def columns_of(case: Case, given: dict[str, Any], rows: slice) -> TokenColumns:
+    """The columns of the tokens `rows`, as assembled: with the penalty in the advantages where its log-probs are a column."""
+    columns = {name: values[rows] for name, values in given["columns"].items()}
+    if subtracts_before_steps(case):
+        teacher = (
+            columns["teacher_log_probs"] if "teacher_log_probs" in columns else teacher_log_probs(case, given, rows)
+        )
+        signal, _ = clamp_signal(sampled_reverse_kl(columns["log_probs"], teacher), case.penalty.get("clamp"))
+        columns["advantages"] = subtract_penalty(
+            columns["advantages"],
+            signal,
+            columns["policy_weights"],
+            coefficient=case.penalty["coefficient"],
+            weights=columns["penalty_weights"],
+        )
+    return TokenColumns.from_mapping(columns)
+
+
+def teacher_log_probs(case: Case, given: dict[str, Any], rows: slice) -> Tensor:
+    """A Megatron teacher's log-probs of the targets, as its forward pass scores them."""
+    weight = given["full_teacher_weight"] if "full_teacher_weight" in given else given["teacher_weight"]
+    logits = given["teacher_hidden"][rows] @ weight[:VOCABULARY].T / case.teacher_temperature
+    return logits.log_softmax(dim=1).gather(1, given["targets"][rows, None])[:, 0]
 
 
 def objective_of(
@@ -44,7 +78,7 @@ def objective_of(
         teacher = TeacherStates(
             given["teacher_hidden"][rows], given["teacher_weight"][first : first + len(weight)].contiguous()
         )
-    columns = {name: values[rows] for name, values in given["columns"].items()}
+    columns = columns_of(case, given, rows)
     shard = shard or VocabularyShard(0, VOCABULARY)
     head = ObjectiveHead(settings_of(case), shard, given["targets"][rows], columns, teacher)
     return chunked_objective(hidden[rows], weight, shard, head, chunk_size)

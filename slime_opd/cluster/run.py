@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from slime_opd import lifetimes
-from slime_opd.batch.assemble import assemble, split
+from slime_opd.batch.train import train_rollout
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.lock import RunLock
 from slime_opd.checkpoint.saves import BY_REQUEST
@@ -239,11 +239,8 @@ class Run:
             console.print_samples(samples[:2], self._tokenizer.decode)
         label = f"training {step + 1}/{self.config.rollout.num_rollout}"
         with self._timed("train"), console.working(label), self.watchdog.waiting_for(label):
-            batch = assemble(samples, self.config)
-            trained = {}
-            if self._trainers is not None:
-                trained = self._trainers.train(split(batch, self.config), step / self.config.rollout.num_rollout)
-                self._weights_are_new = True
+            batch, trained = train_rollout(self._trainers, samples, self.config, step / self.config.rollout.num_rollout)
+        self._weights_are_new = self._weights_are_new or self._trainers is not None
         self._steps_done, self._prompts = step + 1, rollout.prompts
         speed = self._speed(int(np.sum(batch.total_lengths)))
         return {**metrics.batch_metrics(batch), **trained, **self._of_rollout, **speed}

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import ray
 
 from slime_opd import lifetimes
@@ -52,7 +53,7 @@ class TrainerActor:
 
     def report_under(self, key: str) -> None:
         """Report from now on, under `key`, that this rank lives, and its micro-batches."""
-        heartbeat.Heartbeat(key, lambda: 0 if self._trainer is None else self._trainer.micro_batches_done)
+        heartbeat.Heartbeat(key, lambda: 0 if self._trainer is None else self._trainer.num_micro_batches)
 
     def address(self) -> str:
         """A rendezvous address on this actor's node."""
@@ -83,9 +84,13 @@ class TrainerActor:
         """Which TrainBatch is this rank's."""
         return self._trainer.layout.data_rank
 
-    def train(self, batch: TrainBatch, progress: float) -> dict[str, metrics.Metric]:
-        """Train on this rank's share of a rollout."""
-        return self._trainer.train(batch, progress)
+    def score(self, batch: TrainBatch, progress: float, names: frozenset[str]) -> dict[str, np.ndarray]:
+        """Score this rank's share of a rollout, and keep it for `step`."""
+        return self._trainer.score(batch, progress, names)
+
+    def step(self, columns: dict[str, np.ndarray], progress: float) -> dict[str, metrics.Metric]:
+        """Take the optimizer steps of the share that was scored."""
+        return self._trainer.step(columns, progress)
 
     def save(self, iteration: int, run_state: dict[str, Any]) -> str:
         """Write a checkpoint."""
@@ -144,17 +149,34 @@ class TrainerGroup:
         self._data_ranks = self._all("data_rank")
         return report
 
-    def train(self, batches: list[TrainBatch], progress: float) -> dict[str, metrics.Metric]:
-        """Train on a rollout, one TrainBatch per data-parallel rank, `progress` (0 to 1) into the run; returns the metrics."""
-        shared = [ray.put(batch) for batch in batches]
-        of_ranks = self._watchdog.get(
-            [
-                actor.train.remote(shared[rank], progress)
-                for actor, rank in zip(self._actors, self._data_ranks, strict=True)
-            ],
-            self._names,
-        )
-        return metrics.merge([one for one in of_ranks if one])
+    def score(
+        self, batches: Sequence[TrainBatch], progress: float, names: frozenset[str]
+    ) -> list[dict[str, np.ndarray]]:
+        """Begin a rollout, one TrainBatch per data-parallel rank, when `progress` (0 to 1) of the run is done.
+
+        The ranks run the models whose scores the rollout's steps need, and keep the batches and scores. Returns, per
+        data-parallel rank, the scored columns among `names`; without names it does not wait.
+        """
+        calls = self._call_shares("score", batches, progress, names)
+        if not names:
+            return [{} for _ in batches]
+        columns: list[dict[str, np.ndarray]] = [{} for _ in batches]
+        for share, scored in zip(self._data_ranks, self._watchdog.get(calls, self._names), strict=True):
+            columns[share] |= scored
+        return columns
+
+    def step(self, columns: Sequence[Mapping[str, np.ndarray]], progress: float) -> dict[str, metrics.Metric]:
+        """Take the optimizer steps of the rollout that was scored. `columns`: what `assemble` made, per data-parallel rank."""
+        ranks = self._watchdog.get(self._call_shares("step", columns, progress), self._names)
+        return metrics.merge([rank for rank in ranks if rank])
+
+    def _call_shares(self, method: str, shares: Sequence[Any], *arguments: Any) -> list[Any]:
+        """Call a method of every rank with its data-parallel rank's share, which is put into shared memory once."""
+        shared = [ray.put(share) for share in shares]
+        return [
+            getattr(actor, method).remote(shared[rank], *arguments)
+            for actor, rank in zip(self._actors, self._data_ranks, strict=True)
+        ]
 
     def update_weights(self, urls: list[str], version: int, *, key: str | None, check: bool) -> None:
         """Bring the engines at `urls`, whose API key is `key`, to the trainer's weights."""

@@ -8,7 +8,7 @@ Notation: R response tokens, k ids of a top-k.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ BINS = _DECADES * _PER_DECADE + 2
 _THIRDS = ("early", "middle", "late")
 
 
+@dataclass(frozen=True)
+class TokenKinds:
+    """What means are split by, [R] each or None: the third of its response that a token is in, and 1 where the answer is right."""
+
+    position_third: Tensor | None
+    correct: Tensor | None
+
+
 def counted_mean(values: Tensor, counted: Tensor) -> Pair:
     """Sum and count of values [R] over tokens where `counted` [R] is positive and the value is not NaN."""
     values = values.detach().double()
@@ -31,20 +39,18 @@ def counted_mean(values: Tensor, counted: Tensor) -> Pair:
     return torch.where(chosen, values, 0.0).sum(), chosen.sum().double()
 
 
-def sampled(
-    signal: Tensor, teacher_log_probs: Tensor, counted: Tensor, columns: Mapping[str, Tensor]
-) -> dict[str, Pair]:
+def sampled(signal: Tensor, teacher_log_probs: Tensor, counted: Tensor, kinds: TokenKinds) -> dict[str, Pair]:
     """Metrics of the sampled tokens' log-ratio, [R]: its mean, by position and by whether the answer was right."""
     scored = counted * ~signal.isnan()
     return {
         "opd/reverse_kl": counted_mean(signal, counted),
         "opd/teacher_log_probs": counted_mean(teacher_log_probs, scored),
-        **_by_kind("opd/reverse_kl", signal, scored, columns),
+        **_by_kind("opd/reverse_kl", signal, scored, kinds),
     }
 
 
 def compared(
-    comparison: Comparison, divergences: Tensor, entropies: Tensor, scored: Tensor, columns: Mapping[str, Tensor]
+    comparison: Comparison, divergences: Tensor, entropies: Tensor, scored: Tensor, kinds: TokenKinds
 ) -> dict[str, Pair]:
     """Metrics of the two distributions side by side.
 
@@ -54,8 +60,8 @@ def compared(
         "opd/divergence": counted_mean(divergences, scored),
         "opd/distribution_reverse_kl": counted_mean(comparison.reverse_kl, scored),
         "opd/distribution_forward_kl": counted_mean(comparison.forward_kl, scored),
-        **_by_kind("opd/distribution_reverse_kl", comparison.reverse_kl, scored, columns),
-        **_by_kind("opd/distribution_forward_kl", comparison.forward_kl, scored, columns),
+        **_by_kind("opd/distribution_reverse_kl", comparison.reverse_kl, scored, kinds),
+        **_by_kind("opd/distribution_forward_kl", comparison.forward_kl, scored, kinds),
     }
     if comparison.teacher_entropies is not None:
         means["opd/teacher_entropy"] = counted_mean(comparison.teacher_entropies, scored)
@@ -79,14 +85,14 @@ def histogram(divergences: Tensor, counted: Tensor) -> Tensor:
     return empty.index_add_(1, place, torch.stack([chosen.double(), values]))
 
 
-def _by_kind(name: str, values: Tensor, counted: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Pair]:
+def _by_kind(name: str, values: Tensor, counted: Tensor, kinds: TokenKinds) -> dict[str, Pair]:
     means = {}
-    if "position_third" in columns:
+    if kinds.position_third is not None:
         for number, third in enumerate(_THIRDS):
-            means[f"{name}/{third}"] = counted_mean(values, counted * (columns["position_third"] == number))
-    if "correct" in columns:
-        means[f"{name}/right"] = counted_mean(values, counted * (columns["correct"] == 1))
-        means[f"{name}/wrong"] = counted_mean(values, counted * (columns["correct"] == 0))
+            means[f"{name}/{third}"] = counted_mean(values, counted * (kinds.position_third == number))
+    if kinds.correct is not None:
+        means[f"{name}/right"] = counted_mean(values, counted * (kinds.correct == 1))
+        means[f"{name}/wrong"] = counted_mean(values, counted * (kinds.correct == 0))
     return means
 
 

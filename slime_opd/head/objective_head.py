@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from slime_opd.distill.candidates import candidates, overlap
-from slime_opd.distill.comparison import Candidates, Comparison, Overlap, over_candidates
+from slime_opd.distill.comparison import Candidates, Comparison, DivergenceOptions, Overlap, over_candidates
 from slime_opd.distill.divergences import log_rest
 from slime_opd.head.vocabulary import Distribution, VocabularyShard, chunk_logits, full_divergence, without_padding
-from slime_opd.objective.objective import Objective, PolicyOptions, Terms, policy_objective, sft_objective
+from slime_opd.objective.evaluate import evaluate
+from slime_opd.objective.options import Options, PolicyOptions
+from slime_opd.objective.streams import Objective
+from slime_opd.objective.tokens import Terms, TokenColumns
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,18 @@ class TeacherStates:
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """How a chunk is scored: the objective (None: supervised), temperatures, and the sizes of top-k sets."""
+    """How a chunk is scored: the objective, the temperatures of student and teacher, and the sizes of top-k sets."""
 
-    policy: PolicyOptions | None
+    objective: Options
     temperature: float = 1.0
     teacher_temperature: float = 1.0
     top_k: int = 0
     metrics_top_k: int = 0
 
     @property
-    def strategy(self) -> str:
-        """Whose top-k make the candidates."""
-        return self.policy.divergence.strategy
+    def divergence(self) -> DivergenceOptions | None:
+        """The divergence that compares student and teacher, if the objective has one."""
+        return self.objective.divergence if isinstance(self.objective, PolicyOptions) else None
 
 
 class ObjectiveHead:
@@ -57,7 +60,7 @@ class ObjectiveHead:
         settings: HeadSettings,
         shard: VocabularyShard,
         targets: Tensor,
-        columns: Mapping[str, Tensor],
+        columns: TokenColumns,
         teacher: TeacherStates | None = None,
         shared: VocabularyShard | None = None,
     ) -> None:
@@ -67,24 +70,21 @@ class ObjectiveHead:
     def __call__(self, logits: Tensor, rows: slice) -> tuple[Objective, Tensor]:
         """The objective of the tokens `rows`, and the gradient of their logits [C, V/tp]."""
         settings = self._settings
-        targets, columns = self._targets[rows, None], {name: values[rows] for name, values in self._columns.items()}
+        targets, columns = self._targets[rows, None], self._columns.rows(rows)
         policy, student = self._distributions(logits)
         log_probs = policy.log_probs(targets)[:, 0].requires_grad_()
         entropies = policy.entropies().requires_grad_()
-        side = None if settings.policy is None else self.side_by_side(student, rows, columns)
+        side = self.side_by_side(student, rows, columns)
         # The caller is an autograd function, in whose forward nothing is recorded.
         with torch.enable_grad():
-            if settings.policy is None:
-                objective = sft_objective(columns, Terms(log_probs, entropies))
-            else:
-                terms = Terms(
-                    log_probs,
-                    entropies,
-                    None if student is policy else student.log_probs(targets)[:, 0],
-                    None if side is None else side.teacher_log_probs,
-                    None if side is None else side.comparison,
-                )
-                objective = policy_objective(columns, terms, settings.policy)
+            terms = Terms(
+                log_probs,
+                entropies,
+                None if student is policy else student.log_probs(targets)[:, 0],
+                None if side is None else side.teacher_log_probs,
+                None if side is None else side.comparison,
+            )
+            objective = evaluate(columns, terms, settings.objective)
         leaves = [log_probs, entropies, *([] if side is None else side.leaves)]
         of_log_probs, of_entropies, *of_side = _gradients(objective.loss, leaves)
         objective = replace(objective, loss=objective.loss.detach())
@@ -103,7 +103,7 @@ class ObjectiveHead:
     @torch.no_grad()
     def compare(self, logits: Tensor, rows: slice) -> tuple[Tensor, SideBySide]:
         """The student's entropies [C] and both models side by side, for a pass that trains nothing."""
-        columns = {name: values[rows] for name, values in self._columns.items()}
+        columns = self._columns.rows(rows)
         policy, student = self._distributions(logits)
         return policy.entropies(), self.side_by_side(student, rows, columns)
 
@@ -111,18 +111,18 @@ class ObjectiveHead:
         """The policy's distribution, and the student's as the teacher is compared with it; one where they are the same."""
         settings = self._settings
         same = settings.teacher_temperature == settings.temperature and self._shared.size == self._shard.size
-        if settings.policy is None or same:
+        if not isinstance(settings.objective, PolicyOptions) or same:
             policy = Distribution(logits, self._shard, settings.temperature)
             return policy, policy
         policy = Distribution(logits.clone(), self._shard, settings.temperature)
         return policy, Distribution(without_padding(logits, self._shared), self._shared, settings.teacher_temperature)
 
-    def side_by_side(self, student: Distribution, rows: slice, columns: Mapping[str, Tensor]) -> SideBySide | None:
+    def side_by_side(self, student: Distribution, rows: slice, columns: TokenColumns) -> SideBySide | None:
         """Student and teacher of a chunk, if a divergence compares them."""
-        divergence = self._settings.policy.divergence
+        divergence = self._settings.divergence
         if divergence is None:
             return None
-        scored = torch.ones_like(columns["loss_mask"])
+        scored = torch.ones_like(columns.loss_mask)
         if self._teacher is None:
             return self._with_remote_teacher(student, columns)
         hidden = self._teacher.hidden[rows].to(self._teacher.weight.device, non_blocking=True)
@@ -142,33 +142,37 @@ class ObjectiveHead:
             values = full.values.clone().requires_grad_()
             comparison = Comparison(scored, full.reverse_kl, full.forward_kl, full=values, **known)
             return SideBySide(comparison, teacher_log_probs, slope=full.slope)
-        if "candidate_ids" in columns:
+        if columns.candidate_ids is not None:
             ids, valid = _stored(columns)
         else:
             student_ids = student.top_k(self._settings.top_k)[0]
-            ids, valid = candidates(student_ids, teacher.top_k(self._settings.top_k)[0], self._settings.strategy)
+            ids, valid = candidates(
+                student_ids, teacher.top_k(self._settings.top_k)[0], self._settings.divergence.strategy
+            )
         log_q, log_q_rest = teacher.log_probs(ids), teacher.log_rest(ids, valid)
         return self._on_candidates(student, ids, valid, log_q, log_q_rest, scored, columns, teacher_log_probs, known)
 
-    def _with_remote_teacher(self, student: Distribution, columns: Mapping[str, Tensor]) -> SideBySide:
+    def _with_remote_teacher(self, student: Distribution, columns: TokenColumns) -> SideBySide:
         """Both models on the ids that a server was asked for; a response without scores takes no part."""
         settings = self._settings
-        scored = (~columns["teacher_log_probs"].isnan()).to(columns["loss_mask"].dtype)
-        student_ids, teacher_ids = columns.get("student_top_ids"), columns.get("teacher_top_ids")
+        scored = (~columns.teacher_log_probs.isnan()).to(columns.loss_mask.dtype)
+        student_ids, teacher_ids = columns.student_top_ids, columns.teacher_top_ids
         parts = {
-            "student": columns.get("teacher_on_student_log_probs"),
-            "teacher": columns.get("teacher_top_log_probs"),
+            "student": columns.teacher_on_student_log_probs,
+            "teacher": columns.teacher_top_log_probs,
         }
-        if "candidate_ids" in columns:
+        if columns.candidate_ids is not None:
             ids, valid = _stored(columns)
-            log_q = columns["candidate_teacher_log_probs"]
-        elif settings.strategy == "intersection":
+            log_q = columns.candidate_teacher_log_probs
+        elif settings.divergence.strategy == "intersection":
             # The same set from the teacher's side, whose log-probs of it are known.
             ids, valid = candidates(teacher_ids, student.top_k(settings.top_k)[0], "intersection")
             log_q = parts["teacher"]
         else:
-            ids, valid = candidates(student_ids, teacher_ids, settings.strategy)
-            wanted = {"only_stu": ["student"], "only_tch": ["teacher"]}.get(settings.strategy, ["student", "teacher"])
+            ids, valid = candidates(student_ids, teacher_ids, settings.divergence.strategy)
+            wanted = {"only_stu": ["student"], "only_tch": ["teacher"]}.get(
+                settings.divergence.strategy, ["student", "teacher"]
+            )
             log_q = torch.cat([parts[name] for name in wanted], dim=1)
         known = {}
         if teacher_ids is not None:
@@ -186,13 +190,13 @@ class ObjectiveHead:
         log_q: Tensor,
         log_q_rest: Tensor,
         scored: Tensor,
-        columns: Mapping[str, Tensor],
+        columns: TokenColumns,
         teacher_log_probs: Tensor | None,
         known: Mapping[str, Tensor | Overlap],
     ) -> SideBySide:
         log_p = student.log_probs(ids).requires_grad_()
         log_p_rest = student.log_rest(ids, valid).requires_grad_()
-        old = columns.get("candidate_log_probs", log_p.detach())
+        old = log_p.detach() if columns.candidate_log_probs is None else columns.candidate_log_probs
         over = Candidates(log_p, log_q, valid, log_p_rest, log_q_rest.to(log_p.dtype), old)
         return SideBySide(over_candidates(over, scored, **known), teacher_log_probs, ids=ids)
 
@@ -236,9 +240,9 @@ class SideBySide:
         return asked
 
 
-def _stored(columns: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _stored(columns: TokenColumns) -> tuple[Tensor, Tensor]:
     """The candidates that were chosen before the rollout's first step: ids, and which are valid (−1 is none)."""
-    ids = columns["candidate_ids"]
+    ids = columns.candidate_ids
     return ids.clamp(min=0), ids >= 0
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from slime_opd.head.vocabulary import Distribution, VocabularyShard, chunk_logits
-from slime_opd.objective.objective import Objective
+from slime_opd.objective.streams import Objective
 
 
 class Head(Protocol):
@@ -33,7 +33,7 @@ def chunked_objective(hidden: Tensor, weight: Tensor, shard: VocabularyShard, he
     """
     parts: list[Objective] = []
     loss = _ChunkedLoss.apply(hidden, weight, shard, head, chunk_size, parts)
-    total = Objective.sum(parts)
+    total = Objective.of_chunks(parts)
     return Objective(loss, total.totals, total.means, total.histograms)
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slime_opd.batch.assemble import assemble, split
 from slime_opd.config import Config, parse
-from slime_opd.types import Prompt, Sample, Status, TrainBatch
+from slime_opd.types import Prompt, Sample, Status
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,11 @@ def rehearsed_config(argv: list[str], load: Load) -> Config:
     return parse([*argv, *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))])
 
 
-def make_batch(config: Config, load: Load) -> TrainBatch:
-    """The first data-parallel rank's share of a rollout of equal samples, assembled and split as in a run."""
+def make_samples(config: Config, load: Load) -> list[Sample]:
+    """A rollout of equal samples, of all data-parallel ranks."""
     length = tokens_per_micro_batch(config) // load.sequences
     response = length - load.prompt_tokens
-    samples = [_sample(config, index, load.prompt_tokens, response) for index in range(config.global_batch_size)]
-    return split(assemble(samples, config), config)[0]
+    return [_sample(config, index, load.prompt_tokens, response) for index in range(config.global_batch_size)]
 
 
 def _sample(config: Config, index: int, prompt_tokens: int, response: int) -> Sample:

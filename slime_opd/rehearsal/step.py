@@ -5,22 +5,27 @@ The trainer is the product's; only what would read files is left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
+from slime_opd.batch.train import train_rollout
 from slime_opd.checkpoint.formats import model_state as checkpoint
 from slime_opd.config import Config
 from slime_opd.model import parallel
+from slime_opd.observe.metrics import Metric
 from slime_opd.rehearsal import groups, pretend_cuda
-from slime_opd.rehearsal.batch import Load, make_batch
+from slime_opd.rehearsal.batch import Load, make_samples
 from slime_opd.rehearsal.memory import LiveMemory
 from slime_opd.rehearsal.syncs import FakeDevice, FakeTensors, HostSyncs
 from slime_opd.rehearsal.where import Line
+from slime_opd.trainer.scoring import TeacherLayer
 from slime_opd.trainer.trainer import Trainer
-from slime_opd.types import StartReport
+from slime_opd.types import StartReport, TrainBatch
 
 PRETENDED = (
     *pretend_cuda.PRETENDED,
@@ -77,14 +82,16 @@ class _RehearsedTrainer(Trainer):
         with self._memory.phase("teacher"):
             if self.config.algorithm.use_kl_loss:
                 self.snapshots.keep("reference")
+            teacher = TeacherLayer(None, self.shard)
             if self.config.has_megatron_teacher:
                 self.snapshots.keep("teacher", resident=self.config.opd.opd_teacher_resident)
-                self._keep_teacher_output_layer()
+                teacher = self._teacher_layer()
         with self._memory.phase("wrap"):
-            self._prepare_training()
+            self._prepare_training(teacher)
+            self.model_pass.run = partial(self._measured_run, self.model_pass.run)
         return StartReport("nothing", {}, ())
 
-    def run(self, batch: Any, steps: slice, head: Any, *, forward_only: bool) -> list:
+    def _measured_run(self, run: Any, batch: Any, steps: slice, head: Any, *, forward_only: bool) -> list:
         def measured(*args: Any) -> Any:
             with self._memory.phase("score" if forward_only else "head"):
                 result = head(*args)
@@ -96,13 +103,28 @@ class _RehearsedTrainer(Trainer):
         hook = self.wrapped.register_forward_pre_hook(lambda *_: self._memory.switch(forward))
         try:
             with self._memory.phase(forward):
-                return super().run(batch, steps, measured, forward_only=forward_only)
+                return run(batch, steps, measured, forward_only=forward_only)
         finally:
             hook.remove()
 
     def _take_step(self, losses: list) -> tuple:
         with self._memory.phase("optimizer"):
             return super()._take_step(losses)
+
+
+class _OneRank:
+    """The trainer group of a rehearsal: the first data-parallel rank, whose scores stand for those of every other."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def score(
+        self, batches: Sequence[TrainBatch], progress: float, names: frozenset[str]
+    ) -> list[dict[str, np.ndarray]]:
+        return [self._trainer.score(batches[0], progress, names)] * len(batches)
+
+    def step(self, columns: Sequence[Mapping[str, np.ndarray]], progress: float) -> dict[str, Metric]:
+        return self._trainer.step(columns[0], progress)
 
 
 def rehearse(
@@ -118,7 +140,7 @@ def rehearse(
 
     `pretend_cuda.load()` and `install()` have been called. `seen` is called with the trainer at the end, in the fake mode.
     """
-    batch = make_batch(config, load)
+    samples = make_samples(config, load)
     memory, syncs = LiveMemory(), HostSyncs()
     fake = FakeTensors(allow_non_fake_inputs=True)
     with groups.pretended(), FakeDevice(syncs), fake, syncs, memory:
@@ -127,7 +149,7 @@ def rehearse(
         setup = dict(syncs.counts)
         syncs.counts.clear()
         for _ in range(steps):
-            trainer.train(batch)
+            train_rollout(_OneRank(trainer), samples, config, 0.0)
         waits = {key: count // steps for key, count in syncs.counts.items()}
         if with_save:
             with memory.phase("save"):

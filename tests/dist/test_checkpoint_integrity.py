@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from rollouts import train
 from test_objective_layouts import make_config, make_samples
 
 pytestmark = pytest.mark.dist
@@ -37,7 +38,6 @@ class Laboratory:
         import dataclasses
 
         from slime_opd.checkpoint import whole
-        from slime_opd.batch.assemble import assemble, split
         from slime_opd.trainer.trainer import Trainer
 
         # Large files are not read by a short look: leave all to the ranks.
@@ -48,9 +48,8 @@ class Laboratory:
         self.trainer = Trainer(
             dataclasses.replace(config, checkpoint=options), rank=rank, world_size=world_size, init_method=init_method
         )
-        batch = split(assemble(make_samples(), config), config)[self.trainer.layout.data_rank]
         for step in (1, 2):
-            self.trainer.train(batch)
+            train(self.trainer, make_samples())
             self.trainer.save(step, {"step": step})
 
     def copy_with(self, harm) -> Path:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from model_families import FAMILIES, MIXTURES, OF_TRANSFORMERS, SERVED, save_model
 from ranks import run_ranks
+from rollouts import log_probs_of, train_assembled
 
 pytestmark = pytest.mark.dist
 
@@ -93,7 +94,6 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
     import torch
 
     from slime_opd.checkpoint.directory import publish
-    from slime_opd.batch.assemble import split
     from slime_opd.checkpoint.formats import model_state as checkpoint, conversion, torch_dist
     from slime_opd.model import parallel
     from slime_opd.checkpoint.formats.load_hugging_face import load_hugging_face
@@ -115,11 +115,7 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
             return Trainer(config, rank=rank, world_size=world_size, init_method=f"{init_method}_{number}_{step}")
 
         trainer = trainer_of(None, "first")
-        scores = trainer.score_pass(
-            TrainBatch(samples, ((2,),)),
-            lambda hidden, one, trainer=trainer: {"log_probs": trainer.scores(hidden, one, 1.0)[0]},
-        )
-        log_probs = scores["log_probs"].numpy() if scores else None
+        log_probs = log_probs_of(trainer, TrainBatch(samples, ((2,),)))
         with counted_calls() as loading:
             load_hugging_face(trainer.model, trainer.bridge, directory, "--hf-checkpoint")
         with counted_calls() as first_export:
@@ -138,8 +134,7 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
             with torch.no_grad():
                 conversion.to_torch_dist(trainer.config, made)
             publish(made)
-        mine = split(samples, trainer.config)[trainer.layout.data_rank]
-        norm = values(trainer.train(mine)).get("train/grad_norm")
+        norm = values(train_assembled(trainer, samples)).get("train/grad_norm")
         parallel.shut_down()
         loaded = {name: weight.clone().numpy() for name, weight in trainer_of(f"{directory}_torch_dist", "second").exported_weights()}
         parallel.shut_down()

@@ -14,6 +14,7 @@ import pytest
 from conftest import save_tiny_model
 from model_families import save_model
 from ranks import run_ranks
+from rollouts import train, train_assembled
 from test_objective_layouts import FULL, make_config, make_samples, objective
 
 pytestmark = pytest.mark.dist
@@ -25,7 +26,6 @@ LAYOUTS = {"one process": (1, 1, 1), "TP=2": (2, 2, 1), "EP=2": (2, 1, 2)}
 
 def train_chosen(rank, world_size, init_method, models, precision, tensor, expert, save):
     """Metrics of every chosen objective, and the step after them: of this run, and of one that was resumed before it."""
-    from slime_opd.batch.assemble import assemble, split
     from slime_opd.model import parallel
     from slime_opd.trainer.trainer import Trainer
 
@@ -41,8 +41,7 @@ def train_chosen(rank, world_size, init_method, models, precision, tensor, exper
 
     def step(trainer: Trainer, opd: dict, divergence: dict):
         trainer.config = objective(config, opd, divergence)
-        batch = split(assemble(make_samples(), trainer.config), trainer.config)[trainer.layout.data_rank]
-        return trainer.train(batch, progress=0.5)
+        return train(trainer, make_samples(), progress=0.5)
 
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
     found = {name: step(trainer, *chosen) for name, chosen in CHOSEN.items()}
@@ -102,7 +101,6 @@ def overflow(rank, world_size, init_method, models):
 
     In the second the scale is at its minimum, and a sample of the first step has a gradient that float16 cannot hold.
     """
-    from slime_opd.batch.assemble import assemble, split
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
 
@@ -111,13 +109,13 @@ def overflow(rank, world_size, init_method, models):
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
     before = {name: weight.clone() for name, weight in trainer.exported_weights()}
     batch = assemble(make_samples(), config)
-    metrics = [values(trainer.train(split(batch, config)[0]))]
+    metrics = [values(train_assembled(trainer, batch))]
     unchanged = all(weight.equal(before[name]) for name, weight in trainer.exported_weights())
     scaler = trainer.optimizer.chained_optimizers[0].grad_scaler
     scaler._scale = scaler.min_scale.clone()
     advantages = batch.columns["advantages"].copy()
     advantages[np.flatnonzero(batch.columns["policy_weights"])[0]] = 1e30
-    metrics.append(values(trainer.train(split(batch.with_column("advantages", advantages), config)[0])))
+    metrics.append(values(train_assembled(trainer, batch.with_column("advantages", advantages))))
     return metrics, unchanged
 
 

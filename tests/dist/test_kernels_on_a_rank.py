@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ranks import run_ranks
+from rollouts import train_assembled
 from test_layouts import make_batch, make_config
 
 pytestmark = pytest.mark.dist
@@ -11,7 +12,6 @@ pytestmark = pytest.mark.dist
 
 def start_and_step(rank, world_size, init_method, model_dir):
     from slime_opd.config.kernels import Machine
-    from slime_opd.batch.assemble import split
     from slime_opd.model import builder as model, parallel
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
@@ -21,7 +21,7 @@ def start_and_step(rank, world_size, init_method, model_dir):
         model.machine.of_this_process = lambda machine=machine: machine
         config = make_config(model_dir, 1, 1, 1, opd_type="sglang")
         trainer = Trainer(config, rank=rank, world_size=world_size, init_method=f"{init_method}_{number}")
-        loss = values(trainer.train(split(make_batch(), config)[0]))["train/loss"]
+        loss = values(train_assembled(trainer, make_batch()))["train/loss"]
         found.append((trainer.start_report.warnings, loss))
         parallel.shut_down()
     return found

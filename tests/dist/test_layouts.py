@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ranks import run_ranks
+from rollouts import log_probs_of, train_assembled
 
 pytestmark = pytest.mark.dist
 
@@ -56,17 +57,10 @@ def make_batch(teacher_log_probs: np.ndarray | None = None):
     return RolloutBatch(random.integers(0, 60, int((prompts + responses).sum())), prompts, responses, columns)
 
 
-def scores_of(trainer, batch) -> np.ndarray | None:
-    """The student's log-probs of all response tokens; None before the last pipeline stage."""
-    found = trainer.score_pass(batch, lambda hidden, one: {"log_probs": trainer.scores(hidden, one, 1.0)[0]})
-    return found["log_probs"].numpy() if found else None
-
-
 def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save_dir=None, load_dir=None):
     """Two optimizer steps; returns what a rank can say of them."""
     import dataclasses
 
-    from slime_opd.batch.assemble import split
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
     from slime_opd.types import TrainBatch
@@ -77,14 +71,13 @@ def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save
     )
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
     batch = make_batch()
-    mine = split(batch, config)[trainer.layout.data_rank]
     everything = TrainBatch(batch, ((SAMPLES,),))
-    scores = scores_of(trainer, everything)
-    first = values(trainer.train(mine))
+    scores = log_probs_of(trainer, everything)
+    first = values(train_assembled(trainer, batch))
     first_weights = {name: tensor.clone().numpy() for name, tensor in trainer.exported_weights()}
     if save_dir is not None:
         trainer.save(1, {"step": 1})
-    second = values(trainer.train(mine))
+    second = values(train_assembled(trainer, batch))
     weights = {name: tensor.clone().numpy() for name, tensor in trainer.exported_weights()}
     return {
         "non-finite": non_finite_steps(trainer, batch, config),
@@ -100,7 +93,6 @@ def non_finite_steps(trainer, batch, config) -> dict:
     """Steps with a NaN and with a gradient too large for float32 in one sample, then a good one, then NaN until it is refused."""
     import torch
 
-    from slime_opd.batch.assemble import split
     from slime_opd.errors import NonFiniteError
     from slime_opd.observe.metrics import values
 
@@ -108,7 +100,7 @@ def non_finite_steps(trainer, batch, config) -> dict:
         advantages = batch.columns["advantages"].copy()
         advantages[int(batch.response_lengths[:5].sum()) + 1] = value
         spoiled = batch.with_column("advantages", advantages).with_column("group", np.arange(SAMPLES))
-        return split(spoiled, config)[trainer.layout.data_rank]
+        return spoiled
 
     def state() -> list[torch.Tensor]:
         optimizers = [one.optimizer for one in trainer.optimizer.chained_optimizers]
@@ -120,14 +112,14 @@ def non_finite_steps(trainer, batch, config) -> dict:
     found: dict = {}
     before = state()
     for name, value in (("nan", np.nan), ("huge", 1e30)):
-        found[name] = values(trainer.train(with_advantage(value)))
+        found[name] = values(train_assembled(trainer, with_advantage(value)))
         found[f"{name} changed"] = [i for i, (old, new) in enumerate(zip(before, state(), strict=True)) if not old.equal(new)]
-    found["good"] = values(trainer.train(with_advantage(1.0)))
+    found["good"] = values(train_assembled(trainer, with_advantage(1.0)))
     found["good changed"] = any(not old.equal(new) for old, new in zip(before, state(), strict=True))
     try:
         for _ in range(config.training.max_skipped_steps + 1):
             found["skipped before the end"] = trainer.skipped.in_a_row
-            trainer.train(with_advantage(np.nan))
+            train_assembled(trainer, with_advantage(np.nan))
     except NonFiniteError as error:
         found["refusal"] = str(error)
     return found
@@ -230,7 +222,6 @@ def test_a_resumed_step_is_the_step_that_was_interrupted_at_any_layout(
 
 def self_teacher_step(rank, world_size, init_method, model_dir):
     """One step whose teacher is the student, loaded in the trainer."""
-    from slime_opd.batch.assemble import split
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
 
@@ -243,7 +234,7 @@ def self_teacher_step(rank, world_size, init_method, model_dir):
     )
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
     batch = make_batch().with_column("advantages", np.zeros(int(make_batch().response_lengths.sum())))
-    return values(trainer.train(split(batch, config)[0])), trainer.start_report.warnings
+    return values(train_assembled(trainer, batch)), trainer.start_report.warnings
 
 
 def test_a_teacher_that_is_the_student_has_no_reverse_kl_and_no_gradient(tiny_model_dir, tmp_path):
@@ -311,7 +302,7 @@ def raw_scores(rank, world_size, init_method, model_dir):
         ),
     )
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
-    return scores_of(trainer, TrainBatch(make_batch(), ((SAMPLES,),)))
+    return log_probs_of(trainer, TrainBatch(make_batch(), ((SAMPLES,),)))
 
 
 def test_tools_round_trip_bit_for_bit_and_flags_build_the_model_of_the_config(outcomes, tiny_model_dir, tmp_path):

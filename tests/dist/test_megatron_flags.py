@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from model_families import FAMILIES, MIXTURES, save_config, save_model
 from ranks import run_ranks
+from rollouts import train_assembled
 
 pytestmark = pytest.mark.dist
 
@@ -175,7 +176,6 @@ def trained_weights(rank, world_size, init_method, models: list[str], cases: dic
     from test_layouts import SAMPLES, make_batch
 
     from slime_opd.config import parse
-    from slime_opd.batch.assemble import split
     from slime_opd.model import parallel
     from slime_opd.trainer.trainer import Trainer
 
@@ -189,9 +189,8 @@ def trained_weights(rank, world_size, init_method, models: list[str], cases: dic
             )
         )
         trainer = Trainer(config, rank=rank, world_size=world_size, init_method=f"{init_method}_{number}")
-        batch = split(make_batch(), config)[trainer.layout.data_rank]
         for _ in range(2):
-            trainer.train(batch)
+            train_assembled(trainer, make_batch())
         found[case] = {name: weight.float().clone().numpy() for name, weight in trainer.exported_weights()}
         parallel.shut_down()
     return found

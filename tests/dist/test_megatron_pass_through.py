@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 from ranks import run_ranks
+from rollouts import log_probs_of
 
 pytestmark = pytest.mark.dist
 
@@ -81,9 +82,9 @@ def log_probs_of_three_layers(rank, world_size, init_method, model_dir):
     trainer = Trainer(parse(words.split()), rank=rank, world_size=world_size, init_method=init_method)
     columns = {"loss_mask": np.ones(9, np.float32)}
     batch = TrainBatch(RolloutBatch(np.arange(3, 15), np.array([3]), np.array([9]), columns), ((1,),))
-    found = trainer.score_pass(batch, lambda hidden, one: {"log_probs": trainer.scores(hidden, one, 1.0)[0]})
+    log_probs = log_probs_of(trainer, batch)
     exported = {name: float(weight.double().sum()) for name, weight in trainer.exported_weights()}
-    return len(trainer.model.decoder.layers), found["log_probs"].numpy() if found else None, exported
+    return len(trainer.model.decoder.layers), log_probs, exported
 
 
 def test_a_stage_with_a_number_of_layers_of_its_own(tmp_path):
@@ -110,7 +111,8 @@ def bias_in_bfloat16(rank, world_size, init_method, model_dir):
     trainer = Trainer(parse(words.split()), rank=rank, world_size=world_size, init_method=init_method)
     columns = {"loss_mask": np.ones(9, np.float32), "policy_weights": np.full(9, 1 / 9, np.float32)}
     batch = RolloutBatch(np.arange(3, 15), np.array([3]), np.array([9]), columns)
-    trainer.train(TrainBatch(batch, ((1,),)))
+    trainer.score(TrainBatch(batch, ((1,),)), 0.0)
+    trainer.step({}, 0.0)
     exported = dict(trainer.exported_weights())
     assert {weight.dtype for name, weight in exported.items() if "bias" not in name} == {torch.bfloat16}
     return {name: weight.numpy() for name, weight in exported.items() if "e_score_correction_bias" in name}

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import save_tiny_model
 from ranks import run_ranks
+from rollouts import train
 
 pytestmark = pytest.mark.dist
 
@@ -120,7 +121,6 @@ def make_samples(top_k: int = 0):
 
 def train_all(rank, world_size, init_method, student, teacher, tensor, pipeline):
     """The metrics of every objective's last step, and the weights after all of them."""
-    from slime_opd.batch.assemble import assemble, split
     from slime_opd.trainer.snapshots import WeightSnapshots
     from slime_opd.trainer.trainer import Trainer
 
@@ -129,13 +129,11 @@ def train_all(rank, world_size, init_method, student, teacher, tensor, pipeline)
     found = {}
     for name, (opd, divergence) in OBJECTIVES.items():
         trainer.config = objective(config, opd, divergence)
-        batch = split(assemble(make_samples(), trainer.config), trainer.config)[trainer.layout.data_rank]
         assert len(batch.steps) == 2
-        found[name] = trainer.train(batch, progress=0.5)
+        found[name] = train(trainer, make_samples(), progress=0.5)
     trainer.config = objective(config, {"opd_type": "sglang", "opd_teacher_load": None}, TOP_K)
     trainer.snapshots = WeightSnapshots(trainer.model)
-    batch = split(assemble(make_samples(4), trainer.config), trainer.config)[trainer.layout.data_rank]
-    found["a server's answers"] = trainer.train(batch)
+    found["a server's answers"] = train(trainer, make_samples(4))
     return found, {name: tensor.numpy() for name, tensor in trainer.exported_weights()}
 
 
@@ -178,8 +176,8 @@ def test_the_objectives_are_as_different_as_they_should_be(outcomes):
     assert "train/divergence_loss" not in metrics["penalty"]
     assert metrics["reverse KL"]["opd/overlap_ratio"] < 0.9
     assert metrics["penalty with discount, clamp and refresh"]["opd/clamp_fraction"] > 0
-    assert metrics["top token weights of a penalty"]["opd/weight_effective_share"] == pytest.approx(0.3, abs=0.1)
-    assert metrics["soft token weights"]["opd/weight_effective_share"] < 1
+    assert metrics["top token weights of a penalty"]["opd/penalty_weight_effective_share"] == pytest.approx(0.3, abs=0.1)
+    assert metrics["soft token weights"]["opd/divergence_weight_effective_share"] < 1
     losses = [found["train/loss"] for found in metrics.values()]
     assert len({round(loss, 4) for loss in losses}) == len(losses)
 
@@ -187,7 +185,6 @@ def test_the_objectives_are_as_different_as_they_should_be(outcomes):
 def learn_from_itself(rank, world_size, init_method, model, divergences):
     """Metrics of a step for each divergence, where the teacher is the student."""
     from slime_opd.config import stages
-    from slime_opd.batch.assemble import assemble, split
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
 
@@ -201,7 +198,7 @@ def learn_from_itself(rank, world_size, init_method, model, divergences):
     found = []
     for divergence in divergences:
         trainer.config = objective(config, {}, divergence)
-        found.append(values(trainer.train(split(assemble(make_samples(), trainer.config), trainer.config)[0])))
+        found.append(values(train(trainer, make_samples())))
     return found
 
 

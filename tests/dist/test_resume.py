@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from rollouts import train_assembled
 from test_layouts import make_batch, make_config
 
 pytestmark = pytest.mark.dist
@@ -27,10 +28,9 @@ def make_trainer(config, init_method, optimizer: dict, **checkpoint):
 
 
 def step_of(trainer) -> dict[str, float]:
-    from slime_opd.batch.assemble import split
     from slime_opd.observe.metrics import values
 
-    return values(trainer.train(split(make_batch(), trainer.config)[0]))
+    return values(train_assembled(trainer, make_batch()))
 
 
 def save_and_resume(rank, world_size, init_method, model_dir, directory):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from rollouts import train
 from test_objective_layouts import make_config, make_samples
 
 pytestmark = pytest.mark.dist
@@ -35,7 +36,6 @@ def save_slowly(rank, world_size, init_method, models, directory: str):
     """What a save gives whose second rank takes 2.5 times the limit for a file, and what a collective does that is as late."""
     import torch.distributed as dist
 
-    from slime_opd.batch.assemble import assemble, split
     from slime_opd.model import parallel
     from slime_opd.trainer.trainer import Trainer
 
@@ -50,7 +50,7 @@ def save_slowly(rank, world_size, init_method, models, directory: str):
         dataclasses.replace(config, checkpoint=options), rank=rank, world_size=world_size, init_method=init_method
     )
     limits = [trainer.limit_while_loading, default_limit()]
-    trainer.train(split(assemble(make_samples(), config), config)[trainer.layout.data_rank])
+    train(trainer, make_samples())
     short = dataclasses.replace(config.training, distributed_timeout_minutes=LIMIT_S / 60)
     trainer.config = dataclasses.replace(trainer.config, training=short)
     dist.barrier()

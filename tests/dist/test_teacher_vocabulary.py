@@ -41,7 +41,6 @@ def tokens() -> np.ndarray:
 
 def train(rank, world_size, init_method, student, teacher, divergence):
     """The metrics of one step."""
-    from slime_opd.batch.assemble import assemble, split
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.observe.metrics import values
     from slime_opd.types import Prompt, Sample, Status
@@ -52,7 +51,7 @@ def train(rank, world_size, init_method, student, teacher, divergence):
     sample.set("loss_mask", np.ones(RESPONSE))
     sample.set("group", 0)
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
-    return values(trainer.train(split(assemble([sample], config), config)[0]))
+    return values(train(trainer, [sample]))
 
 
 def expected(student: Path, teacher: Path, shared: int) -> dict[str, float]:

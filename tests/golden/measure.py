@@ -67,8 +67,8 @@ def train_kind(name: str, rank: int, world_size: int, init_method: str, director
     """What `train_kinds` gives of one kind."""
     import torch.distributed as dist
     from megatron.core import parallel_state
+    from rollouts import train
 
-    from slime_opd.batch.assemble import assemble, split
     from slime_opd.config import parse
     from slime_opd.rollout.recording import Recordings, require_trainable
     from slime_opd.trainer.trainer import Trainer
@@ -82,8 +82,7 @@ def train_kind(name: str, rank: int, world_size: int, init_method: str, director
     for step in range(NUM_ROLLOUTS):
         rollout = recordings.read(step + 1)
         require_trainable(rollout, config)
-        batch = split(assemble(rollout.samples, config), config)[trainer.layout.data_rank]
-        steps.append(trainer.train(batch, step / NUM_ROLLOUTS))
+        steps.append(train(trainer, rollout.samples, step / NUM_ROLLOUTS))
     weights = {name: tensor.float().numpy().copy() for name, tensor in trainer.exported_weights()}
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

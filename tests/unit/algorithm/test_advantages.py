@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from slime_opd.algorithm.advantages import base_advantages, group_advantages, whiten
+from slime_opd.algorithm.advantages import base_advantages, whiten
+from slime_opd.algorithm.estimators.estimator import EstimatorOptions, Responses
+from slime_opd.algorithm.estimators.grpo import group_advantages
 from slime_opd.errors import DataError
 
 PLAIN = {
     "estimator": "grpo",
-    "normalize_rewards": True,
-    "divide_by_std": True,
     "whiten_advantages": False,
     "only_penalty": False,
 }
@@ -48,16 +50,18 @@ def test_without_normalisation_rewards_are_the_advantages():
 
 
 def test_each_token_has_its_samples_advantage():
-    got = base_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor([1, 3]), torch.ones(4), **PLAIN)
+    responses = Responses(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor([1, 3]), torch.ones(4), {})
+    got = base_advantages(responses, EstimatorOptions(), **PLAIN)
     torch.testing.assert_close(got, torch.tensor([1.0, -1.0, -1.0, -1.0]) * 0.7071, rtol=1e-3, atol=0)
 
 
 def test_no_reward_at_all_is_no_advantage_and_some_missing_is_an_error():
     nan = float("nan")
-    arguments = (torch.tensor([0, 0]), torch.tensor([1, 1]), torch.ones(2))
-    assert base_advantages(torch.tensor([nan, nan]), *arguments, **PLAIN).tolist() == [0.0, 0.0]
+    responses = Responses(torch.full((2,), nan), torch.tensor([0, 0]), torch.tensor([1, 1]), torch.ones(2), {})
+    assert base_advantages(responses, EstimatorOptions(), **PLAIN).tolist() == [0.0, 0.0]
+    some = replace(responses, rewards=torch.tensor([1.0, nan]))
     with pytest.raises(DataError, match="1 of 2 samples have no reward"):
-        base_advantages(torch.tensor([1.0, nan]), *arguments, **PLAIN)
+        base_advantages(some, EstimatorOptions(), **PLAIN)
 
 
 def test_whitening_is_over_unmasked_tokens_alone():

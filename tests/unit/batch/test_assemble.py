@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from slime_opd.batch.assemble import assemble, split
+from slime_opd.batch import assemble as room
+from slime_opd.batch.scores import columns_for_assembly
+from slime_opd.batch.shares import Shares, plan_shares
+from slime_opd.batch.weights import STREAMS, weight_statistics
 from slime_opd.config import stages
 from slime_opd.config.config import Config
-from slime_opd.types import Prompt, Sample, Status
+from slime_opd.objective.options import objective_options
+from slime_opd.types import Prompt, RolloutBatch, Sample, Status
 
 LENGTHS, REWARDS, STEP = (4, 2, 6, 1, 3, 5, 0, 2), (1, 0, 1, 1, 0, 0, 1, 0), 4
 
@@ -40,6 +48,14 @@ def samples(off_policy=(), failed=None, reward=True) -> list[Sample]:
             sample.set("teacher_log_probs", np.full(length, np.nan if number == failed else -1.0))
         made.append(sample)
     return made
+
+
+def assemble(samples: list[Sample], config: Config, **scores: np.ndarray) -> RolloutBatch:
+    """With scores of a teacher that is the student where others are not given: its penalty is 0."""
+    batch = RolloutBatch.from_samples(samples)
+    default = np.zeros(int(batch.response_lengths.sum()))
+    scored = {name: scores.get(name, default) for name in columns_for_assembly(config)}
+    return room.assemble(batch.with_columns(scored), config, objective_options(config, 0.0))
 
 
 def of_sample(batch, name: str, number: int) -> np.ndarray:
@@ -134,7 +150,77 @@ def test_without_a_divergence_there_are_no_weights_of_one():
 
 def test_ranks_hold_every_sample_once_with_all_its_columns():
     run = config()
-    (alone,) = split(assemble(samples(), run), run)
+    batch = assemble(samples(), run)
+    (alone,) = plan_shares(batch, run).batches(batch)
     assert sorted(alone.samples.response_lengths.tolist()) == sorted(LENGTHS)
     assert len(alone.steps) == 2
     np.testing.assert_allclose(alone.samples.columns["divergence_base"].sum(), 2.0, rtol=1e-6)
+
+
+TOTAL = sum(LENGTHS)
+STUDENT, TEACHER = np.random.default_rng(0).normal(-2, 1, (2, TOTAL)).astype(np.float32)
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5])
+def test_where_the_students_log_probs_are_scored_the_advantages_hold_the_penalty(discount):
+    """Over several steps, of the policy that starts the first one; token by token in float64."""
+    teacher = TEACHER.copy()
+    teacher[2] = np.nan
+    opd = {"opd_kl_coef": 0.5, "opd_kl_clamp": 0.8, "opd_kl_discount": discount}
+    run = config(opd=opd, divergence={"opd_divergence": None, "opd_reward_beta": 1.0})
+    scores = {"log_probs": STUDENT, "penalty_log_probs": STUDENT, "teacher_log_probs": teacher}
+    got, base = assemble(samples(), run, **scores), assemble(samples(), run)
+    expected, start = base.columns["advantages"].astype(np.float64), 0
+    for length in LENGTHS:
+        later = 0.0
+        for t in range(start + length - 1, start - 1, -1):
+            trains = got.columns["policy_weights"][t] > 0
+            signal = np.clip(float(STUDENT[t]) - float(teacher[t]), -0.8, 0.8) * trains
+            later = (0.0 if np.isnan(signal) else signal) + discount * later
+            if trains and not np.isnan(signal):
+                expected[t] -= 0.5 * got.columns["penalty_weights"][t] * later
+        start += length
+    np.testing.assert_allclose(got.columns["advantages"], expected, atol=1e-5)
+    assert np.abs(expected - base.columns["advantages"]).max() > 0.1
+
+
+def test_a_refreshed_student_or_a_single_step_leaves_the_penalty_to_the_step():
+    refreshed = config(opd={"opd_refresh_student": True})
+    assert objective_options(refreshed, 0.0).penalty_in_step
+    assert not {"log_probs", "teacher_log_probs"} & columns_for_assembly(refreshed)
+    alone = dataclasses.replace(config(), training=stages.TrainingConfig(global_batch_size=len(LENGTHS)))
+    assert objective_options(alone, 0.0).penalty_in_step and not columns_for_assembly(alone)
+    assert not objective_options(config(), 0.0).penalty_in_step
+
+
+@pytest.mark.parametrize("weighting", ["soft", "top"])
+def test_importance_moves_the_loss_between_tokens_and_not_its_size(weighting):
+    run = config(divergence={"opd_token_weighting": weighting, "opd_token_keep_fraction": 0.5})
+    scores = {"student_entropy": STUDENT**2, "token_divergence": np.abs(TEACHER)}
+    columns = assemble(samples(), run, **scores).columns
+    for weights, base in STREAMS.values():
+        np.testing.assert_allclose(per_step(columns[weights] * columns[base]), 1.0, rtol=1e-5)
+        assert len(np.unique(columns[weights])) > 2 or weighting == "top"
+    spread = weight_statistics(assemble(samples(), run, **scores), run)
+    assert set(spread) == {"penalty", "divergence"}, "each stream has its own: one does not overwrite the other"
+    assert all(0 < stream.effective_share < 1 for stream in spread.values())
+
+
+@given(st.integers(1, 4), st.integers(0, 2**31))
+def test_columns_go_to_the_ranks_and_come_back(ranks, seed):
+    random = np.random.default_rng(seed)
+    lengths = random.integers(0, 6, 12)
+    order = random.permutation(12)
+    shares = Shares(tuple(np.array_split(order, ranks)), ((),) * ranks, lengths)
+    columns = {
+        "log_probs": random.normal(size=int(lengths.sum())),
+        "candidate_ids": random.integers(0, 9, (int(lengths.sum()), 3)),
+        "reward": random.normal(size=12),
+    }
+    joined = shares.join(shares.split(columns))
+    assert set(joined) == set(columns)
+    for name, values in columns.items():
+        np.testing.assert_array_equal(joined[name], values)
+    sample = int(order[0])
+    first = shares.split(columns)[0]["log_probs"][: lengths[sample]]
+    np.testing.assert_array_equal(first, columns["log_probs"][lengths[:sample].sum() :][: lengths[sample]])

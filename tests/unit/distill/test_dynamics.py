@@ -28,18 +28,20 @@ def test_a_mean_counts_what_is_counted_and_not_nan():
 
 
 def test_the_sampled_log_ratio_is_split_by_position_and_by_being_right():
-    columns = {
-        "position_third": torch.tensor([0.0, 0.0, 1.0, 2.0, 2.0]),
-        "correct": torch.tensor([1.0, 1.0, 1.0, 0.0, NAN]),
-    }
+    kinds = dynamics.TokenKinds(
+        position_third=torch.tensor([0.0, 0.0, 1.0, 2.0, 2.0]), correct=torch.tensor([1.0, 1.0, 1.0, 0.0, NAN])
+    )
     signal, teacher = torch.tensor([1.0, 3.0, NAN, 5.0, 7.0]), torch.tensor([-1.0, -2.0, NAN, -3.0, -4.0])
-    found = dynamics.sampled(signal, teacher, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), columns)
+    found = dynamics.sampled(signal, teacher, torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), kinds)
     assert mean(found["opd/reverse_kl"]) == 3.0
     assert mean(found["opd/teacher_log_probs"]) == -2.0
     assert mean(found["opd/reverse_kl/early"]) == 2.0 and mean(found["opd/reverse_kl/late"]) == 5.0
     assert found["opd/reverse_kl/middle"][1] == 0
     assert mean(found["opd/reverse_kl/right"]) == 2.0 and mean(found["opd/reverse_kl/wrong"]) == 5.0
-    assert set(dynamics.sampled(signal, teacher, torch.ones(5), {})) == {"opd/reverse_kl", "opd/teacher_log_probs"}
+    assert set(dynamics.sampled(signal, teacher, torch.ones(5), dynamics.TokenKinds(None, None))) == {
+        "opd/reverse_kl",
+        "opd/teacher_log_probs",
+    }
 
 
 def overlap_of(log_p: torch.Tensor, log_q: torch.Tensor, k: int) -> Overlap:
@@ -63,7 +65,13 @@ def test_overlap_metrics_are_those_of_the_sets(seed):
     log_p, log_q = (torch.from_numpy(random.normal(size=(tokens, vocabulary)) * 2).log_softmax(1) for _ in range(2))
     scored = torch.tensor([1.0, 0.0, 0.3, 1.0, 1.0, 1.0], dtype=torch.float64)
     student_entropy = -(log_p.exp() * log_p).sum(1)
-    found = dynamics.compared(comparison_of(log_p, log_q, k, scored), student_entropy, student_entropy, scored, {})
+    found = dynamics.compared(
+        comparison_of(log_p, log_q, k, scored),
+        student_entropy,
+        student_entropy,
+        scored,
+        dynamics.TokenKinds(None, None),
+    )
     ratios, of_student, of_teacher, advantages, gaps = [], [], [], [], []
     for t in range(tokens):
         if scored[t] == 0:

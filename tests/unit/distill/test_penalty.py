@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slime_opd.algorithm.advantages import base_advantages
+from slime_opd.algorithm.estimators.estimator import EstimatorOptions, Responses
 from slime_opd.algorithm.kl import kl_estimate
 from slime_opd.algorithm.policy_loss import clipped_policy_loss
 from slime_opd.distill.divergences import divergence
-from slime_opd.distill.penalty import apply_penalty, clamp_signal, discounted_sums, sampled_reverse_kl
+from slime_opd.distill.penalty import clamp_signal, discounted_return_to_go, sampled_reverse_kl, subtract_penalty
 
 NAN = float("nan")
 
@@ -21,18 +22,18 @@ NAN = float("nan")
 def test_a_token_the_teacher_likes_less_loses_advantage():
     # d = log 0.5 − log 0.25 = ln 2; A = 1 − 2 ln 2.
     signal = sampled_reverse_kl(torch.tensor([0.5]).log(), torch.tensor([0.25]).log())
-    got = apply_penalty(torch.ones(1), signal, torch.ones(1), coefficient=2.0)
+    got = subtract_penalty(torch.ones(1), signal, torch.ones(1), coefficient=2.0)
     torch.testing.assert_close(got, torch.tensor([1 - 2 * 0.6931472]))
 
 
 def test_the_penalty_carries_no_gradient():
     student, teacher = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
     assert not sampled_reverse_kl(student, teacher).requires_grad
-    assert not apply_penalty(torch.zeros(4), student - teacher, torch.ones(4), coefficient=1.0).requires_grad
+    assert not subtract_penalty(torch.zeros(4), student - teacher, torch.ones(4), coefficient=1.0).requires_grad
 
 
 def test_a_masked_token_keeps_its_advantage():
-    got = apply_penalty(torch.tensor([3.0, 3.0]), torch.ones(2), torch.tensor([0.0, 1.0]), coefficient=1.0)
+    got = subtract_penalty(torch.tensor([3.0, 3.0]), torch.ones(2), torch.tensor([0.0, 1.0]), coefficient=1.0)
     assert got.tolist() == [3.0, 2.0]
 
 
@@ -40,13 +41,13 @@ def test_a_missing_score_leaves_the_advantage_bit_for_bit():
     advantages = torch.randn(3)
     signal = sampled_reverse_kl(torch.full((3,), -2.0), torch.tensor([-1.0, NAN, NAN]))
     for weights in (None, torch.full((3,), 2.0)):
-        got = apply_penalty(advantages, signal, torch.ones(3), coefficient=0.7, weights=weights)
+        got = subtract_penalty(advantages, signal, torch.ones(3), coefficient=0.7, weights=weights)
         assert torch.equal(got[1:], advantages[1:]) and not got.isnan().any() and got[0] != advantages[0]
 
 
 def test_a_weight_is_a_factor_of_the_token_s_penalty():
     signal, weights = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([2.0, 0.5, 0.0])
-    got = apply_penalty(torch.ones(3), signal, torch.ones(3), coefficient=0.5, weights=weights)
+    got = subtract_penalty(torch.ones(3), signal, torch.ones(3), coefficient=0.5, weights=weights)
     assert got.tolist() == [0.0, 1.5, 1.0]
 
 
@@ -66,19 +67,19 @@ def test_without_a_limit_nothing_is_clamped():
 def test_discounted_sums_by_hand():
     # 1 + 0.5 (2 + 0.5 · 4) = 3; the next sample starts anew.
     signal, lengths = torch.tensor([1.0, 2.0, 4.0, 8.0, 6.0]), torch.tensor([3, 0, 2])
-    assert discounted_sums(signal, lengths, 0.5).tolist() == [3.0, 4.0, 4.0, 11.0, 6.0]
-    assert discounted_sums(signal, lengths, 0.0).tolist() == signal.tolist()
-    assert discounted_sums(signal, lengths, 1.0).tolist() == [7.0, 6.0, 4.0, 14.0, 6.0]
+    assert discounted_return_to_go(signal, lengths, 0.5).tolist() == [3.0, 4.0, 4.0, 11.0, 6.0]
+    assert discounted_return_to_go(signal, lengths, 0.0).tolist() == signal.tolist()
+    assert discounted_return_to_go(signal, lengths, 1.0).tolist() == [7.0, 6.0, 4.0, 14.0, 6.0]
 
 
 def test_a_missing_score_adds_nothing_to_the_tokens_before_it():
-    got = discounted_sums(torch.tensor([1.0, NAN, 4.0]), torch.tensor([3]), 0.5)
+    got = discounted_return_to_go(torch.tensor([1.0, NAN, 4.0]), torch.tensor([3]), 0.5)
     assert got[[0, 2]].tolist() == [2.0, 4.0] and got[1].isnan()
 
 
 def test_nothing_has_no_sums():
-    assert discounted_sums(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.9).shape == (0,)
-    assert discounted_sums(torch.zeros(0), torch.zeros(2, dtype=torch.int64), 0.9).shape == (0,)
+    assert discounted_return_to_go(torch.zeros(0), torch.zeros(0, dtype=torch.int64), 0.9).shape == (0,)
+    assert discounted_return_to_go(torch.zeros(0), torch.zeros(2, dtype=torch.int64), 0.9).shape == (0,)
 
 
 @given(
@@ -94,7 +95,9 @@ def test_discounted_sums_are_the_loop_from_the_end(samples, discount):
             sums.append(NAN if math.isnan(value) else after)
         expected += reversed(sums)
     signal = torch.tensor([float(value) for sample in samples for value in sample], dtype=torch.float64)
-    got = discounted_sums(signal, torch.tensor([len(sample) for sample in samples], dtype=torch.int64), discount)
+    got = discounted_return_to_go(
+        signal, torch.tensor([len(sample) for sample in samples], dtype=torch.int64), discount
+    )
     # Sums of whole numbers round nowhere.
     exact = discount in (0.0, 1.0)
     torch.testing.assert_close(
@@ -127,7 +130,7 @@ def test_its_expected_policy_gradient_is_that_of_the_reverse_kl():
     logits, teacher = student_and_teacher()
     student = logits.log_softmax(dim=0)
     signal = sampled_reverse_kl(student, teacher)
-    advantages = apply_penalty(torch.zeros(7).double(), signal, torch.ones(7), coefficient=1.0)
+    advantages = subtract_penalty(torch.zeros(7).double(), signal, torch.ones(7), coefficient=1.0)
     loss = clipped_policy_loss(student, student.detach(), advantages, clip_low=0.2, clip_high=0.2).loss
     exact = exact_gradient("reverse_kl", student, teacher, logits)
     torch.testing.assert_close(expected_gradient(loss, student, logits), exact, rtol=0, atol=1e-12)
@@ -172,7 +175,7 @@ def test_over_sampled_tokens_the_penalty_s_gradient_is_the_reverse_kl_s_within_i
 
     def penalty(student, teacher, tokens):
         signal = sampled_reverse_kl(student[tokens], teacher[tokens])
-        return apply_penalty(torch.zeros(count).double(), signal, torch.ones(count), coefficient=1.0)
+        return subtract_penalty(torch.zeros(count).double(), signal, torch.ones(count), coefficient=1.0)
 
     gradients, student, teacher = sampled_gradients(count, penalty)
     logits, _ = student_and_teacher()
@@ -216,18 +219,14 @@ def test_as_values_the_kl_estimators_are_the_reverse_kl(kind):
 def test_with_only_the_penalty_whitening_does_not_cancel_the_coefficient():
     lengths, mask = torch.tensor([2, 2]), torch.ones(4)
     base = base_advantages(
-        torch.tensor([1.0, 0.0]),
-        torch.tensor([0, 0]),
-        lengths,
-        mask,
+        Responses(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), lengths, mask, {}),
+        EstimatorOptions(),
         estimator="grpo",
-        normalize_rewards=True,
-        divide_by_std=True,
         whiten_advantages=True,
         only_penalty=True,
     )
     signal = sampled_reverse_kl(torch.tensor([-1.0, -2.0, -0.5, -3.0]), torch.full((4,), -1.5))
-    one = apply_penalty(base, signal, mask, coefficient=1.0)
-    three = apply_penalty(base, signal, mask, coefficient=3.0)
+    one = subtract_penalty(base, signal, mask, coefficient=1.0)
+    three = subtract_penalty(base, signal, mask, coefficient=3.0)
     assert one.tolist() == [-0.5, 0.5, -1.0, 1.5]
     torch.testing.assert_close(three, 3 * one)

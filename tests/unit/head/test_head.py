@@ -16,6 +16,7 @@ from objective_cases import objective_of, settings_of, values_and_gradients
 from slime_opd.head.objective_head import ObjectiveHead, TeacherStates
 from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.vocabulary import VocabularyShard
+from slime_opd.objective.tokens import TokenColumns
 
 CASES = {case.name: case for case in brute_force.cases()}
 # One of each kind, for the properties that do not depend on every option.
@@ -179,7 +180,7 @@ def test_a_smaller_vocabulary_of_the_teacher_is_that_of_both():
     columns = given["columns"] | {"policy_weights": torch.zeros(TOKENS, dtype=torch.float64)}
     hidden, weight = leaves(given)
     head = ObjectiveHead(
-        settings_of(case), VocabularyShard(0, VOCABULARY), given["targets"], columns,
+        settings_of(case), VocabularyShard(0, VOCABULARY), given["targets"], TokenColumns.from_mapping(columns),
         TeacherStates(given["teacher_hidden"], given["teacher_weight"]), VocabularyShard(0, shared),
     )  # fmt: skip
     objective = chunked_objective(hidden, weight, VocabularyShard(0, VOCABULARY), head, 4)

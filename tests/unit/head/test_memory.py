@@ -13,7 +13,8 @@ from slime_opd.distill.comparison import DivergenceOptions
 from slime_opd.head.objective_head import HeadSettings, ObjectiveHead, TeacherStates
 from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.vocabulary import VocabularyShard
-from slime_opd.objective.objective import PolicyOptions
+from slime_opd.objective.options import PolicyOptions
+from slime_opd.objective.tokens import TokenColumns
 
 TOKENS, HIDDEN, VOCABULARY = 512, 8, 4096
 FLOAT = 4
@@ -59,7 +60,7 @@ def peak_of(kind: str, top_k: int, chunk_size: int) -> int:
     options = DivergenceOptions(kind, 1.0)
     settings = HeadSettings(PolicyOptions(**POLICY, divergence=options), top_k=top_k, metrics_top_k=16)
     shard, targets = VocabularyShard(0, VOCABULARY), torch.zeros(TOKENS, dtype=torch.int64)
-    head = ObjectiveHead(settings, shard, targets, columns, teacher)
+    head = ObjectiveHead(settings, shard, targets, TokenColumns.from_mapping(columns), teacher)
     inputs = [hidden, weight, teacher.hidden, teacher.weight, targets, *columns.values()]
     with Allocations(inputs) as allocations:
         chunked_objective(hidden, weight, shard, head, chunk_size).loss.backward()

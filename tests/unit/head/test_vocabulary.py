@@ -128,7 +128,7 @@ class SquareOfLogits:
     """The smallest head: the sum of squared logits, so that the gradient is known."""
 
     def __call__(self, logits, rows):
-        from slime_opd.objective.objective import Objective
+        from slime_opd.objective.streams import Objective
 
         return Objective((logits**2).sum(), {}, {}), 2 * logits
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import numpy as np
@@ -10,17 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slime_opd import fields
 from slime_opd.algorithm.kl import kl_estimate
 from slime_opd.algorithm.policy_loss import clipped_policy_loss
 from slime_opd.algorithm.reduction import token_weights
-from slime_opd.objective.objective import (
-    Objective,
-    PenaltyOptions,
-    PolicyOptions,
-    Terms,
-    policy_objective,
-    sft_objective,
-)
+from slime_opd.distill.penalty import PenaltyOptions
+from slime_opd.objective.evaluate import evaluate
+from slime_opd.objective.options import Options, PolicyOptions, SupervisedOptions
+from slime_opd.objective.streams import Objective
+from slime_opd.objective.tokens import Terms, TokenColumns
 
 OPTIONS = PolicyOptions(
     clip_low=0.2,
@@ -33,6 +32,10 @@ OPTIONS = PolicyOptions(
     penalty=PenaltyOptions(0.5),
 )
 LENGTHS = torch.tensor([3, 0, 5, 2])
+
+
+def evaluated(columns: dict[str, torch.Tensor], terms: Terms, options: Options) -> Objective:
+    return evaluate(TokenColumns.from_mapping(columns), terms, options)
 
 
 def problem(dtype=torch.float64):
@@ -97,7 +100,7 @@ def test_weights_of_a_step_sum_to_one_unless_nothing_trains(lengths, per_token, 
 
 def test_the_objective_is_the_formula():
     columns, log_probs, entropies = problem()
-    got = policy_objective(columns, Terms(log_probs, entropies), OPTIONS)
+    got = evaluated(columns, Terms(log_probs, entropies), OPTIONS)
     expected = 0.0
     for t in range(len(log_probs)):
         d = (log_probs[t] - columns["teacher_log_probs"][t]).item()
@@ -116,8 +119,8 @@ def test_the_objective_is_the_formula():
 
 def test_the_only_step_of_a_rollout_needs_no_pass_for_old_log_probs():
     columns, log_probs, entropies = problem()
-    alone = policy_objective(columns, Terms(log_probs, entropies), OPTIONS)
-    scored = policy_objective({**columns, "log_probs": log_probs.detach()}, Terms(log_probs, entropies), OPTIONS)
+    alone = evaluated(columns, Terms(log_probs, entropies), OPTIONS)
+    scored = evaluated({**columns, "log_probs": log_probs.detach()}, Terms(log_probs, entropies), OPTIONS)
     assert alone.loss.item() == scored.loss.item()
     gradients = [torch.autograd.grad(o.loss, (log_probs, entropies), retain_graph=True) for o in (alone, scored)]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -125,12 +128,12 @@ def test_the_only_step_of_a_rollout_needs_no_pass_for_old_log_probs():
 
 def test_micro_batches_add_up_to_the_step():
     columns, log_probs, entropies = problem()
-    whole = policy_objective(columns, Terms(log_probs, entropies), OPTIONS)
+    whole = evaluated(columns, Terms(log_probs, entropies), OPTIONS)
     parts = [
-        policy_objective({k: v[rows] for k, v in columns.items()}, Terms(log_probs[rows], entropies[rows]), OPTIONS)
+        evaluated({k: v[rows] for k, v in columns.items()}, Terms(log_probs[rows], entropies[rows]), OPTIONS)
         for rows in (slice(0, 3), slice(3, 4), slice(4, 10))
     ]
-    joined = Objective.sum(parts)
+    joined = Objective.of_chunks(parts)
     assert joined.loss.item() == pytest.approx(whole.loss.item(), abs=1e-12)
     for name, value in whole.totals.items():
         assert joined.totals[name].item() == pytest.approx(value.item(), abs=1e-12)
@@ -145,7 +148,7 @@ def test_a_teacher_that_is_the_student_gives_no_gradient():
     columns, log_probs, entropies = problem()
     columns |= {"advantages": torch.zeros_like(log_probs), "teacher_log_probs": log_probs.detach().clone()}
     quiet = PolicyOptions(0.2, 0.2, None, 0.0, None, "k1", False, PenaltyOptions(1.0))
-    got = policy_objective(columns, Terms(log_probs, entropies), quiet)
+    got = evaluated(columns, Terms(log_probs, entropies), quiet)
     (gradient,) = torch.autograd.grad(got.loss, log_probs)
     assert got.means["opd/reverse_kl"][0] == 0 and gradient.abs().max() == 0
 
@@ -153,23 +156,23 @@ def test_a_teacher_that_is_the_student_gives_no_gradient():
 def test_the_penalty_is_taken_at_the_teachers_temperature_where_it_differs():
     columns, log_probs, entropies = problem()
     other = log_probs.detach() + 0.25
-    got = policy_objective(columns, Terms(log_probs, entropies, other), OPTIONS).means["opd/reverse_kl"]
-    same = policy_objective(columns, Terms(log_probs, entropies), OPTIONS).means["opd/reverse_kl"]
+    got = evaluated(columns, Terms(log_probs, entropies, other), OPTIONS).means["opd/reverse_kl"]
+    same = evaluated(columns, Terms(log_probs, entropies), OPTIONS).means["opd/reverse_kl"]
     assert (got[0] - same[0]).item() == pytest.approx(0.25 * 8)
 
 
 def test_supervised_loss_is_the_weighted_negative_log_likelihood():
     columns, log_probs, entropies = problem()
-    got = sft_objective(columns, Terms(log_probs, entropies))
+    got = evaluated(columns, Terms(log_probs, entropies), SupervisedOptions())
     assert got.loss.item() == pytest.approx(-(columns["policy_weights"] * log_probs).sum().item())
 
 
 def test_weights_of_the_penalty_scale_each_tokens_penalty():
     columns, log_probs, entropies = problem()
     weights = torch.arange(len(log_probs)).double()
-    plain = policy_objective(columns, Terms(log_probs, entropies), OPTIONS).means["train/advantages"][0]
+    plain = evaluated(columns, Terms(log_probs, entropies), OPTIONS).means["train/advantages"][0]
     weighed = {**columns, "penalty_weights": weights}
-    got = policy_objective(weighed, Terms(log_probs, entropies), OPTIONS).means["train/advantages"][0]
+    got = evaluated(weighed, Terms(log_probs, entropies), OPTIONS).means["train/advantages"][0]
     signal = (log_probs - columns["teacher_log_probs"]).detach().nan_to_num(0.0) * (columns["policy_weights"] > 0)
     assert (plain - got).item() == pytest.approx(0.5 * ((weights - 1) * signal).sum().item())
 
@@ -177,7 +180,7 @@ def test_weights_of_the_penalty_scale_each_tokens_penalty():
 def test_a_clamp_holds_the_signal_and_says_how_often():
     columns, log_probs, entropies = problem()
     options = replace(OPTIONS, penalty=PenaltyOptions(0.5, clamp=0.4))
-    got = policy_objective(columns, Terms(log_probs, entropies), options)
+    got = evaluated(columns, Terms(log_probs, entropies), options)
     signal = (log_probs - columns["teacher_log_probs"]).detach()
     counted = (columns["policy_weights"] > 0) & ~signal.isnan()
     held = signal[counted].clamp(-0.4, 0.4)
@@ -192,7 +195,7 @@ def test_the_refreshed_student_is_the_policy_now_and_the_other_that_of_the_first
     columns, log_probs, entropies = problem()
     columns["log_probs"] = log_probs.detach() - 0.125
     means = {
-        refresh: policy_objective(
+        refresh: evaluated(
             columns, Terms(log_probs, entropies), replace(OPTIONS, penalty=PenaltyOptions(0.5, refresh_student=refresh))
         ).means["opd/reverse_kl"][0]
         for refresh in (True, False)
@@ -200,14 +203,29 @@ def test_the_refreshed_student_is_the_policy_now_and_the_other_that_of_the_first
     assert (means[True] - means[False]).item() == pytest.approx(0.125 * 8)
 
 
-def test_what_a_masked_token_carries_is_nobodys_business():
+def test_masked_tokens_may_hold_nan_and_change_nothing():
     columns, log_probs, entropies = problem()
-    clean = policy_objective(columns, Terms(log_probs, entropies), OPTIONS)
+    clean = evaluated(columns, Terms(log_probs, entropies), OPTIONS)
     expected = torch.autograd.grad(clean.loss, (log_probs, entropies), retain_graph=True)
     for name in ("teacher_log_probs", "ref_log_probs", "rollout_log_probs"):
         columns[name][4] = float("nan")
-    dirty = policy_objective(columns, Terms(log_probs, entropies), replace(OPTIONS, use_rollout_log_probs=False))
+    dirty = evaluated(columns, Terms(log_probs, entropies), replace(OPTIONS, use_rollout_log_probs=False))
     assert dirty.loss.item() == clean.loss.item()
     for got, wanted in zip(torch.autograd.grad(dirty.loss, (log_probs, entropies)), expected, strict=True):
         assert torch.equal(got, wanted)
     assert all(torch.isfinite(torch.stack(pair)).all() for pair in dirty.means.values())
+
+
+def test_the_ratios_denominator_may_be_the_engines_and_the_penaltys_student_never_is():
+    columns, log_probs, entropies = problem()
+    columns["rollout_log_probs"] = log_probs.detach() - 0.5
+    engines = evaluated(columns, Terms(log_probs, entropies), replace(OPTIONS, use_rollout_log_probs=True))
+    trainers = evaluated(columns, Terms(log_probs, entropies), OPTIONS)
+    assert engines.means["opd/reverse_kl"] == trainers.means["opd/reverse_kl"]
+    assert engines.means["train/advantages"] == trainers.means["train/advantages"]
+    assert engines.means["train/ppo_kl"][0].item() == pytest.approx(-0.5 * 9)
+
+
+def test_token_columns_are_those_of_the_field_table():
+    table = {row.name for row in fields.TABLE if row.level == fields.RESPONSE}
+    assert table == {field.name for field in dataclasses.fields(TokenColumns)}

@@ -12,7 +12,9 @@ from brute_force import cases, problem
 from objective_cases import objective_of
 
 from slime_opd import fields
-from slime_opd.objective.objective import Terms, sft_objective
+from slime_opd.objective.options import SupervisedOptions
+from slime_opd.objective.supervised import supervised_objective
+from slime_opd.objective.tokens import Terms, TokenColumns
 from slime_opd.observe.metrics import batch_metrics
 from slime_opd.rollout.evaluate import _means
 from slime_opd.types import RolloutBatch
@@ -34,8 +36,11 @@ def of_objectives() -> set[str]:
         given = problem(case)
         objective = objective_of(case, given, given["hidden"].requires_grad_(), given["weight"].requires_grad_())
         found |= {*objective.totals, *objective.means, *objective.histograms}
-    columns = {"policy_weights": torch.ones(1), "loss_mask": torch.ones(1)}
-    supervised = sft_objective(columns, Terms(torch.zeros(1, requires_grad=True), torch.zeros(1)))
+    columns, terms = (
+        TokenColumns(torch.ones(1), torch.ones(1)),
+        Terms(torch.zeros(1, requires_grad=True), torch.zeros(1)),
+    )
+    supervised = supervised_objective(columns, terms, SupervisedOptions())
     return found | {*supervised.totals, *supervised.means}
 
 

@@ -6,20 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from slime_opd.trainer import scoring
+from slime_opd.trainer.scoring import Scorer, TeacherLayer
 from slime_opd.types import RolloutBatch, TrainBatch
 
 LENGTHS, HIDDEN = np.array([3, 1, 4]), 5
 
 
 class Passes:
-    """A trainer whose pass over micro-batches of one sample gives the hidden states that it was made with."""
+    """Passes over micro-batches of one sample, with the hidden states that it was made with."""
 
-    def __init__(self, hidden: torch.Tensor, on_host: bool) -> None:
-        self.hidden, self.teacher_weight = hidden, torch.ones(2, HIDDEN)
-        self.config = SimpleNamespace(opd=SimpleNamespace(opd_teacher_hidden_on_host=on_host))
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
 
-    def score_pass(self, batch, head):
+    def score(self, batch, head):
         ends = np.cumsum(LENGTHS)
         for start, end in zip(ends - LENGTHS, ends, strict=True):
             rows = slice(int(start), int(end))
@@ -39,8 +38,10 @@ def scored(on_host: bool, monkeypatch) -> tuple[torch.Tensor, list[tuple[int, ..
     monkeypatch.setattr(torch, "cat", lambda *args, **options: pytest.fail("parts are joined"))
     hidden = torch.randn(int(LENGTHS.sum()), HIDDEN, dtype=torch.bfloat16)
     samples = RolloutBatch(np.zeros(LENGTHS.sum() + 3, np.int64), np.ones(3, np.int64), LENGTHS, {})
-    settings = SimpleNamespace(policy=SimpleNamespace(divergence=object(), penalty=None))
-    _, teacher = scoring._score_teacher(Passes(hidden, on_host), TrainBatch(samples, ((1, 1, 1),)), settings)
+    config = SimpleNamespace(opd=SimpleNamespace(opd_teacher_hidden_on_host=on_host))
+    settings = SimpleNamespace(divergence=object(), objective=SimpleNamespace(penalty=None))
+    scorer = Scorer(config, Passes(hidden), {}, TeacherLayer(torch.ones(2, HIDDEN), None))
+    _, teacher = scorer._score_teacher(TrainBatch(samples, ((1, 1, 1),)), settings)
     return teacher.hidden, made, hidden
 
 

@@ -1,0 +1,121 @@
+"""The weights of tokens in the streams of their step's loss, denominators included. Pure.
+
+Notation: N samples, R response tokens of a rollout.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from slime_opd.algorithm.reduction import token_weights
+from slime_opd.batch.plan import plan_steps
+from slime_opd.config import Config
+from slime_opd.distill.weights import (
+    WeightStatistics,
+    keep_top,
+    normalized,
+    pass_rate_weights,
+    reward_weights,
+    statistics,
+    token_importance,
+)
+from slime_opd.types import RolloutBatch
+
+# Columns of the distillation's weights, relative to the tokens' weights in the stream without them.
+STREAMS = {"penalty": ("penalty_weights", "policy_weights"), "divergence": ("divergence_weights", "divergence_base")}
+
+
+def step_rows(batch: RolloutBatch, config: Config) -> list[slice]:
+    """The response tokens of each optimizer step, as slices of the rollout's columns."""
+    per_step = batch.response_lengths.reshape(-1, config.global_batch_size).sum(axis=1)
+    ends = np.cumsum(per_step)
+    return [slice(int(end - count), int(end)) for end, count in zip(ends, per_step, strict=True)]
+
+
+def step_weights(batch: RolloutBatch, mask: np.ndarray, config: Config) -> np.ndarray:
+    """Each token's weight in its step's loss, float32 [R]: over the unmasked tokens of a step they add up to 1."""
+    steps = zip(plan_steps(len(batch), config.global_batch_size), step_rows(batch, config), strict=True)
+    return np.concatenate(
+        [
+            token_weights(
+                torch.from_numpy(mask[rows]),
+                torch.from_numpy(batch.response_lengths[samples]),
+                per_token=config.training.calculate_per_token_loss,
+            )
+            for samples, rows in steps
+        ]
+    )
+
+
+def with_distillation_weights(
+    batch: RolloutBatch, correct: np.ndarray | None, on_policy: np.ndarray, config: Config
+) -> RolloutBatch:
+    """The batch with the weights of each distillation stream of the run, relative to the stream's own.
+
+    correct: float [N], see `sample_weights`; on_policy: bool [N]. A token's weight is its sample's times its importance, 0
+    where a server's teacher has no score, scaled such that it changes which tokens are learned from and not the size of
+    the step.
+    """
+    weights = np.repeat(sample_weights(batch, correct, on_policy, config), batch.response_lengths)
+    if config.has_sglang_teacher:
+        weights = weights * (~np.isnan(batch.columns["teacher_log_probs"])).astype(np.float32)
+    importance = None
+    if config.divergence.opd_token_weighting is not None:
+        importance = [_importance(batch, rows, config) for rows in step_rows(batch, config)]
+    streams = [
+        name
+        for name, present in (("penalty", config.penalty_coefficient), ("divergence", config.has_divergence))
+        if present
+    ]
+    for stream in streams:
+        name, base_name = STREAMS[stream]
+        base, steps = torch.from_numpy(batch.columns[base_name]), []
+        for index, rows in enumerate(step_rows(batch, config)):
+            relative = normalized(torch.from_numpy(weights[rows]), base[rows])
+            if importance is not None:
+                relative = relative * normalized(importance[index], base[rows] * relative)
+            steps.append(relative)
+        batch = batch.with_column(name, torch.cat(steps).numpy())
+    return batch
+
+
+def sample_weights(
+    batch: RolloutBatch, correct: np.ndarray | None, on_policy: np.ndarray, config: Config
+) -> np.ndarray:
+    """Each sample's weight in the distillation, float32 [N], up to a factor.
+
+    correct: 1 where the answer is right, 0 where it is wrong, NaN where nothing rewarded it; None without rewards.
+    """
+    options, weights = config.divergence, torch.ones(len(batch))
+    if correct is None:
+        return weights.numpy()
+    if options.opd_reward_beta is not None:
+        weights = weights * reward_weights(torch.from_numpy(correct), options.opd_reward_beta)
+    if options.opd_pass_rate_weights:
+        by_student = torch.from_numpy(np.where(on_policy, correct, np.nan).astype(np.float32))
+        groups = torch.from_numpy(batch.columns["group"])
+        weights = weights * pass_rate_weights(by_student, groups, *options.opd_pass_rate_weights)
+    return weights.float().numpy()
+
+
+def weight_statistics(batch: RolloutBatch, config: Config) -> dict[str, WeightStatistics]:
+    """The spread of the distillation weights in the rollout's last step, by stream."""
+    rows = step_rows(batch, config)[-1]
+    return {
+        stream: statistics(torch.from_numpy(batch.columns[name][rows]), torch.from_numpy(batch.columns[base][rows]))
+        for stream, (name, base) in STREAMS.items()
+        if name in batch.columns
+    }
+
+
+def _importance(batch: RolloutBatch, rows: slice, config: Config) -> torch.Tensor:
+    """The importance of the tokens of a step, relative to every other token of that step."""
+    entropies, divergences, mask = (
+        torch.from_numpy(batch.columns[name][rows]) for name in ("student_entropy", "token_divergence", "loss_mask")
+    )
+    scored = ~divergences.isnan() & (mask > 0)
+    scores = token_importance(entropies, torch.where(scored, divergences, 0.0))
+    if config.divergence.opd_token_weighting == "soft":
+        return torch.where(scored, scores, 0.0)
+    return keep_top(scores, scored, config.divergence.opd_token_keep_fraction)
