@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from mbridge.core.bridge import Bridge
 
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.formats import model_state
@@ -14,6 +14,9 @@ from slime_opd.config.stages import CheckpointConfig
 from slime_opd.errors import CheckpointError
 from slime_opd.model.builder import HiddenStatesModel, is_padding
 from slime_opd.trainer.snapshots import WeightSnapshots, fingerprint
+
+if TYPE_CHECKING:
+    from mbridge.core.bridge import Bridge
 
 Fingerprint = tuple[float, float]
 
