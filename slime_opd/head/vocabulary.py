@@ -1,8 +1,8 @@
 """A model's distribution over a vocabulary that is split over tensor-parallel ranks, for one chunk of tokens.
 
-What is asked of it (log-probs of ids, entropy, mass of the rest, divergence from a teacher) are small tensors, the same on
-every rank; `logit_gradients` turns their gradients into that of the logits, by hand: a plain all-reduce in a forward has no
-backward. No autograd runs over the vocabulary, so a chunk costs its logits and two or three buffers of their size.
+Its terms (log-probs of ids, entropy, mass of the rest, divergence from a teacher) are small tensors, the same on every rank;
+`logit_gradients` turns the gradients with respect to them into that of the logits, by hand: a plain all-reduce in a forward
+has no backward. No autograd runs over the vocabulary, so a chunk costs its logits and two or three buffers of their size.
 
 Notation: C tokens of a chunk, V vocabulary with padding, V/tp this rank's share of it, K ids per token, H hidden size.
 """
@@ -32,20 +32,20 @@ class VocabularyShard:
     size: int
     group: dist.ProcessGroup | None = None
 
-    def sums(self, *of_rank: Tensor) -> tuple[Tensor, ...]:
-        """Each tensor summed over the ranks, in one collective; all of one shape."""
+    def sums(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Each of this rank's tensors summed over the ranks, in one collective; all of one shape."""
         if self.group is None:
-            return of_rank
-        stacked = torch.stack(of_rank)
+            return tensors
+        stacked = torch.stack(tensors)
         dist.all_reduce(stacked, group=self.group)
         return tuple(stacked)
 
-    def gathered(self, of_rank: Tensor) -> Tensor:
-        """The ranks' tensors side by side in a new first dimension."""
+    def gathered(self, tensor: Tensor) -> Tensor:
+        """The ranks' tensors, stacked in a new first dimension."""
         if self.group is None:
-            return of_rank[None]
-        parts = of_rank.new_empty((self.group.size(), *of_rank.shape))
-        dist.all_gather(list(parts), of_rank.contiguous(), group=self.group)
+            return tensor[None]
+        parts = tensor.new_empty((self.group.size(), *tensor.shape))
+        dist.all_gather(list(parts), tensor.contiguous(), group=self.group)
         return parts
 
     def local(self, ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -53,6 +53,29 @@ class VocabularyShard:
         local = ids.long() - self.start
         is_local = (local >= 0) & (local < rows)
         return torch.where(is_local, local, 0), is_local
+
+
+@dataclass(frozen=True)
+class TermGradients:
+    """Gradients of a loss with respect to the terms of a distribution; None or empty for a term that it does not have.
+
+    log_probs: pairs (ids [C, K], gradient [C, K]). entropies: (entropies [C], gradient [C]). log_rest: (ids [C, K], valid
+    [C, K], log_rest [C], gradient [C]). divergence: (its slope [C, V/tp] with respect to the logits, gradient [C]).
+    """
+
+    log_probs: tuple[tuple[Tensor, Tensor], ...] = ()
+    entropies: tuple[Tensor, Tensor] | None = None
+    log_rest: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    divergence: tuple[Tensor, Tensor] | None = None
+
+    def joined(self, other: TermGradients) -> TermGradients:
+        """These and those of other terms of the same distribution."""
+        return TermGradients(
+            self.log_probs + other.log_probs,
+            self.entropies or other.entropies,
+            self.log_rest or other.log_rest,
+            self.divergence or other.divergence,
+        )
 
 
 def chunk_logits(hidden: Tensor, weight: Tensor, shard: VocabularyShard) -> Tensor:
@@ -86,8 +109,8 @@ class Distribution:
     def log_probs(self, ids: Tensor) -> Tensor:
         """Log-probs of ids [C, K] of the whole vocabulary, [C, K]."""
         local, is_local = self.shard.local(ids, self.log_p.shape[1])
-        (found,) = self.shard.sums(self.log_p.gather(1, local) * is_local)
-        return found
+        (log_probs,) = self.shard.sums(self.log_p.gather(1, local) * is_local)
+        return log_probs
 
     def entropies(self) -> Tensor:
         """−Σ p log p, [C]."""
@@ -107,45 +130,35 @@ class Distribution:
             return rows + self.shard.start, log_p
         log_p = self.shard.gathered(log_p).movedim(0, 1).flatten(1)
         ids = self.shard.gathered(rows + self.shard.start).movedim(0, 1).flatten(1)
-        log_p, places = log_p.topk(k, dim=1)
-        return ids.gather(1, places), log_p
+        log_p, indices = log_p.topk(k, dim=1)
+        return ids.gather(1, indices), log_p
 
-    def logit_gradients(
-        self,
-        *,
-        of_log_probs: list[tuple[Tensor, Tensor]] = (),
-        of_entropies: tuple[Tensor, Tensor] | None = None,
-        of_log_rest: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-        of_divergence: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """The gradient of the logits (before the temperature), [C, V/tp], from the gradients of what was asked.
-
-        `of_log_probs`: pairs (ids [C, K], gradient [C, K]); `of_entropies`: (entropies [C], gradient [C]); `of_log_rest`: (ids,
-        valid, log_rest [C], gradient [C]); `of_divergence`: (slope [C, V/tp], gradient [C]). With p = softmax(z):
+    def logit_gradients(self, gradients: TermGradients) -> Tensor:
+        """The gradient of the logits (before the temperature), [C, V/tp], from those of the terms. With p = softmax(z):
 
             ∂ log p_a / ∂z_j = [j = a] − p_j            ∂ H / ∂z_j = −p_j (log p_j + H)
             ∂ log p_rest / ∂z_j = [j outside] p_j / p_rest − p_j
 
         Uses up the distribution: its buffers are overwritten.
         """
-        of_p = torch.zeros_like(self.p[:, 0])
-        for _, gradient in of_log_probs:
-            of_p -= gradient.sum(dim=1)
-        if of_log_rest is not None:
-            of_p -= of_log_rest[3]
-        factor = of_p[:, None]
-        if of_entropies is not None:
-            entropies, gradient = of_entropies
+        wrt_p = torch.zeros_like(self.p[:, 0])
+        for _, gradient in gradients.log_probs:
+            wrt_p -= gradient.sum(dim=1)
+        if gradients.log_rest is not None:
+            wrt_p -= gradients.log_rest[3]
+        factor = wrt_p[:, None]
+        if gradients.entropies is not None:
+            entropies, gradient = gradients.entropies
             factor = self.log_p.add_(entropies[:, None]).mul_(-gradient[:, None]).add_(factor)
-        if of_log_rest is not None:
-            ids, valid, log_rest, gradient = of_log_rest
+        if gradients.log_rest is not None:
+            ids, valid, log_rest, gradient = gradients.log_rest
             inside = self._inside(ids, valid)
             factor = factor + (gradient * (-log_rest).exp())[:, None].masked_fill(inside, 0.0)
         total = self.p.mul_(factor)
-        if of_divergence is not None:
-            slope, gradient = of_divergence
+        if gradients.divergence is not None:
+            slope, gradient = gradients.divergence
             total.addcmul_(slope, gradient[:, None])
-        for ids, gradient in of_log_probs:
+        for ids, gradient in gradients.log_probs:
             local, is_local = self.shard.local(ids, total.shape[1])
             total.scatter_add_(1, local, gradient * is_local)
         return total if self.temperature == 1.0 else total.div_(self.temperature)
@@ -195,9 +208,9 @@ def full_divergence(student: Distribution, teacher: Distribution, *, kind: str, 
     mixture = torch.add(student.p * (1 - beta), teacher.p, alpha=beta, out=difference).log_()
     # Where both have underflowed to 0, neither's product with a log matters.
     mixture.clamp_(min=torch.finfo(mixture.dtype).min / 4)
-    of_teacher = torch.linalg.vecdot(teacher.p, teacher.log_p.sub_(mixture))
+    teacher_kl = torch.linalg.vecdot(teacher.p, teacher.log_p.sub_(mixture))
     log_ratio = torch.sub(student.log_p, mixture, out=mixture)
-    of_teacher, of_student = sums(of_teacher, torch.linalg.vecdot(student.p, log_ratio))
-    values = beta * of_teacher + (1 - beta) * of_student
-    slope = log_ratio.sub_(of_student[:, None]).mul_(student.p).mul_(1 - beta)
+    teacher_kl, student_kl = sums(teacher_kl, torch.linalg.vecdot(student.p, log_ratio))
+    values = beta * teacher_kl + (1 - beta) * student_kl
+    slope = log_ratio.sub_(student_kl[:, None]).mul_(student.p).mul_(1 - beta)
     return FullDivergence(values, slope, reverse, forward)

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from slime_opd.head.objective_head import HeadSettings, ObjectiveHead, TeacherStates
+from slime_opd.head.objective_head import ObjectiveHead
+from slime_opd.head.settings import HeadSettings
+from slime_opd.head.teacher_comparison import TeacherStates
 from slime_opd.head.vocabulary import VocabularyShard
 from slime_opd.objective.options import PolicyOptions
 from slime_opd.objective.responses import needs_whole_responses, response_columns

@@ -10,8 +10,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from slime_opd.config import Config
 from slime_opd.config.stages import CheckpointConfig
-from slime_opd.head.objective_head import HeadSettings
 from slime_opd.head.output_layer import Head
+from slime_opd.head.settings import HeadSettings
 from slime_opd.trainer.heads import make_head
 from slime_opd.trainer.optimizer import make_optimizer
 from slime_opd.trainer.scoring import head_settings

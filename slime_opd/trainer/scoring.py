@@ -17,8 +17,9 @@ from torch import Tensor
 from slime_opd.algorithm.kl import kl_estimate
 from slime_opd.batch.scores import has_several_steps
 from slime_opd.config import Config
-from slime_opd.head.objective_head import HeadSettings, TeacherStates
 from slime_opd.head.output_layer import chunks
+from slime_opd.head.settings import HeadSettings
+from slime_opd.head.teacher_comparison import TeacherStates
 from slime_opd.head.vocabulary import VocabularyShard, chunk_logits
 from slime_opd.model import device
 from slime_opd.objective.options import objective_options

@@ -21,8 +21,9 @@ from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.formats import export, model_state
 from slime_opd.checkpoint.formats.verification import Verification
 from slime_opd.config import Config
-from slime_opd.head.objective_head import HeadSettings, TeacherStates
 from slime_opd.head.output_layer import chunked_objective
+from slime_opd.head.settings import HeadSettings
+from slime_opd.head.teacher_comparison import TeacherStates
 from slime_opd.model import parallel
 from slime_opd.model.builder import HiddenStatesModel, build_model, kernels, make_bridge, vocabulary_shard
 from slime_opd.objective.streams import Objective

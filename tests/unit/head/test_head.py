@@ -13,8 +13,9 @@ import torch
 from brute_force import PADDED, TOKENS, VOCABULARY, Case, problem
 from objective_cases import objective_of, settings_of, values_and_gradients
 
-from slime_opd.head.objective_head import ObjectiveHead, TeacherStates
+from slime_opd.head.objective_head import ObjectiveHead
 from slime_opd.head.output_layer import chunked_objective
+from slime_opd.head.teacher_comparison import TeacherStates
 from slime_opd.head.vocabulary import VocabularyShard
 from slime_opd.objective.tokens import TokenColumns
 

@@ -10,8 +10,10 @@ from brute_force import POLICY
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slime_opd.distill.comparison import DivergenceOptions
-from slime_opd.head.objective_head import HeadSettings, ObjectiveHead, TeacherStates
+from slime_opd.head.objective_head import ObjectiveHead
 from slime_opd.head.output_layer import chunked_objective
+from slime_opd.head.settings import HeadSettings
+from slime_opd.head.teacher_comparison import TeacherStates
 from slime_opd.head.vocabulary import VocabularyShard
 from slime_opd.objective.options import PolicyOptions
 from slime_opd.objective.tokens import TokenColumns

@@ -7,7 +7,7 @@ import torch
 
 from slime_opd.distill.divergences import divergence
 from slime_opd.head.output_layer import chunked_objective, chunks, score
-from slime_opd.head.vocabulary import Distribution, VocabularyShard, chunk_logits, full_divergence
+from slime_opd.head.vocabulary import Distribution, TermGradients, VocabularyShard, chunk_logits, full_divergence
 
 TOKENS, HIDDEN, VOCABULARY, PADDED = 11, 6, 13, 16
 SHARD = VocabularyShard(start=0, size=VOCABULARY)
@@ -85,9 +85,11 @@ def test_everything_that_can_be_asked_has_the_gradient_of_autograd(temperature):
     for ours, theirs in zip(found, asked, strict=True):
         torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=1e-12)
     gradient = got.logit_gradients(
-        of_log_probs=[(ids, upstream[0])],
-        of_entropies=(found[1], upstream[1]),
-        of_log_rest=(ids, valid, found[2], upstream[2]),
+        TermGradients(
+            log_probs=((ids, upstream[0]),),
+            entropies=(found[1], upstream[1]),
+            log_rest=(ids, valid, found[2], upstream[2]),
+        )
     )
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
 
