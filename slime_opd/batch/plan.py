@@ -1,4 +1,4 @@
-"""Which samples train together: optimizer steps, data-parallel ranks, micro-batches. Pure, on lengths alone."""
+"""The packing plan: which samples share an optimizer step, a data-parallel rank, a micro-batch. Pure, by lengths alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plan_micro_batches(
     With `max_tokens` a micro-batch holds at most that many tokens, unless one sample alone is longer: that one is a
     micro-batch of its own. Else it holds at most `micro_batch_size` samples. All ranks get the same number of
     micro-batches, as the pipeline schedule and the collectives need, and no rank has more tokens than another by more
-    than one micro-batch. Each rank's largest micro-batches come first: what does not fit in memory shows at once.
+    than one micro-batch. Each rank's largest micro-batches come first: running out of memory shows at once.
 
     Raises DataError when the samples do not divide by the ranks. 16,384 samples take 0.2 s.
     """
@@ -43,13 +43,13 @@ def plan_micro_batches(
     if (max_tokens is None) == (micro_batch_size is None):
         raise DataError("micro-batches are planned by either --max-tokens-per-gpu or --micro-batch-size")
     if max_tokens is not None:
-        bins = _bins_of_tokens(lengths, max_tokens, data_parallel_size)
+        bins = _token_bins(lengths, max_tokens, data_parallel_size)
     else:
-        bins = _bins_of_samples(lengths, micro_batch_size, data_parallel_size)
-    return [[np.sort(np.asarray(one)) for one in of_rank] for of_rank in _dealt(bins, lengths, data_parallel_size)]
+        bins = _sample_bins(lengths, micro_batch_size, data_parallel_size)
+    return [[np.sort(np.asarray(one)) for one in rank_bins] for rank_bins in _deal(bins, lengths, data_parallel_size)]
 
 
-def _bins_of_tokens(lengths: np.ndarray, max_tokens: int, multiple: int) -> Bins:
+def _token_bins(lengths: np.ndarray, max_tokens: int, multiple: int) -> Bins:
     """The fewest bins, a multiple of `multiple`, that `_even_bins` fills without passing `max_tokens`.
 
     Even bins, rather than as few full ones as first-fit finds: a handful of full bins and a rest leaves ranks waiting.
@@ -63,7 +63,7 @@ def _bins_of_tokens(lengths: np.ndarray, max_tokens: int, multiple: int) -> Bins
     return [[index] for index in range(len(lengths))]
 
 
-def _bins_of_samples(lengths: np.ndarray, size: int, multiple: int) -> Bins:
+def _sample_bins(lengths: np.ndarray, size: int, multiple: int) -> Bins:
     """Bins of at most `size` samples, of neighbouring lengths."""
     longest_first = np.argsort(-lengths, kind="stable")
     count = _rounded_up(-(-len(lengths) // size), multiple)
@@ -81,7 +81,7 @@ def _even_bins(lengths: np.ndarray, count: int) -> Bins:
     return bins
 
 
-def _dealt(bins: Bins, lengths: np.ndarray, ranks: int) -> list[Bins]:
+def _deal(bins: Bins, lengths: np.ndarray, ranks: int) -> list[Bins]:
     """Deal bins out in rounds of one per rank, largest first; in each round the rank with the fewest tokens gets the largest.
 
     So two ranks never differ by more than the largest bin: a round can widen their gap to its own spread at most.
@@ -90,11 +90,11 @@ def _dealt(bins: Bins, lengths: np.ndarray, ranks: int) -> list[Bins]:
     largest_first = np.argsort(-tokens, kind="stable").reshape(-1, ranks)
     loads = np.zeros(ranks, dtype=np.int64)
     dealt: list[Bins] = [[] for _ in range(ranks)]
-    for of_round in largest_first:
+    for round_bins in largest_first:
         order = np.argsort(loads, kind="stable")
-        for rank, number in zip(order.tolist(), of_round.tolist(), strict=True):
+        for rank, number in zip(order.tolist(), round_bins.tolist(), strict=True):
             dealt[rank].append(bins[number])
-        loads[order] += tokens[of_round]
+        loads[order] += tokens[round_bins]
     return dealt
 
 

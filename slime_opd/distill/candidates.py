@@ -1,4 +1,4 @@
-"""On which tokens two models are compared: top-k sets of either. Pure. Notation: R response tokens, K ids of a top-k."""
+"""Candidate ids on which two models are compared: top-k sets of either. Pure. Notation: R response tokens, K ids of a top-k."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STRATEGIES = ("only_stu", "only_tch", "intersection", "union", "union-intersecti
 def candidates(student_ids: Tensor | None, teacher_ids: Tensor | None, strategy: str) -> tuple[Tensor, Tensor]:
     """Ids of each token's candidates and which of them are valid: [R, K] and bool [R, K], or [R, 2K] of both models' ids.
 
-    student_ids, teacher_ids: int [R, K] without repetitions in a row; the one that a strategy has no use for may be None.
+    student_ids, teacher_ids: int [R, K] without repetitions in a row; one that the strategy does not use may be None.
     `union-intersection` is the symmetric difference: what is in one top-k alone (thunlp/OPD's name). An id is valid once.
     """
     if strategy == "only_stu":
@@ -21,12 +21,12 @@ def candidates(student_ids: Tensor | None, teacher_ids: Tensor | None, strategy:
     if strategy == "intersection":
         return student_ids, overlap(student_ids, teacher_ids)
     both = torch.cat([student_ids, teacher_ids.to(student_ids.dtype)], dim=1)
-    of_student, new = torch.ones_like(student_ids, dtype=torch.bool), ~overlap(teacher_ids, student_ids)
+    student_valid, new = torch.ones_like(student_ids, dtype=torch.bool), ~overlap(teacher_ids, student_ids)
     if strategy == "union-intersection":
-        of_student = ~overlap(student_ids, teacher_ids)
+        student_valid = ~overlap(student_ids, teacher_ids)
     elif strategy != "union":
         raise ValueError(f"unknown strategy {strategy!r}; expected one of {', '.join(STRATEGIES)}")
-    return both, torch.cat([of_student, new], dim=1)
+    return both, torch.cat([student_valid, new], dim=1)
 
 
 def overlap(ids: Tensor, others: Tensor) -> Tensor:

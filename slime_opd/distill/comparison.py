@@ -1,4 +1,4 @@
-"""Student and teacher side by side at each token, and the divergence between them that is trained. Pure.
+"""The comparison of student and teacher at each token, and the divergence that is trained. Pure.
 
 Notation: R response tokens, K candidate ids per token.
 """
@@ -98,11 +98,11 @@ def token_divergence(comparison: Comparison, options: DivergenceOptions) -> Tens
             dual_clip=options.dual_clip,
         )
         return loss * comparison.scored
-    log_p, log_q = of_candidates(candidates, options.remainder)
+    log_p, log_q = candidate_distributions(candidates, options.remainder)
     return divergence(log_p, log_q, kind=options.kind, beta=options.beta) * comparison.scored
 
 
-def of_candidates(candidates: Candidates, remainder: str) -> tuple[Tensor, Tensor]:
+def candidate_distributions(candidates: Candidates, remainder: str) -> tuple[Tensor, Tensor]:
     """Both models as distributions over the candidates, [R, K] or [R, K+1]."""
     return distribution(
         candidates.log_p,
@@ -119,7 +119,7 @@ def over_candidates(
 ) -> Comparison:
     """The comparison over candidates, with the KL of both directions over the set and its tail."""
     with torch.no_grad():
-        log_p, log_q = of_candidates(candidates, "tail")
+        log_p, log_q = candidate_distributions(candidates, "tail")
         reverse = divergence(log_p, log_q, kind="reverse_kl")
         forward = divergence(log_p, log_q, kind="forward_kl")
     return Comparison(

@@ -1,4 +1,4 @@
-"""What a student learns from its teacher, as metrics of a chunk of tokens. Pure, detached and cheap.
+"""Metrics of a chunk of tokens: how student and teacher differ. Pure and detached.
 
 Every metric is a (sum, count) pair of float64 scalars, or a histogram; both add up over chunks, micro-batches and ranks. The
 formulas are in docs/metrics.md. Overlap and mass metrics are those of Li et al. 2026 (thunlp/OPD), arXiv:2604.13016.
@@ -52,7 +52,7 @@ def sampled(signal: Tensor, teacher_log_probs: Tensor, counted: Tensor, kinds: T
 def compared(
     comparison: Comparison, divergences: Tensor, entropies: Tensor, scored: Tensor, kinds: TokenKinds
 ) -> dict[str, Pair]:
-    """Metrics of the two distributions side by side.
+    """Metrics of the two distributions.
 
     divergences, entropies (of the student), scored: [R]; `scored` is positive where a token trains and the teacher has a score.
     """
@@ -76,13 +76,13 @@ def compared(
 
 
 def histogram(divergences: Tensor, counted: Tensor) -> Tensor:
-    """Counts and sums of divergences [R] by size, float64 [2, BINS]; what is not above 0 is in the first bin, as 0."""
+    """Counts and sums of divergences [R] by size, float64 [2, BINS]; values not above 0 are in the first bin, as 0."""
     values = divergences.detach().double()
     chosen = (counted > 0) & ~values.isnan()
     values = torch.where(chosen, values, 0.0).clamp(min=0.0)
-    place = ((values.log10() - _SMALLEST) * _PER_DECADE).floor().clamp(-1, BINS - 2).long() + 1
+    index = ((values.log10() - _SMALLEST) * _PER_DECADE).floor().clamp(-1, BINS - 2).long() + 1
     empty = torch.zeros(2, BINS, dtype=torch.float64, device=values.device)
-    return empty.index_add_(1, place, torch.stack([chosen.double(), values]))
+    return empty.index_add_(1, index, torch.stack([chosen.double(), values]))
 
 
 def _by_kind(name: str, values: Tensor, counted: Tensor, kinds: TokenKinds) -> dict[str, Pair]:

@@ -43,7 +43,7 @@ def token_reward_direct(
     agree, as every reward does, but no term holds the mass outside, and it is not the gradient of the KL over the set:
     where p = c q there, that is 0 and this is log c · Σ w_k ∇ log p_k.
     """
-    # What an invalid entry holds is nobody's business, and 0 times an inf is NaN.
+    # Invalid entries may hold inf or NaN; replace them before multiplying by zero.
     log_p, old_log_p, log_q = (
         values.masked_fill(~valid, 0.0) for values in (log_p, old_log_p.detach(), log_q.detach())
     )

@@ -1,4 +1,4 @@
-"""What counts how much in a distillation: samples, prompts and tokens. Pure. Notation: N samples, R response tokens."""
+"""Weights of samples, prompts and tokens in the distillation loss. Pure. Notation: N samples, R response tokens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def reward_weights(correct: Tensor, beta: float) -> Tensor:
-    """N · softmax(correct / β), [N]: a right answer counts exp(1/β) times a wrong one.
+    """N · softmax(correct / β), [N]: a right answer has exp(1/β) times the weight of a wrong one.
 
-    correct: 1 where right, 0 where wrong, NaN where nobody said, which counts as wrong. As `opd.reward_beta` of HJSang/OPSD,
+    correct: 1 where right, 0 where wrong, NaN where nothing rewarded it, which counts as wrong. As `opd.reward_beta` of HJSang/OPSD,
     over all samples of a rollout.
     """
     return len(correct) * torch.softmax(correct.double().nan_to_num(0.0) / beta, dim=0)
@@ -33,7 +33,7 @@ def pass_rate_weights(correct: Tensor, groups: Tensor, alpha: float, beta: float
 
 
 def token_importance(entropies: Tensor, divergences: Tensor) -> Tensor:
-    """How much a token has to teach, between 0 and 1, [R]: high student entropy, or low entropy and high divergence.
+    """The importance of a token, between 0 and 1, [R]: high student entropy, or low entropy and high divergence.
 
     The two regions are TIP's (Xu et al. 2026, arXiv:2604.14084). Their combination here is ours: with h = 1 − exp(−H) and
     d = 1 − exp(−D), the score is h or d, 1 − (1 − h)(1 − d) = 1 − exp(−(H + D)). entropies, divergences: [R], in nats.
@@ -46,19 +46,19 @@ def keep_top(scores: Tensor, counted: Tensor, fraction: float) -> Tensor:
 
     counted: bool [R]. Equal scores are taken in order, so that the number is exact: at least one, where any is counted.
     """
-    kept = torch.zeros_like(scores)
+    keep_mask = torch.zeros_like(scores)
     total = int(counted.sum())
     # A fraction such as 0.1 is a little more than itself, and must not round up to one more token for it.
     count = min(total, max(1, math.ceil(fraction * total - 1e-9)))
     order = torch.argsort(scores.masked_fill(~counted, -torch.inf), descending=True, stable=True)
-    kept[order[:count]] = 1.0
-    return kept
+    keep_mask[order[:count]] = 1.0
+    return keep_mask
 
 
 def normalized(weights: Tensor, base: Tensor) -> Tensor:
     """Weights [R] scaled so that Σ base · weights is 1, float32; all 0 where that sum is 0.
 
-    base: [R], the tokens' weights in the loss without them. So what is weighed changes, and the size of the step does not.
+    base: [R], the tokens' weights in the loss without them. So the weights move the loss between tokens and keep the size of the step.
     """
     total = (weights.double() * base.double()).sum()
     return (weights.double() / total if total > 0 else torch.zeros_like(weights)).float()
@@ -66,7 +66,7 @@ def normalized(weights: Tensor, base: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WeightStatistics:
-    """Over tokens whose base weight is above 0. effective_share: 1 where all weigh alike, 1/n where one of n has all."""
+    """Over tokens whose base weight is above 0. effective_share: 1 where all weights are equal, 1/n where one of n tokens has all the weight."""
 
     minimum: float
     maximum: float

@@ -59,12 +59,12 @@ class SkippedSteps:
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
-        self._of_rollout: Counter[str] = Counter()
+        self._rollout_counts: Counter[str] = Counter()
         self.in_a_row = 0
 
     def start_rollout(self) -> None:
         """Count a rollout's steps from 0; the row goes on."""
-        self._of_rollout.clear()
+        self._rollout_counts.clear()
 
     def note(self, cause: Cause | None, describe: Callable[[], str] = str) -> None:
         """Note a step that was taken (None) or skipped; `describe` names what was not finite, and may be a collective.
@@ -74,21 +74,21 @@ class SkippedSteps:
         if cause is None:
             self.in_a_row = 0
             return
-        self._of_rollout[cause] += 1
+        self._rollout_counts[cause] += 1
         if cause == "overflow":
             return
         self.in_a_row += 1
         details = describe()
-        found = f"the {cause} is not finite" + (f" ({details})" if details else "")
+        problem = f"the {cause} is not finite" + (f" ({details})" if details else "")
         if self._limit is not None and self.in_a_row > self._limit:
             raise NonFiniteError(
-                f"{found}, in {self.in_a_row} optimizer steps in a row (--max-skipped-steps {self._limit}); these steps were skipped, so the weights are finite: "
+                f"{problem}, in {self.in_a_row} optimizer steps in a row (--max-skipped-steps {self._limit}); these steps were skipped, so the weights are finite: "
                 "check that sample, its reward and its teacher's scores, lower --lr or --clip-grad, or continue from an earlier checkpoint with --ckpt-step"
             )
         if dist.get_rank() == 0:
             logger.warning(
                 "an optimizer step was skipped, weights are unchanged: %s; %d in a row, the run stops after %s",
-                found,
+                problem,
                 self.in_a_row,
                 "any number" if self._limit is None else self._limit,
             )
@@ -96,10 +96,10 @@ class SkippedSteps:
     def counts(self) -> dict[str, float]:
         """Metrics of the rollout so far."""
         return {
-            "train/skipped_steps": float(self._of_rollout.total()),
-            "train/skipped_steps/loss": float(self._of_rollout["loss"]),
-            "train/skipped_steps/gradient": float(self._of_rollout["gradient"]),
-            "train/skipped_steps/overflow": float(self._of_rollout["overflow"]),
+            "train/skipped_steps": float(self._rollout_counts.total()),
+            "train/skipped_steps/loss": float(self._rollout_counts["loss"]),
+            "train/skipped_steps/gradient": float(self._rollout_counts["gradient"]),
+            "train/skipped_steps/overflow": float(self._rollout_counts["overflow"]),
             "train/skipped_in_a_row": float(self.in_a_row),
         }
 
@@ -107,11 +107,11 @@ class SkippedSteps:
 def describe_step(batch: TrainBatch, step: int, losses: Sequence[Tensor]) -> str:
     """Where a step's non-finite numbers come from, as far as any rank can tell. A collective."""
     own = _suspects(batch, step, [float(loss) for loss in losses])
-    of_ranks: list = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, own)
+    rank_lines: list = [None] * dist.get_world_size()
+    dist.all_gather_object(rank_lines, own)
     # Tensor-parallel ranks hold the same samples. What names a value comes before what names a micro-batch.
-    lines = list(dict.fromkeys(line for values, _ in of_ranks for line in values))
-    lines = lines or list(dict.fromkeys(line for _, micro_batches in of_ranks for line in micro_batches))
+    lines = list(dict.fromkeys(line for values, _ in rank_lines for line in values))
+    lines = lines or list(dict.fromkeys(line for _, micro_batches in rank_lines for line in micro_batches))
     more = len(lines) - _MAX_DESCRIBED
     return "; ".join(lines[:_MAX_DESCRIBED]) + (f"; and {more} more" if more > 0 else "")
 
@@ -139,7 +139,7 @@ def unusable_values(samples: RolloutBatch) -> list[str]:
     trained = np.any([weight != 0 for weight in weights], axis=0) if weights else None
     owner = np.repeat(np.arange(len(samples)), samples.response_lengths)
     first = np.cumsum(samples.response_lengths) - samples.response_lengths
-    found = []
+    problems = []
     for name, array in columns.items():
         row = fields.field(name)
         if row.level != fields.RESPONSE or row.wide or not np.issubdtype(array.dtype, np.floating):
@@ -149,13 +149,13 @@ def unusable_values(samples: RolloutBatch) -> list[str]:
         bad |= np.isnan(array) & (not may_be_nan)
         if trained is not None:
             bad &= trained
-        places = np.flatnonzero(bad)
-        for sample, place in zip(*np.unique(owner[places], return_index=True), strict=True):
-            token = int(places[place])
-            found.append(
+        indices = np.flatnonzero(bad)
+        for sample, first_index in zip(*np.unique(owner[indices], return_index=True), strict=True):
+            token = int(indices[first_index])
+            problems.append(
                 f"{_name(samples, int(sample))}: {name} is {array[token]:g} at response token {token - int(first[sample])}"
             )
-    return found
+    return problems
 
 
 def _name(samples: RolloutBatch, index: int) -> str:

@@ -18,9 +18,9 @@ from slime_opd.types import RolloutBatch, TrainBatch
 class MicroBatch:
     """Samples packed into one row; no token is padding, but for those at the end that sequence parallelism needs.
 
-    tokens, position_ids: int64 [1, T]. `predicting`: int64 [R], the place in the row whose hidden state predicts each
+    tokens, position_ids: int64 [1, T]. `predicting`: int64 [R], the index in the row of the hidden state that predicts each
     response token (the token before it). `targets`: int64 [R], those response tokens. `columns`: the response-level fields
-    of the samples, [R] or [R, K]. `response_lengths`: int64 [N]. `rows`: where the R response tokens lie in the
+    of the samples, [R] or [R, K]. `response_lengths`: int64 [N]. `rows`: the R response tokens within the
     TrainBatch's columns.
     """
 
@@ -53,13 +53,13 @@ def pack(samples: RolloutBatch, rows: slice, device: torch.device, multiple: int
     lengths = samples.total_lengths
     starts = np.cumsum(lengths) - lengths
     position_ids = np.arange(len(samples.tokens)) - np.repeat(starts, lengths)
-    of_response = position_ids >= np.repeat(samples.prompt_lengths, lengths)
+    is_response = position_ids >= np.repeat(samples.prompt_lengths, lengths)
     tokens, missing = samples.tokens, -len(samples.tokens) % multiple
     if missing:
         tokens = np.concatenate([tokens, np.zeros(missing, tokens.dtype)])
         position_ids = np.concatenate([position_ids, np.arange(missing)])
         lengths = np.append(lengths, missing)
-    response = np.flatnonzero(of_response)
+    response = np.flatnonzero(is_response)
 
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Copies of weights that take turns in the one model on the device.
+"""Copies of weights that share the one model on the device.
 
 Student, reference and teacher have one architecture, so one model serves all three. Their weights wait in (pinned) host
 memory and are copied in for their forward pass; or they stay on the device, and change places with the student's.

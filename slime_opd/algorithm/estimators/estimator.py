@@ -1,4 +1,4 @@
-"""What an advantage estimator is given, and what it says of itself.
+"""The inputs of an advantage estimator, and its row in the table.
 
 Notation: N samples, R response tokens.
 """
@@ -16,7 +16,7 @@ class Responses:
     """The responses of a rollout, those of the student alone.
 
     rewards: float [N], none missing. groups: int64 [N], equal for the samples of one prompt. lengths: int64 [N], in tokens.
-    mask: float [R], 1 where a token trains. scores: the columns that the estimator asked for, float [R] each, by name.
+    mask: float [R], 1 where a token trains. scores: the columns that the estimator needs, float [R] each, by name.
     """
 
     rewards: Tensor
