@@ -31,7 +31,7 @@ _ROLES = (
     (r"slime_opd\.engine\.cpu_launcher", Role.LAUNCHER),
     (r"sglang::scheduler", Role.SCHEDULER),
     (r"sglang::detokenizer", Role.DETOKENIZER),
-    (r"-m sglang_router", Role.ROUTER),
+    (r"-m (slime_opd\.engine\.with_key )?sglang_router", Role.ROUTER),
     (r"math_worker\.py", Role.REWARD),
 )
 

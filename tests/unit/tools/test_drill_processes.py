@@ -12,6 +12,8 @@ import pytest
 from drill.kinds import Role
 from drill.processes import MARK, descendants, marked, role_of, shared_memory
 
+from slime_opd.engine.with_key import command_with_key
+
 # Titles and command lines as a run has them.
 COMMANDS = {
     "/venv/ray/core/src/ray/gcs/gcs_server --log_dir=/tmp/ray": Role.GCS,
@@ -28,6 +30,7 @@ COMMANDS = {
     "sglang::scheduler": Role.SCHEDULER,
     "sglang::detokenizer": Role.DETOKENIZER,
     "/venv/bin/python -m sglang_router.launch_router --port 1": Role.ROUTER,
+    " ".join(command_with_key(["/venv/bin/python", "-m", "sglang_router.launch_router", "--port", "1"])): Role.ROUTER,
     "/venv/bin/python -P /x/slime_opd/reward/math_worker.py 10": Role.REWARD,
     "/venv/bin/python -c from multiprocessing.resource_tracker import main;main(5)": Role.OTHER,
 }
