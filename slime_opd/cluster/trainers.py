@@ -35,14 +35,14 @@ _ENVIRONMENT = {"PYTHONWARNINGS": "ignore"}
 class TrainerActor:
     """One trainer rank in a process of its own. It learns its rank from `set_rank`, once it is known where it stands."""
 
-    def __init__(self, config: Config, world_size: int) -> None:
+    def __init__(self, config: Config, world_size: int, role: str) -> None:
         lifetimes.own(os.environ[lifetimes.RUN_VARIABLE])
         # These say at INFO what only their authors want to know; the run prints what matters.
         for chatty in ("megatron", "httpx"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         # It warns that its own default is used.
         logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-        self._config, self._world_size = config, world_size
+        self._config, self._world_size, self._role = config, world_size, role
         self._sender: Any = None
         self._trainer: Any = None
 
@@ -75,9 +75,16 @@ class TrainerActor:
         if not torch.cuda.is_available():
             # Ranks on one node share its cores.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // self._config.cluster.actor_num_gpus_per_node))
+        from slime_opd.trainer.roles import ROLES
         from slime_opd.trainer.trainer import Trainer
 
-        self._trainer = Trainer(self._config, rank=self._rank, world_size=self._world_size, init_method=init_method)
+        self._trainer = Trainer(
+            self._config,
+            rank=self._rank,
+            world_size=self._world_size,
+            init_method=init_method,
+            role=ROLES[self._role],
+        )
         return self._trainer.start_report
 
     def data_rank(self) -> int:
@@ -113,14 +120,19 @@ class TrainerGroup:
     """All trainer ranks; every verb runs on all of them and waits."""
 
     def __init__(
-        self, config: Config, slots: list[Slot], watchdog: Watchdog, environment: Mapping[str, str] | None = None
+        self,
+        config: Config,
+        slots: list[Slot],
+        watchdog: Watchdog,
+        environment: Mapping[str, str] | None = None,
+        role: str = "actor",
     ) -> None:
-        """`environment`: variables of each rank, beside those of every run."""
+        """`environment`: variables of each rank, beside those of every run. `role`: see slime_opd/trainer/roles.py."""
         self._watchdog = watchdog
         self._names = [f"trainer rank {rank}" for rank in range(len(slots))]
         variables = {**_ENVIRONMENT, **(environment or {})}
         self._actors = [
-            TrainerActor.options(**slot.options_in(f"trainer-{index}", variables)).remote(config, len(slots))
+            TrainerActor.options(**slot.options_in(f"trainer-{index}", variables)).remote(config, len(slots), role)
             for index, slot in enumerate(slots)
         ]
         self._bundles = [slot.bundle for slot in slots]
