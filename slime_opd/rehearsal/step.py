@@ -23,7 +23,6 @@ from slime_opd.rehearsal.batch import Load, make_samples
 from slime_opd.rehearsal.memory import LiveMemory
 from slime_opd.rehearsal.syncs import FakeDevice, FakeTensors, HostSyncs
 from slime_opd.rehearsal.where import Line
-from slime_opd.trainer.scoring import TeacherLayer
 from slime_opd.trainer.trainer import Trainer
 from slime_opd.types import StartReport, TrainBatch
 
@@ -82,7 +81,7 @@ class _RehearsedTrainer(Trainer):
         with self._memory.phase("teacher"):
             if self.config.algorithm.use_kl_loss:
                 self.snapshots.keep("reference")
-            teacher = TeacherLayer(None, self.shard)
+            teacher = self._no_teacher
             if self.config.has_megatron_teacher:
                 self.snapshots.keep("teacher", resident=self.config.opd.opd_teacher_resident)
                 teacher = self._teacher_layer()

@@ -21,6 +21,7 @@ from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.formats import export, model_state
 from slime_opd.checkpoint.formats.verification import Verification
 from slime_opd.config import Config
+from slime_opd.config.stages import CheckpointConfig
 from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.settings import HeadSettings
 from slime_opd.head.teacher_comparison import TeacherStates
@@ -78,45 +79,52 @@ class Trainer:
             self.start_report = self._load()
 
     def _load(self) -> StartReport:
-        """Load reference and teacher into their host copies, then the student, its optimizer and its state of the run."""
+        """Load the frozen models into their host copies, then the student, its optimizer and its state of the run."""
         options = self._role.checkpoint(self.config)
         verification = Verification(enabled=not options.no_verify_checkpoint)
         loader = ModelLoader(self.model, self.bridge, self.snapshots, verification)
-        prints: dict[str, Fingerprint] = {}
         if self.config.algorithm.use_kl_loss:
             location = directory.require(options.ref_load, "--ref-load", options.ref_ckpt_step)
-            prints["reference"] = loader.keep("reference", Source(location, "--ref-load"))
-        teacher = TeacherLayer(None, self.shard)
-        if self.config.has_megatron_teacher:
-            opd = self.config.opd
-            location = directory.require(opd.opd_teacher_load, "--opd-teacher-load", opd.opd_teacher_ckpt_step)
-            prints["teacher"] = loader.keep(
-                "teacher",
-                Source(location, "--opd-teacher-load"),
-                resident=opd.opd_teacher_resident,
-                any_vocabulary=True,
-            )
-            teacher = self._teacher_layer(model_state.vocabulary_rows(location))
+            loader.keep("reference", Source(location, "--ref-load"))
+        teacher_print, teacher = (
+            self._load_teacher(loader) if self.config.has_megatron_teacher else (None, self._no_teacher)
+        )
         source = student_source(options, self.config.model.hf_checkpoint)
-        prints["student"] = loader.load(source)
+        student_print = loader.load(source)
         self._prepare_training(teacher)
-        run_state: dict[str, Any] = {}
-        if source.location.iteration is not None and source.flag == "--load" and not options.finetune:
-            run_state = directory.read_run_state(source.location)
-            if options.no_load_optim:
-                self.scheduler.step(increment=int(run_state.get("step", 0)) * max(1, self.config.steps_per_rollout))
-            else:
-                settings = group_settings(self.optimizer)
-                model_state.load_training_state(self._training_state(), source.location, source.flag)
-                restore_settings(self.optimizer, self.scheduler, settings)
+        run_state = self._resume(source, options)
         warnings = verification.warnings
         if (note := kernels(self.config).note) is not None:
             warnings.append(note)
-        if "teacher" in prints and prints["teacher"] == prints["student"]:
+        if teacher_print == student_print:
             warnings.append(
-                f"teacher and student are identical (weights' fingerprint {prints['student'][0]:.6g}): the penalty is 0 until the student moves"
+                f"teacher and student are identical (weights' fingerprint {student_print[0]:.6g}): the penalty is 0 until the student moves"
             )
         return StartReport(str(source), run_state, tuple(warnings))
+
+    def _load_teacher(self, loader: ModelLoader) -> tuple[Fingerprint, TeacherLayer]:
+        opd = self.config.opd
+        location = directory.require(opd.opd_teacher_load, "--opd-teacher-load", opd.opd_teacher_ckpt_step)
+        source = Source(location, "--opd-teacher-load")
+        weights = loader.keep("teacher", source, resident=opd.opd_teacher_resident, any_vocabulary=True)
+        return weights, self._teacher_layer(model_state.vocabulary_rows(location))
+
+    def _resume(self, source: Source, options: CheckpointConfig) -> dict[str, Any]:
+        """Load optimizer and schedule from a checkpoint that the run continues; returns the run's state, {} for a new run."""
+        if source.location.iteration is None or source.flag != "--load" or options.finetune:
+            return {}
+        run_state = directory.read_run_state(source.location)
+        if options.no_load_optim:
+            self.scheduler.step(increment=int(run_state.get("step", 0)) * max(1, self.config.steps_per_rollout))
+        else:
+            settings = group_settings(self.optimizer)
+            model_state.load_training_state(self._training_state(), source.location, source.flag)
+            restore_settings(self.optimizer, self.scheduler, settings)
+        return run_state
+
+    @property
+    def _no_teacher(self) -> TeacherLayer:
+        return TeacherLayer(None, self.shard)
 
     def _teacher_layer(self, vocabulary_rows: int | None = None) -> TeacherLayer:
         """The output layer of the teacher, whose weights the model has now; `vocabulary_rows` of the teacher's own vocabulary.
