@@ -1,7 +1,4 @@
-"""Rules about what a run learns from: data, rollout, reward, evaluation, algorithm.
-
-Each rule is a pure function from a Config to the sentences that say what is wrong.
-"""
+"""Rules between options: data, rollout, reward, evaluation, algorithm."""
 
 from __future__ import annotations
 
@@ -46,16 +43,14 @@ def check_length_of_run(config: Config) -> list[str]:
 
 def check_chat_template(config: Config) -> list[str]:
     """Arguments of the chat template that are no JSON object."""
-    found = config.data.apply_chat_template_kwargs
+    text = config.data.apply_chat_template_kwargs
     try:
-        arguments = json.loads(found)
+        arguments = json.loads(text)
     except json.JSONDecodeError:
         arguments = None
-    if not isinstance(arguments, dict):
-        return [f"--apply-chat-template-kwargs: found {found!r}, expected a JSON object"]
-    if arguments and not config.data.apply_chat_template:
-        return ["--apply-chat-template-kwargs has no effect without --apply-chat-template"]
-    return []
+    return (
+        [] if isinstance(arguments, dict) else [f"--apply-chat-template-kwargs: found {text!r}, expected a JSON object"]
+    )
 
 
 def check_reward(config: Config) -> list[str]:
@@ -89,16 +84,6 @@ def check_signal(config: Config) -> list[str]:
         return [
             "--n-samples-per-prompt 1 with --advantage-estimator grpo: a reward minus the mean of its group of one is always 0; sample more responses, or give --disable-rewards-normalization or --use-opd"
         ]
-    return []
-
-
-def check_kl_loss(config: Config) -> list[str]:
-    """A KL loss without a reference, or a weight without a loss."""
-    algorithm = config.algorithm
-    if algorithm.use_kl_loss and config.checkpoint.ref_load is None:
-        return ["--use-kl-loss needs --ref-load: the checkpoint of the reference model"]
-    if algorithm.kl_loss_coef and not algorithm.use_kl_loss:
-        return [f"--kl-loss-coef {algorithm.kl_loss_coef} has no effect without --use-kl-loss"]
     return []
 
 
@@ -170,11 +155,7 @@ def check_dynamic_sampling(config: Config) -> list[str]:
     rollout, problems = config.rollout, []
     path, at_once = rollout.dynamic_sampling_filter_path, rollout.over_sampling_batch_size
     if path is None:
-        return (
-            []
-            if at_once is None
-            else ["--over-sampling-batch-size has no effect without --dynamic-sampling-filter-path"]
-        )
+        return []
     if not config.has_reward:
         problems.append("--dynamic-sampling-filter-path needs a reward (--rm-type, --custom-rm-path) to tell groups by")
     if rollout.n_samples_per_prompt == 1:
@@ -188,15 +169,3 @@ def check_dynamic_sampling(config: Config) -> list[str]:
             "--opd-off-policy-unit rollouts with --dynamic-sampling-filter-path: a rollout's prompts are not known before it; use samples"
         )
     return problems
-
-
-def check_wandb(config: Config) -> list[str]:
-    """Words for Weights & Biases that nobody would read."""
-    observe = config.observe
-    if observe.use_wandb:
-        return []
-    return [
-        f"{flag(name)} has no effect without --use-wandb"
-        for name in ("wandb_project", "wandb_group", "wandb_team", "wandb_host", "wandb_dir")
-        if getattr(observe, name) is not None
-    ]

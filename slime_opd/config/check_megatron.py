@@ -7,52 +7,10 @@ from typing import Any
 
 from slime_opd.config.check_machine import architecture_of, number_of_experts
 from slime_opd.config.config import Config
-from slime_opd.config.megatron_options import flag_with_value, is_default
+from slime_opd.config.megatron_options import is_default
+from slime_opd.config.megatron_rules import RECOMPUTED
 from slime_opd.config.megatron_support import OF_MODEL, SUPPORT, Answer
-
-# Where a number has to be for Megatron to do what the option says.
-_POSITIVE = (
-    "bucket_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "decoupled_lr",
-    "loss_scale",
-    "initial_loss_scale",
-    "min_loss_scale",
-    "loss_scale_window",
-    "hysteresis",
-    "moe_deepep_num_sms",
-)
-_NOT_NEGATIVE = ("decoupled_min_lr", "moe_router_bias_update_rate")
-_FRACTIONS = ("optimizer_offload_fraction",)
-
-# Options that do nothing without a switch, and the switch.
-_WITHOUT = {
-    "overlap_param_gather": "overlap_grad_reduce",
-    "bucket_size": "overlap_grad_reduce",
-    "decoupled_min_lr": "decoupled_lr",
-    "optimizer_offload_fraction": "optimizer_cpu_offload",
-    "use_torch_optimizer_for_cpu_offload": "optimizer_cpu_offload",
-    "overlap_cpu_optimizer_d2h_h2d": "optimizer_cpu_offload",
-    "pin_cpu_grads": "optimizer_cpu_offload",
-    "pin_cpu_params": "optimizer_cpu_offload",
-    "store_param_remainders": "use_precision_aware_optimizer",
-    "main_grads_dtype": "use_precision_aware_optimizer",
-    "main_params_dtype": "use_precision_aware_optimizer",
-    "exp_avg_dtype": "use_precision_aware_optimizer",
-    "exp_avg_sq_dtype": "use_precision_aware_optimizer",
-}
-
-# Parts of a layer that --recompute-modules takes, and what each needs: Transformer Engine's layers, or a kind of model.
-RECOMPUTED: dict[str, tuple[str, ...]] = {
-    "core_attn": (),
-    "mlp": (),
-    "moe": ("experts",),
-    "shared_experts": ("experts",),
-    "moe_act": ("engine", "experts"),
-    "layernorm": ("engine",),
-    "mla_up_proj": ("latent attention",),
-}
+from slime_opd.config.options import options_of
 
 
 def given_values(config: Config) -> dict[str, Any]:
@@ -64,6 +22,11 @@ def given_values(config: Config) -> dict[str, Any]:
         for name, value in values.items()
         if value not in (None, ()) and (SUPPORT[name].refuses_default or not is_default(name, value))
     }
+
+
+def flag_with_value(name: str, value: Any) -> str:
+    """The option and its value as on a command line, and Megatron-LM's name for it where that is another."""
+    return options_of(Config)[name].format_flag(value)
 
 
 def check_supported(config: Config) -> list[str]:
@@ -78,29 +41,10 @@ def check_supported(config: Config) -> list[str]:
     return problems
 
 
-def check_ranges_of_megatron(config: Config) -> list[str]:
-    """Numbers that Megatron would stop at, or take for something else."""
-    rules = (
-        (_POSITIVE, lambda value: value > 0, "a number above 0"),
-        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-        (_FRACTIONS, lambda value: 0 <= value <= 1, "a number between 0 and 1"),
-    )
-    return [
-        f"{flag_with_value(name, value)}: expected {expected}"
-        for names, holds, expected in rules
-        for name in names
-        if (value := getattr(config.megatron, name)) is not None and not holds(value)
-    ]
-
-
 def check_needs(config: Config) -> list[str]:
     """Options of Megatron's that have no effect, or fail, without another one."""
     given, stage, layout = given_values(config), config.megatron, config.parallel
-    problems = [
-        f"{flag_with_value(name, given[name])} has no effect without {flag_with_value(needed, True)}"
-        for name, needed in _WITHOUT.items()
-        if name in given and not getattr(stage, needed)
-    ]
+    problems: list[str] = []
 
     def needs(name: str, holds: bool, what: str) -> None:
         if name in given and not holds:
@@ -130,8 +74,6 @@ def check_needs(config: Config) -> list[str]:
         "shared_experts" not in stage.recompute_modules,
         "--recompute-modules without shared_experts: what overlaps is not recomputed",
     )
-    needs("main_grads_dtype", stage.main_grads_dtype in ("fp32", "bf16"), "fp32 or bf16 as its value")
-    needs("main_params_dtype", stage.main_params_dtype in ("fp32", "fp16"), "fp32 or fp16 as its value")
     for name in ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis"):
         needs(
             name,
@@ -154,13 +96,6 @@ def _recompute_problems(config: Config) -> list[str]:
         problems.append(
             "--distribute-saved-activations needs --recompute-granularity full and --tensor-model-parallel-size 2 or more, without --sequence-parallel, which splits them already"
         )
-    if not stage.recompute_modules:
-        return problems
-    shown = flag_with_value("recompute_modules", stage.recompute_modules)
-    if layout.recompute_granularity != "selective":
-        problems.append(f"{shown} has no effect without --recompute-granularity selective")
-    if unknown := [name for name in stage.recompute_modules if name not in RECOMPUTED]:
-        problems.append(f"{shown}: found {' '.join(unknown)}, expected of {', '.join(RECOMPUTED)}")
     return problems
 
 
@@ -195,16 +130,12 @@ def check_engine(config: Config) -> list[str]:
 
 
 def check_flex_dispatcher(config: Config) -> list[str]:
-    """The flex dispatcher without DeepEP, or without ranks to dispatch to; and DeepEP without it."""
+    """The flex dispatcher without DeepEP, or without ranks to dispatch to."""
     stage, layout = config.megatron, config.parallel
     is_flex = stage.moe_token_dispatcher_type == "flex"
     problems = []
     if not is_flex:
-        return [
-            f"{flag_with_value(name, value)} has no effect without --moe-token-dispatcher-type flex"
-            for name, value in given_values(config).items()
-            if name in ("moe_enable_deepep", "moe_deepep_num_sms")
-        ]
+        return []
     if importlib.util.find_spec("deep_ep") is None:
         problems.append(
             "--moe-token-dispatcher-type flex needs the deep_ep package, which is not installed here: say alltoall"

@@ -1,151 +1,10 @@
-"""Rules about the shape of a run: ranges, model, layout, batches, engines, checkpoints.
-
-Each rule is a pure function from a Config to the sentences that say what is wrong.
-"""
+"""Rules between options: model, parallel layout, batches, engines, checkpoints."""
 
 from __future__ import annotations
 
 from slime_opd.config import megatron_options
 from slime_opd.config.config import Config
-from slime_opd.config.options import flag, options_of
-
-POSITIVE = [
-    "actor_num_nodes",
-    "actor_num_gpus_per_node",
-    "rollout_num_gpus_per_engine",
-    "num_gpus_per_node",
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "norm_epsilon",
-    "rotary_base",
-    "rotary_percent",
-    "rotary_scaling_factor",
-    "max_position_embeddings",
-    "vocab_size",
-    "make_vocab_size_divisible_by",
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "recompute_num_layers",
-    "global_batch_size",
-    "num_steps_per_rollout",
-    "micro_batch_size",
-    "max_tokens_per_gpu",
-    "log_probs_chunk_size",
-    "distributed_timeout_minutes",
-    "lr_decay_iters",
-    "adam_eps",
-    "save_interval",
-    "rollout_max_prompt_len",
-    "max_row_bytes",
-    "num_epoch",
-    "rollout_batch_size",
-    "n_samples_per_prompt",
-    "rollout_max_response_len",
-    "rollout_max_context_len",
-    "rollout_temperature",
-    "rollout_top_p",
-    "sglang_server_concurrency",
-    "rollout_request_timeout_s",
-    "eval_interval",
-    "n_samples_per_eval_prompt",
-    "eval_top_p",
-    "eval_max_response_len",
-    "eps_clip",
-    "opd_teacher_timeout_s",
-    "opd_teacher_concurrency",
-    "opd_kl_clamp",
-    "opd_temperature",
-    "opd_reward_beta",
-    "opd_token_keep_fraction",
-    "update_weight_buffer_size",
-]
-
-NOT_NEGATIVE = [
-    "rollout_num_gpus",
-    "lr",
-    "min_lr",
-    "lr_warmup_iters",
-    "weight_decay",
-    "clip_grad",
-    "ckpt_step",
-    "keep_checkpoints",
-    "save_interval_minutes",
-    "exit_grace_s",
-    "ref_ckpt_step",
-    "num_rollout",
-    "seed",
-    "rollout_seed",
-    "rollout_request_retries",
-    "custom_function_timeout_s",
-    "eval_temperature",
-    "eps_clip_high",
-    "kl_loss_coef",
-    "opd_kl_coef",
-    "opd_divergence_coef",
-    "opd_log_prob_top_k",
-    "opd_metrics_top_k",
-    "opd_teacher_ckpt_step",
-    "opd_teacher_retries",
-    "opd_teacher_min_tokens_per_s",
-    "opd_teacher_check_interval",
-    "print_samples_interval",
-    "max_skipped_steps",
-    "watchdog_interval_s",
-    "watchdog_timeout_s",
-]
-
-AT_MOST_ONE = [
-    "attention_dropout",
-    "hidden_dropout",
-    "rotary_percent",
-    "lr_warmup_fraction",
-    "rollout_top_p",
-    "eval_top_p",
-    "opd_max_fallback_fraction",
-    "opd_kl_discount",
-    "opd_off_policy_fraction",
-    "opd_token_keep_fraction",
-]
-FRACTIONS = [
-    "attention_dropout",
-    "hidden_dropout",
-    "lr_warmup_fraction",
-    "adam_beta1",
-    "adam_beta2",
-    "opd_max_fallback_fraction",
-    "opd_kl_discount",
-    "opd_off_policy_fraction",
-]
-BELOW_ONE = ["adam_beta1", "adam_beta2"]
-TOP_K = ["rollout_top_k", "eval_top_k"]
-
-
-def check_ranges(config: Config) -> list[str]:
-    """Numbers that are outside what they can be."""
-    rules = (
-        (POSITIVE, lambda value: value > 0, "a number above 0"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-        (FRACTIONS, lambda value: value >= 0, "a share between 0 and 1"),
-        (AT_MOST_ONE, lambda value: value <= 1, "at most 1"),
-        (BELOW_ONE, lambda value: value < 1, "a number below 1"),
-        (TOP_K, lambda value: value == -1 or value > 0, "-1 (all tokens) or a number above 0"),
-        (["eps_clip_c"], lambda value: value > 1, "a number above 1"),
-    )
-    options = options_of(Config)
-    problems = []
-    for names, holds, expected in rules:
-        for name in names:
-            value = options[name].read(config)
-            if value is not None and not holds(value):
-                problems.append(f"{flag(name)}: found {value}, expected {expected}")
-    return problems
+from slime_opd.config.options import flag
 
 
 def check_model(config: Config) -> list[str]:
@@ -158,9 +17,6 @@ def check_model(config: Config) -> list[str]:
             problems.append(
                 f"--megatron-to-hf-mode raw needs {', '.join(missing)}: add the MODEL_ARGS of scripts/models, or take the architecture from --hf-checkpoint with --megatron-to-hf-mode bridge"
             )
-    if (model.num_query_groups is not None) != model.group_query_attention:
-        found = "only one of the two"
-        problems.append(f"--group-query-attention and --num-query-groups: found {found}, expected both or neither")
     heads, groups = model.num_attention_heads, model.num_query_groups
     if _indivisible(heads, groups):
         problems.append(f"--num-attention-heads {heads} cannot be shared evenly by --num-query-groups {groups}")
@@ -224,20 +80,9 @@ def check_precision(config: Config) -> list[str]:
     return [f"found {' and '.join(given)}, expected one precision"] if len(given) > 1 else []
 
 
-def check_recompute(config: Config) -> list[str]:
-    """Recomputation flags that Megatron would stop at."""
-    layout = config.parallel
-    details = (layout.recompute_method, layout.recompute_num_layers)
-    if layout.recompute_granularity == "full" and None in details:
-        return ["--recompute-granularity full needs --recompute-method and --recompute-num-layers"]
-    if layout.recompute_granularity != "full" and details != (None, None):
-        return ["--recompute-method and --recompute-num-layers have no effect without --recompute-granularity full"]
-    return []
-
-
-def check_megatron(config: Config) -> list[str]:
-    """Options of Megatron-core that cannot be read, or that nothing reads."""
-    return megatron_options.problems_of(config.megatron)
+def check_layer_patterns(config: Config) -> list[str]:
+    """Options of Megatron-core with a value for each layer that cannot be read."""
+    return megatron_options.pattern_problems(config.megatron)
 
 
 def check_warmup(config: Config) -> list[str]:
@@ -276,14 +121,6 @@ def check_batches(config: Config) -> list[str]:
     return problems
 
 
-def check_dynamic_batch(config: Config) -> list[str]:
-    """Packing without a size to pack to."""
-    training = config.training
-    if training.use_dynamic_batch_size and training.max_tokens_per_gpu is None:
-        return ["--use-dynamic-batch-size needs --max-tokens-per-gpu: the tokens to pack a micro-batch up to"]
-    return []
-
-
 def check_engines(config: Config) -> list[str]:
     """GPUs for the engines that cannot be shared out evenly."""
     cluster = config.cluster
@@ -305,33 +142,14 @@ def check_engines(config: Config) -> list[str]:
 
 
 def check_engine_fits_node(config: Config) -> list[str]:
-    """Engines that would need GPUs of several nodes."""
+    """Colocated engines that would need GPUs of several nodes; others are placed where Ray finds a node for them."""
     cluster = config.cluster
     per_engine, ranks = cluster.rollout_num_gpus_per_engine, cluster.actor_num_gpus_per_node
-    if per_engine > cluster.num_gpus_per_node:
-        return [
-            f"--rollout-num-gpus-per-engine {per_engine} is more than the GPUs of a node (--num-gpus-per-node {cluster.num_gpus_per_node}): engines over several nodes are not supported; use smaller engines, or set --num-gpus-per-node if nodes are larger"
-        ]
     if cluster.colocate and cluster.actor_num_nodes > 1 and _indivisible(ranks, per_engine):
         return [
             f"--colocate: --rollout-num-gpus-per-engine {per_engine} does not divide --actor-num-gpus-per-node {ranks}, so an engine would need GPUs of two nodes"
         ]
     return []
-
-
-def check_checkpoint(config: Config) -> list[str]:
-    """Checkpoint flags that would do nothing."""
-    checkpoint = config.checkpoint
-    pairs = [(name, "save") for name in ("save_interval", "save_interval_minutes", "save_hf")]
-    pairs.append(("ref_ckpt_step", "ref_load"))
-    # Of a run in --save that is to go back, no --load is needed.
-    if checkpoint.save is None:
-        pairs.append(("ckpt_step", "load"))
-    return [
-        f"{flag(name)} has no effect without {flag(needed)}"
-        for name, needed in pairs
-        if getattr(checkpoint, name) is not None and getattr(checkpoint, needed) is None
-    ]
 
 
 def check_save_hf(config: Config) -> list[str]:
@@ -347,16 +165,13 @@ def check_save_hf(config: Config) -> list[str]:
 
 
 def check_weight_transport(config: Config) -> list[str]:
-    """A way of sending weights that cannot reach the engines, or a directory no one writes to."""
-    weights, nodes = config.weights, config.cluster.actor_num_nodes
-    problems = []
-    if weights.update_weight_transport == "tensor" and nodes > 1 and not config.cluster.colocate:
-        problems.append(
-            f"--update-weight-transport tensor is shared memory on one node, found --actor-num-nodes {nodes}: use broadcast or disk, or --colocate"
-        )
-    if weights.update_weight_disk_dir is not None and weights.update_weight_transport != "disk":
-        problems.append("--update-weight-disk-dir has no effect without --update-weight-transport disk")
-    return problems
+    """A weight transport that cannot reach the engines."""
+    nodes = config.cluster.actor_num_nodes
+    if config.weights.update_weight_transport != "tensor" or nodes == 1 or config.cluster.colocate:
+        return []
+    return [
+        f"--update-weight-transport tensor is shared memory on one node, found --actor-num-nodes {nodes}: use broadcast or disk, or --colocate"
+    ]
 
 
 def _indivisible(number: int | None, divisor: int | None) -> bool:

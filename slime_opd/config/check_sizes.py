@@ -9,46 +9,12 @@ import os
 from pathlib import Path
 
 from slime_opd.config.config import Config
-from slime_opd.config.options import flag, options_of
-
-# The largest value of an option that can be meant, and why a larger one cannot.
-_COEFFICIENT = (1e4, "it would drown every other part of the loss")
-_TEMPERATURE = (100.0, "every token would be equally likely")
-_SEED = (2**31 - 1, "seeds have 31 bits")
-_SECONDS = (1e8, "that is three years")
-CEILINGS: dict[str, tuple[float, str]] = {
-    **dict.fromkeys(("lr", "min_lr"), (1.0, "Adam moves every weight by about that much in a step")),
-    "weight_decay": (10.0, "it would erase the weights"),
-    "opd_kl_coef": _COEFFICIENT,
-    "opd_divergence_coef": _COEFFICIENT,
-    "kl_loss_coef": _COEFFICIENT,
-    "entropy_coef": _COEFFICIENT,
-    "rollout_temperature": _TEMPERATURE,
-    "eval_temperature": _TEMPERATURE,
-    "opd_temperature": _TEMPERATURE,
-    "seed": _SEED,
-    "rollout_seed": _SEED,
-    "distributed_timeout_minutes": (10**6, "that is two years"),
-    "rollout_request_timeout_s": _SECONDS,
-    "opd_teacher_timeout_s": _SECONDS,
-    "make_vocab_size_divisible_by": (10**6, "the vocabulary would be padded to a multiple of it"),
-}
 
 # Bytes that a token of a rollout takes on the driver, and a sample beside them: at the least, ids, mask and log-probs.
 _BYTES_PER_TOKEN, _BYTES_PER_SAMPLE = 20, 500
 
 # Training processes and engines per core of a machine without GPUs, past which they only swap; a few fit on any machine.
 _PROCESSES_PER_CORE, _FEW_PROCESSES = 4, 8
-
-
-def check_ceilings(config: Config) -> list[str]:
-    """Numbers above what can be meant."""
-    options, problems = options_of(Config), []
-    for name, (largest, why) in CEILINGS.items():
-        value = options[name].read(config)
-        if value is not None and value > largest:
-            problems.append(f"{flag(name)}: found {value}, expected at most {largest:.10g}: {why}")
-    return problems
 
 
 def check_rollout_fits(config: Config) -> list[str]:

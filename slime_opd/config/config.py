@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from slime_opd import schedule
 from slime_opd.config import stages
 
 
@@ -128,6 +129,17 @@ class Config:
         return self.opd.use_opd and (
             self.divergence.opd_divergence is not None or self.divergence.opd_schedule is not None
         )
+
+    @property
+    def divergence_kinds(self) -> frozenset[str]:
+        """The run's divergences: --opd-divergence, and those of --opd-schedule if that can be read."""
+        options = self.divergence
+        try:
+            scheduled = schedule.parse_stages(options.opd_schedule) if options.opd_schedule is not None else ()
+        except ValueError:  # reported by a check
+            scheduled = ()
+        kinds = {stage.kind for stage in scheduled}
+        return frozenset(kinds if options.opd_divergence is None else kinds | {options.opd_divergence})
 
     @property
     def penalty_coefficient(self) -> float:

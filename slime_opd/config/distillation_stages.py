@@ -1,57 +1,118 @@
-"""What a user can say about distillation: the teacher and the penalty, and the divergences."""
+"""The options of distillation: the teacher and the penalty, and the divergences."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from slime_opd.config.conditions import Condition, equals, is_set
 from slime_opd.config.options import option
+from slime_opd.config.ranges import (
+    COEFFICIENT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_FRACTION,
+    SECONDS,
+    TEMPERATURE,
+    Range,
+)
+from slime_opd.config.resume import HONOURED, OnResume
+
+
+def divergence_is(kind: str) -> Condition:
+    """The run's divergence, or one of its schedule's, is of this kind."""
+    return Condition(f"--opd-divergence {kind}", lambda config: kind in config.divergence_kinds)
+
+
+SGLANG_TEACHER = Condition("--use-opd --opd-type sglang", lambda config: config.has_sglang_teacher)
+MEGATRON_TEACHER = equals("opd_type", "megatron")
+PENALTY = Condition("a penalty (--opd-kl-coef above 0)", lambda config: config.penalty_coefficient > 0)
+DIVERGENCE = is_set("opd_divergence", "opd_schedule")
+TOP_K_DIVERGENCE = is_set("opd_log_prob_top_k")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OPDConfig:
     """On-policy distillation: the teacher, and the penalty on the sampled tokens"""
 
-    use_opd: bool = option(False, help="learn from a teacher: by the reverse-KL penalty, or by --opd-divergence")
+    only_with: ClassVar[tuple[Condition, ...]] = (is_set("use_opd"),)
+    on_resume: ClassVar[OnResume] = HONOURED
+
+    use_opd: bool = option(
+        False, help="learn from a teacher: by the reverse-KL penalty, or by --opd-divergence", needs=("opd_type",)
+    )
     opd_type: str | None = option(
         None,
         choices=("sglang", "megatron"),
         help="sglang: teacher server at --rm-url, scored during rollout; megatron: teacher forward in the trainer",
+        needs={"sglang": ("rm_url",), "megatron": ("opd_teacher_load",)},
     )
     opd_only_reward: bool = option(False, help="zero the base advantage: pure distillation")
-    opd_kl_coef: float | None = option(None, help="weight of the penalty; unset: 1, or 0 with --opd-divergence")
-    opd_kl_clamp: float | None = option(None, help="largest size of a token's log-ratio in the penalty; unset: any")
+    opd_kl_coef: float | None = option(
+        None, help="weight of the penalty; unset: 1, or 0 with --opd-divergence", within=COEFFICIENT
+    )
+    opd_kl_clamp: float | None = option(
+        None,
+        help="largest size of a token's log-ratio in the penalty; unset: any",
+        within=POSITIVE,
+        only_with=(PENALTY,),
+    )
     opd_kl_discount: float = option(
-        0.0, help="discount of the later tokens' log-ratios that a token also pays for; 0: its own alone"
+        0.0,
+        help="discount of the later tokens' log-ratios that a token also pays for; 0: its own alone",
+        within=FRACTION,
+        only_with=(PENALTY,),
     )
     opd_refresh_student: bool = option(
-        False, help="take the penalty with the policy of each optimizer step, not with that of the rollout's first"
+        False,
+        help="take the penalty with the policy of each optimizer step, not with that of the rollout's first",
+        only_with=(PENALTY,),
     )
     opd_teacher_load: str | None = option(
-        None, help="teacher checkpoint (torch_dist or Hugging Face), for --opd-type megatron", metavar="DIR"
+        None,
+        help="the teacher's checkpoint, torch_dist or Hugging Face",
+        metavar="DIR",
+        only_with=(MEGATRON_TEACHER,),
+        is_path=True,
     )
-    opd_teacher_ckpt_step: int | None = option(None, help="step of --opd-teacher-load; unset: the latest")
+    opd_teacher_ckpt_step: int | None = option(
+        None,
+        help="step of --opd-teacher-load; unset: the latest",
+        within=NOT_NEGATIVE,
+        only_with=(is_set("opd_teacher_load"),),
+    )
     opd_teacher_resident: bool = option(
-        False, help="keep the Megatron teacher's weights on the GPU; unset: in host memory, swapped in to score"
+        False,
+        help="keep the Megatron teacher's weights on the GPU; unset: in host memory, swapped in to score",
+        only_with=(MEGATRON_TEACHER,),
     )
     opd_teacher_hidden_on_host: bool = option(
-        False, help="keep the Megatron teacher's hidden states in host memory between its forward and the student's"
+        False,
+        help="keep the Megatron teacher's hidden states in host memory between its forward and the student's",
+        only_with=(MEGATRON_TEACHER,),
     )
     opd_teacher_timeout_s: float = option(
         30.0,
         help="seconds without an answer of the teacher's server that end a request, beside the time for its tokens",
+        within=SECONDS,
     )
     opd_teacher_min_tokens_per_s: float = option(
         1000.0,
         help="lowest speed at which the teacher is assumed to read tokens: a request may take longer by its tokens at this speed, and by those sent before it while they are answered; 0: --opd-teacher-timeout-s alone",
+        within=NOT_NEGATIVE,
     )
-    opd_teacher_retries: int = option(2, help="times a failed teacher request is sent again")
-    opd_teacher_concurrency: int = option(64, help="teacher requests in flight")
+    opd_teacher_retries: int = option(2, help="times a failed teacher request is sent again", within=NOT_NEGATIVE)
+    opd_teacher_concurrency: int = option(64, help="teacher requests in flight", within=POSITIVE)
     opd_teacher_check_interval: int = option(
         10,
         help="rollouts between checks that the teacher's server still has the same model, by its log-probs of fixed sequences; 0: never",
+        within=NOT_NEGATIVE,
     )
     opd_max_fallback_fraction: float = option(
-        0.1, help="largest share of a rollout's samples that may go without teacher scores; above it the run stops"
+        0.1,
+        help="largest share of a rollout's samples that may go without teacher scores; above it the run stops",
+        within=FRACTION,
     )
 
 
@@ -59,33 +120,51 @@ class OPDConfig:
 class DivergenceConfig:
     """Distillation by a divergence: a loss on the whole distributions, over the vocabulary or over top-k tokens"""
 
+    only_with: ClassVar[tuple[Condition, ...]] = (is_set("use_opd"),)
+    on_resume: ClassVar[OnResume] = HONOURED
+
     opd_divergence: str | None = option(
         None,
         choices=("reverse_kl", "forward_kl", "jsd", "token_reward_direct"),
         help="add this divergence to the loss; token_reward_direct: thunlp/OPD's reward on top-k tokens; unset: the penalty alone",
     )
-    opd_divergence_coef: float = option(1.0, help="weight of the divergence")
-    opd_jsd_beta: float = option(0.5, help="weight of the teacher in jsd's mixture, between 0 and 1")
+    opd_divergence_coef: float = option(
+        1.0, help="weight of the divergence", within=COEFFICIENT, only_with=(DIVERGENCE,)
+    )
+    opd_jsd_beta: float = option(
+        0.5,
+        help="weight of the teacher in jsd's mixture, between 0 and 1",
+        within=Range(above=0, below=1),
+        only_with=(DIVERGENCE, divergence_is("jsd")),
+    )
     opd_temperature: float | None = option(
-        None, help="temperature of both models in the divergence; unset: the rollout's, or 1 with an SGLang teacher"
+        None,
+        help="temperature of both models in the divergence; unset: the rollout's, or 1 with an SGLang teacher",
+        within=TEMPERATURE,
     )
     opd_log_prob_top_k: int = option(
-        0, help="tokens of each model's top-k to compare on; 0: the whole vocabulary (needs a Megatron teacher)"
+        0,
+        help="tokens of each model's top-k to compare on; 0: the whole vocabulary (needs a Megatron teacher)",
+        within=NOT_NEGATIVE,
+        only_with=(DIVERGENCE,),
     )
     opd_top_k_strategy: str = option(
         "only_stu",
         choices=("only_stu", "only_tch", "intersection", "union", "union-intersection"),
         help="whose top-k: the student's, the teacher's, those in both, in either, in one alone",
+        only_with=(TOP_K_DIVERGENCE,),
     )
     opd_top_k_remainder: str = option(
         "tail",
         choices=("tail", "truncated", "renormalized"),
         help="the mass outside the top-k: one more entry, left out, or left out and the rest scaled to 1",
+        only_with=(TOP_K_DIVERGENCE,),
     )
     opd_reward_weight_mode: str = option(
         "student_p",
         choices=("student_p", "teacher_p", "none"),
         help="what weighs the tokens of token_reward_direct: a model's probabilities, or all alike",
+        only_with=(DIVERGENCE, divergence_is("token_reward_direct")),
     )
     opd_schedule: str | None = option(
         None,
@@ -98,21 +177,36 @@ class DivergenceConfig:
         help="factor on both distillation weights, linear between points of the run: 0:0,0.3:1",
     )
     opd_off_policy_fraction: float = option(
-        0.0, help="share of the samples whose response is not the student's; they take part in the divergence alone"
+        0.0,
+        help="share of the samples whose response is not the student's; they take part in the divergence alone",
+        within=FRACTION,
+        only_with=(DIVERGENCE,),
     )
-    opd_off_policy_source: str = option("teacher", choices=("teacher", "dataset"), help="who writes those responses")
+    opd_off_policy_source: str = option(
+        "teacher",
+        choices=("teacher", "dataset"),
+        help="who writes those responses",
+        only_with=(is_set("opd_off_policy_fraction"),),
+        needs={"dataset": ("opd_off_policy_key",)},
+    )
     opd_off_policy_unit: str = option(
         "samples",
         choices=("samples", "rollouts"),
         help="what the share is of: each rollout's samples, or whole rollouts",
+        only_with=(is_set("opd_off_policy_fraction"),),
     )
-    opd_off_policy_key: str | None = option(None, help="column of the responses, with --opd-off-policy-source dataset")
+    opd_off_policy_key: str | None = option(
+        None,
+        help="column of the responses",
+        only_with=(is_set("opd_off_policy_fraction"), equals("opd_off_policy_source", "dataset")),
+    )
     opd_reward_beta: float | None = option(
-        None, help="weigh samples by softmax(correct / this): small trusts correct ones alone; unset: all alike"
+        None,
+        help="weigh samples by softmax(correct / this): small trusts correct ones alone; unset: all alike",
+        within=POSITIVE,
     )
     opd_pass_rate_weights: tuple[float, ...] = option(
         (),
-        nargs="+",
         metavar="ALPHA BETA",
         help="weigh prompts by p^ALPHA (1-p)^BETA of their pass rate p (PACED: 1 1); unset: all alike",
     )
@@ -121,12 +215,20 @@ class DivergenceConfig:
         choices=("soft", "top"),
         help="weigh tokens by student entropy and divergence (TIP): by the score, or the best alone; unset: all alike",
     )
-    opd_token_keep_fraction: float = option(0.5, help="share of the tokens that --opd-token-weighting top keeps")
+    opd_token_keep_fraction: float = option(
+        0.5,
+        help="share of the tokens that are kept",
+        within=POSITIVE_FRACTION,
+        only_with=(equals("opd_token_weighting", "top"),),
+    )
     opd_wire_dtype: str = option(
         "float32",
         choices=("float32", "float16"),
         help="precision in which top-k log-probs of an SGLang teacher are kept",
+        only_with=(TOP_K_DIVERGENCE,),
     )
     opd_metrics_top_k: int = option(
-        16, help="tokens of each model's top-k compared for the overlap metrics; 0: no such metrics"
+        16,
+        help="tokens of each model's top-k compared for the overlap metrics; 0: no such metrics",
+        within=NOT_NEGATIVE,
     )

@@ -1,4 +1,4 @@
-"""Options as text: `--help`, and what a Config says that its defaults do not."""
+"""The text of `--help`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from slime_opd.config.config import Config
 from slime_opd.config.options import Option, options_of, stages_of
-from slime_opd.config.redact import redacted
 from slime_opd.errors import ConfigError
 
 WIDTH = 44  # of the column of flags
@@ -42,12 +40,19 @@ def help_text(config_class: type, groups: Sequence[str] = (), width: int | None 
     chosen = [stage for stage in stages if stage in groups] or [stage for stage in stages if stage != "megatron"]
     parts = [] if groups else [USAGE]
     for stage in chosen:
-        title = (stages[stage].__doc__ or stage).splitlines()[0]
+        title = title_of(stages[stage])
         lines = [_line(option) for option in options if option.stage == stage]
         parts.append("\n".join([title, *lines]))
     if not groups:
         parts.append(MEGATRON.format(sum(option.stage == "megatron" for option in options)))
     return _wrapped("\n\n".join([*parts, PASS_THROUGH + ", ".join(stages)]), width)
+
+
+def title_of(stage_class: type) -> str:
+    """A stage's heading, with the conditions of all its options."""
+    conditions = [f"only with {condition}" for condition in getattr(stage_class, "only_with", ())]
+    title = (stage_class.__doc__ or stage_class.__name__).splitlines()[0]
+    return f"{title} ({'; '.join(conditions)})" if conditions else title
 
 
 def _wrapped(text: str, width: int | None) -> str:
@@ -68,33 +73,26 @@ def _wrapped(text: str, width: int | None) -> str:
     return "\n".join(lines)
 
 
-def difference_to_defaults(config: Config) -> str:
-    """One line per option that differs from its default: `--flag value (default …)`."""
-    lines, config = [], redacted(config)
-    for option in options_of(Config).values():
-        value = option.read(config)
-        if value != option.default:
-            shown = "" if value is True else f" {_shown(value)}"
-            lines.append(f"{option.flag}{shown} (default {_shown(option.default)})")
-    lines += [" ".join([f"--sglang-{name}", *words]) for name, words in config.sglang.items()]
-    return "\n".join(lines)
-
-
 def _line(option: Option) -> str:
-    flag = f"  {option.flag} {_placeholder(option)}".rstrip()
-    default = "" if option.is_switch or option.default in (None, ()) else f" (default {_shown(option.default)})"
-    return f"{flag:<{WIDTH}}  {option.help}{default}"
+    flag = f"  {option.flag} {placeholder(option)}".rstrip()
+    details = [] if option.is_switch or option.default in (None, ()) else [f"default {format_value(option.default)}"]
+    details += [] if option.declaration.within is None else [option.declaration.within.short]
+    details += [f"only with {condition}" for condition in option.declaration.only_with]
+    shown = f" ({'; '.join(details)})" if details else ""
+    return f"{flag:<{WIDTH}}  {option.help}{shown}"
 
 
-def _placeholder(option: Option) -> str:
+def placeholder(option: Option) -> str:
+    """What stands for the option's value: `N`, `{a,b}`, `DIR`; empty for a switch."""
     if option.is_switch:
         return ""
     names = {int: "N", float: "X", str: "WORD"}
-    one = option.metavar or ("{" + ",".join(option.choices) + "}" if option.choices else names[option.kind])
+    one = option.declaration.metavar or ("{" + ",".join(option.choices) + "}" if option.choices else names[option.kind])
     return f"{one} ..." if option.many else one
 
 
-def _shown(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A default, for people: `unset`, `on`, `0.2`."""
     if value is None:
         return "unset"
     if isinstance(value, bool):

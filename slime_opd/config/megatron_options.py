@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slime_opd.config.megatron_support import MANAGED, SUPPORT
+from slime_opd.config.conditions import is_set
+from slime_opd.config.megatron_rules import RULES
+from slime_opd.config.megatron_support import MANAGED, OF_MODEL, SUPPORT
 from slime_opd.config.options import flag, option
+from slime_opd.config.resume import ARCHITECTURE, COMPARED_SHAPES
 
 # Where the dataclasses are, and what of the run each configures.
 _SOURCES = (
@@ -126,33 +129,41 @@ def megatron_fields() -> Mapping[str, Field]:
 
 
 def make_stage(taken: set[str]) -> type:
-    """A configuration stage with an option for each field that a word can say and that is not in `taken`; unset is None."""
-    rows = []
-    for field in megatron_fields().values():
-        if field.name in taken or field.name in MANAGED or field.name.startswith("_") or field.declared is None:
-            continue
-        annotation, choices = field.declared
-        is_many = annotation not in [kind | None for kind in _KINDS.values()]
-        support = SUPPORT.get(field.name)
-        refused = f"not supported: {support.reason}" if support is not None and support.is_refused else ""
-        help_line = f"{refused or field.help} (Megatron: {field.default})"
-        metavar = "N or LIST" if _without_none(field.annotation) in _PATTERNS else None
-        rows.append(
-            (
-                field.name,
-                annotation,
-                option(
-                    () if is_many else None,
-                    help=help_line,
-                    choices=choices,
-                    nargs="+" if is_many else None,
-                    metavar=metavar,
-                ),
-            )
-        )
-    stage = dataclasses.make_dataclass("MegatronConfig", rows, frozen=True, kw_only=True)
+    """A configuration stage with an option for each field that a command line can give and that is not in `taken`.
+
+    An option that is not set is None, and keeps what the model, the run or Megatron gives it.
+    """
+    rows = [
+        _declare(field)
+        for field in megatron_fields().values()
+        if field.name not in taken and field.name not in MANAGED and not field.name.startswith("_") and field.declared
+    ]
+    stage = dataclasses.make_dataclass(
+        "MegatronConfig", rows, frozen=True, kw_only=True, namespace={"on_resume": COMPARED_SHAPES}
+    )
     stage.__doc__ = "Megatron-core: its own options under their own names; unset: what the model and the run give"
     return stage
+
+
+def _declare(field: Field) -> tuple[str, Any, Any]:
+    """A field as a row of `dataclasses.make_dataclass`."""
+    annotation, choices = field.declared or (None, ())
+    is_many = annotation not in [kind | None for kind in _KINDS.values()]
+    support = SUPPORT.get(field.name)
+    refused = f"not supported: {support.reason}" if support is not None and support.is_refused else ""
+    declaration = {
+        "help": f"{refused or field.help} (Megatron: {field.default})",
+        "choices": choices,
+        "metavar": "N or LIST" if _without_none(field.annotation) in _PATTERNS else None,
+        "aliases": tuple((alias, value) for alias, (name, value) in NAMES.items() if name == field.name),
+        "on_resume": ARCHITECTURE if field.name in OF_MODEL else None,
+    }
+    if field.parts == ("latent_attention",):
+        # Even Megatron's default describes latent attention; a switch that is off does not.
+        declaration |= {"only_with": (is_set("multi_latent_attention"),), "is_implied": lambda value: value is False}
+    else:
+        declaration["is_implied"] = functools.partial(is_default, field.name)
+    return field.name, annotation, option(() if is_many else None, **(declaration | RULES.get(field.name, {})))
 
 
 def spelled(flag_name: str, stage_names: set[str]) -> tuple[str, str | None] | None:
@@ -189,20 +200,17 @@ def values_for(stage: Any, part: str, skip: frozenset[str] = frozenset()) -> dic
     return found
 
 
-def problems_of(stage: Any) -> list[str]:
-    """What is wrong with the options that are set: patterns that cannot be read, and options of another attention."""
+def pattern_problems(stage: Any) -> list[str]:
+    """Patterns of layers that cannot be read."""
     problems = []
     for name, field in megatron_fields().items():
         value = getattr(stage, name, None)
-        if value in (None, ()):
+        if value is None or _without_none(field.annotation) not in _PATTERNS:
             continue
-        if _without_none(field.annotation) in _PATTERNS:
-            try:
-                layer_pattern(value)
-            except ValueError as error:
-                problems.append(f"{flag(name)}: {error}")
-        if field.parts == ("latent_attention",) and value is not False and not stage.multi_latent_attention:
-            problems.append(f"{flag(name)} {value} has no effect without --multi-latent-attention")
+        try:
+            layer_pattern(value)
+        except ValueError as error:
+            problems.append(f"{flag(name)}: {error}")
     return problems
 
 
@@ -221,15 +229,6 @@ def is_default(name: str, value: Any) -> bool:
         return float(text) == one
     except ValueError:
         return False
-
-
-def flag_with_value(name: str, value: Any) -> str:
-    """The option and its value as on a command line, and Megatron-LM's name for it where that is another."""
-    words = {"True": "true", "False": "false"}
-    said = " ".join(words.get(str(one), str(one)) for one in (value if isinstance(value, tuple) else (value,)))
-    aliases = [alias for alias, (field, word) in NAMES.items() if field == name and word in (None, said)]
-    shown = flag(name) if value is True else f"{flag(name)} {said}"
-    return f"{shown} ({aliases[0]})" if aliases else shown
 
 
 def layer_pattern(text: str) -> int | list[int]:
@@ -261,11 +260,6 @@ def _pattern_of(node: ast.expr) -> Any:
         ):
             return left * right
     raise ValueError(ast.dump(node))
-
-
-def not_flags() -> list[str]:
-    """Fields whose type a word cannot say."""
-    return [f.name for f in megatron_fields().values() if f.declared is None and not f.name.startswith("_")]
 
 
 def _root() -> Path | None:

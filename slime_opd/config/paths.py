@@ -1,4 +1,4 @@
-"""Paths of a run as every process of it can use them."""
+"""Paths of a run, made absolute for its other processes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import os
 from slime_opd.config.config import Config
 from slime_opd.config.options import options_of
 
-# How options that are paths show their value in --help. Prompt files are read by the driver alone.
-_METAVARS = ("DIR", "PATH")
-
 
 def with_absolute_paths(config: Config) -> Config:
-    """The configuration with absolute paths: Ray's workers have the working directory of their node's daemon, not the driver's."""
+    """The configuration with absolute paths.
+
+    Ray's workers have the working directory of their node's daemon, not the driver's. Prompt files stay as they are:
+    the driver alone reads them.
+    """
     for option in options_of(Config).values():
         value = option.read(config)
-        if option.metavar in _METAVARS and value is not None and not os.path.isabs(value):
+        if option.declaration.is_path and value is not None and not os.path.isabs(value):
             stage = dataclasses.replace(getattr(config, option.stage), **{option.name: os.path.abspath(value)})
             config = dataclasses.replace(config, **{option.stage: stage})
     return config
