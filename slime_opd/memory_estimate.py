@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from slime_opd.config import Config
-from slime_opd.config.check_machine import number_of_experts
+from slime_opd.config.families import number_of_experts
 from slime_opd.config.options import flag
 
 GIB = 2**30

@@ -26,7 +26,7 @@ from slime_opd.cluster.environment import allocator_problem, engine_environment,
 from slime_opd.cluster.trainers import TrainerGroup
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
-from slime_opd.config.check_machine import architecture_of
+from slime_opd.config.hf_config import architecture_of
 from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.source import PromptSource

@@ -5,8 +5,8 @@ from __future__ import annotations
 import subprocess
 
 from slime_opd.config import machine as machines
-from slime_opd.config.check_machine import architecture_of
 from slime_opd.config.config import Config
+from slime_opd.config.hf_config import architecture_of
 from slime_opd.config.kernels import Attention, Kernels, Machine, choose_kernels, rope_fusion_problem
 from slime_opd.errors import ConfigError
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slime_opd.config.config import Config
-from slime_opd.config.hf_config import language_model, read_hf_config
+from slime_opd.config.hf_config import context_length_of, language_model, read_hf_config
 from slime_opd.config.options import flag
 from slime_opd.errors import ConfigError
 
@@ -51,11 +51,5 @@ def _limit_of_model(config: Config) -> tuple[int | None, str]:
         model = language_model(read_hf_config(config.model.hf_checkpoint))
     except ValueError as error:
         raise ConfigError(f"--hf-checkpoint: {error}") from error
-    positions = model.get("max_position_embeddings")
-    if not isinstance(positions, int):
-        return None, ""
-    # The scaled length, as SGLang derives it: some families give the length before scaling, others after it.
-    scaling = model.get("rope_scaling") or {}
-    is_scaled = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
-    factor = 1 if is_scaled else scaling.get("factor") or 1
-    return int(positions * factor), f"{config.model.hf_checkpoint}/config.json (max_position_embeddings)"
+    length = context_length_of(model)
+    return length, "" if length is None else f"{config.model.hf_checkpoint}/config.json (max_position_embeddings)"

@@ -14,8 +14,8 @@ from typing import Any
 from slime_opd.config.check_learning import SLIME_FILTER
 from slime_opd.config.check_run import model_layout_problems
 from slime_opd.config.config import Config
-from slime_opd.config.families import family_problem
-from slime_opd.config.hf_config import language_model, read_hf_config
+from slime_opd.config.families import FAMILIES, family_problem, number_of_experts
+from slime_opd.config.hf_config import architecture_of, read_hf_config
 from slime_opd.config.megatron_support import OF_MODEL
 from slime_opd.config.options import flag
 
@@ -194,30 +194,24 @@ def _said(config: Config, name: str) -> Any:
     return getattr(config.model if hasattr(config.model, name) else config.megatron, name)
 
 
-# Whether queries and keys of a family have a norm; None: its config says.
-_QK_NORM: dict[str, bool | None] = {
-    "qwen2": False, "mimo": False, "llama": False, "mixtral": False, "glm4": False, "qwen3": True, "qwen3_moe": True,
-    "deepseek_v3": True, "glm4_moe": None,
-}  # fmt: skip
-
-
 def _switches(architecture: dict) -> list[tuple[str, bool, str]]:
-    """Megatron's switches that a Hugging Face config decides: name, what it has to be, and what the config has."""
+    """Megatron's switches that a Hugging Face config decides: name, expected value, and what the config has."""
     found, kind = [], architecture.get("model_type")
     if isinstance(tied := architecture.get("tie_word_embeddings"), bool):
         found.append(("untie_embeddings_and_output_weights", not tied, f"tie_word_embeddings {str(tied).lower()}"))
-    if kind not in _QK_NORM:
+    family = FAMILIES.get(kind or "")
+    if family is None:
         return found
-    has_bias = kind in ("qwen2", "mimo") or bool(architecture.get("attention_bias"))
-    has_norm = bool(architecture.get("use_qk_norm")) if _QK_NORM[kind] is None else _QK_NORM[kind]
-    found.append(("add_qkv_bias", has_bias and kind != "deepseek_v3", f"model_type {kind}"))
-    found.append(("qk_layernorm", has_norm, f"model_type {kind}"))
-    found += [
-        (name, kind == "glm4", f"model_type {kind}") for name in ("post_self_attn_layernorm", "post_mlp_layernorm")
-    ]
-    found.append(("multi_latent_attention", kind == "deepseek_v3", f"model_type {kind}"))
-    found.append(("rotary_interleaved", kind == "glm4", f"model_type {kind}"))
-    if kind != "deepseek_v3":
+    expected = {
+        "add_qkv_bias": family.has_qkv_bias(architecture),
+        "qk_layernorm": family.has_qk_norm(architecture),
+        "post_self_attn_layernorm": family.has_post_norms,
+        "post_mlp_layernorm": family.has_post_norms,
+        "multi_latent_attention": family.has_latent_attention,
+        "rotary_interleaved": family.has_interleaved_rotary,
+    }
+    found += [(name, value, f"model_type {kind}") for name, value in expected.items()]
+    if not family.has_latent_attention:
         scaling = architecture.get("rope_scaling") or {}
         rope = scaling.get("rope_type", scaling.get("type", "default"))
         found.append(("use_rope_scaling", rope == "llama3", f"rope_scaling of type {rope}"))
@@ -233,14 +227,6 @@ def check_top_k_of_vocabulary(config: Config) -> list[str]:
     return [
         f"--opd-log-prob-top-k: found {top_k}, expected at most the vocabulary's {vocabulary} tokens ({config.model.hf_checkpoint}/config.json)"
     ]
-
-
-def architecture_of(config: Config) -> dict[str, Any]:
-    """--hf-checkpoint's config.json, of its language model; {} where there is none, or one that `check_hf_config` refuses."""
-    try:
-        return language_model(read_hf_config(config.model.hf_checkpoint))
-    except ValueError:
-        return {}
 
 
 def check_context_parallel(config: Config) -> list[str]:
@@ -275,18 +261,6 @@ def check_mixture(config: Config) -> list[str]:
     if experts % shared:
         problems.append(f"--expert-model-parallel-size: found {shared}, expected a divisor of the {experts} experts")
     return problems
-
-
-def number_of_experts(architecture: dict) -> int | None:
-    """Of a Hugging Face config; None for a model without a mixture."""
-    return next(
-        (
-            architecture[key]
-            for key in ("num_experts", "n_routed_experts", "num_local_experts")
-            if architecture.get(key)
-        ),
-        None,
-    )
 
 
 def check_custom_functions(config: Config) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from slime_opd.config.check_machine import architecture_of, number_of_experts
 from slime_opd.config.config import Config
+from slime_opd.config.families import number_of_experts
+from slime_opd.config.hf_config import architecture_of
 from slime_opd.config.megatron_options import is_default
 from slime_opd.config.megatron_rules import RECOMPUTED
 from slime_opd.config.megatron_support import OF_MODEL, SUPPORT, Answer

@@ -1,4 +1,4 @@
-"""A Hugging Face config.json: read once for every rule, with the types of what is used from it checked."""
+"""The reader of a Hugging Face directory: config.json with the types of what is used checked, end tokens, context length."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+
+from slime_opd.config.config import Config
 
 # Keys that tell architectures apart.
 ARCHITECTURE_KEYS = (
@@ -78,6 +80,38 @@ def read_json_object(directory: str | None, name: str) -> dict[str, Any]:
 def language_model(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a config.json that describes the language model: all of it, but for a model that also reads images."""
     return config.get("text_config") or config
+
+
+def architecture_of(config: Config) -> dict[str, Any]:
+    """--hf-checkpoint's config.json, of its language model; {} without one, or for one that `check_hf_config` refuses."""
+    try:
+        return language_model(read_hf_config(config.model.hf_checkpoint))
+    except ValueError:
+        return {}
+
+
+def end_token_ids(directory: str | None) -> frozenset[int]:
+    """The tokens that end a response, from generation_config.json. Raises ValueError where it cannot be read.
+
+    Chat models often end a turn with a token that is not the tokenizer's end of sequence.
+    """
+    return token_ids(read_json_object(directory, "generation_config.json").get("eos_token_id"))
+
+
+def token_ids(value: Any) -> frozenset[int]:
+    """`eos_token_id` of a Hugging Face file as a set: it is a number, a list, or null."""
+    return frozenset(int(token) for token in (value if isinstance(value, list) else [value]) if token is not None)
+
+
+def context_length_of(model: dict[str, Any]) -> int | None:
+    """Longest sequence of a language model's config.json, in tokens, with its scaling as SGLang derives it; None if it names none."""
+    positions = model.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    # Some families give the length before scaling, others after it.
+    scaling = model.get("rope_scaling") or {}
+    is_scaled = "original_max_position_embeddings" in scaling or scaling.get("rope_type") == "llama3"
+    return int(positions * (1 if is_scaled else scaling.get("factor") or 1))
 
 
 def _problems(config: dict[str, Any], prefix: str = "") -> list[str]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from slime_opd.checkpoint import directory
 from slime_opd.config import Config, check_kernels
-from slime_opd.config.check_machine import architecture_of
 from slime_opd.config.checks import CHECKS, notes, problems
+from slime_opd.config.hf_config import architecture_of
 from slime_opd.config.output import print_text, terminal_width
 from slime_opd.config.parser import parse_all
 from slime_opd.errors import ConfigError

@@ -10,14 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from slime_opd.config.families import FAMILIES, Experts, Family
 from slime_opd.errors import CheckpointError
 
 Shapes = dict[str, tuple[int, ...]]
 
-_BIASED_QKV = ("qwen2", "mimo")
-_QK_NORM = ("qwen3", "qwen3_moe")
-# Families whose experts are DeepSeek-V3's: a router with a bias, shared experts, and dense layers first.
-_DEEPSEEK_EXPERTS = ("deepseek_v3", "glm4_moe")
 # No published model comes near it.
 _MOST_TENSORS = 2 * 10**6
 
@@ -37,27 +34,28 @@ class _Numbers:
 
 
 def expected_tensors(config: Mapping[str, Any]) -> Shapes:
-    """Shapes of all weights that are read of a model of this config, by name.
+    """Shapes, by name, of all weights that are read of a model with this config.
 
     `config` is `config.hf_config.read_hf_config`'s, of a supported model_type. Raises CheckpointError where it lacks a number, or describes
     millions of tensors.
     """
-    read, kind = _Numbers(config), config.get("model_type")
+    read, family = _Numbers(config), FAMILIES[config["model_type"]]
     hidden, vocabulary, layers = read("hidden_size"), read("vocab_size"), read("num_hidden_layers")
-    attention = (_latent_attention if kind == "deepseek_v3" else _attention)(config, read)
+    attention = (_latent_attention if family.has_latent_attention else _attention)(config, family, read)
     norms: Shapes = {"input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,)}
-    if kind == "glm4":
+    if family.has_post_norms:
         norms |= {"post_self_attn_layernorm.weight": (hidden,), "post_mlp_layernorm.weight": (hidden,)}
-    dense = {f"mlp.{name}": shape for name, shape in _mlp(config, read).items()}
-    sparse = _experts(config, read)
+    dense = {f"mlp.{name}": shape for name, shape in _mlp(config, family, read).items()}
+    sparse = {} if family.experts is None else _experts(config, family, family.experts, read)
     if layers * (len(attention) + len(norms) + max(len(dense), len(sparse))) > _MOST_TENSORS:
         raise CheckpointError(f"num_hidden_layers is {layers}, which cannot be meant")
     found: Shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
     if not config.get("tie_word_embeddings"):
         found["lm_head.weight"] = (vocabulary, hidden)
     for layer in range(layers):
-        of_layer = {**norms, **attention, **(sparse if _is_sparse(config, read, layer) else dense)}
-        found |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+        is_sparse = family.experts is not None and _is_sparse(config, family.experts, read, layer)
+        shapes = {**norms, **attention, **(sparse if is_sparse else dense)}
+        found |= {f"model.layers.{layer}.{name}": shape for name, shape in shapes.items()}
     return found
 
 
@@ -69,8 +67,8 @@ def may_be_extra(name: str, config: Mapping[str, Any]) -> bool:
     return is_multi_token_prediction or of_tied or name.endswith(("_scale_inv", "rotary_emb.inv_freq"))
 
 
-def _attention(config: Mapping[str, Any], read: _Numbers) -> Shapes:
-    kind, hidden, heads = config["model_type"], read("hidden_size"), read("num_attention_heads")
+def _attention(config: Mapping[str, Any], family: Family, read: _Numbers) -> Shapes:
+    hidden, heads = read("hidden_size"), read("num_attention_heads")
     width = read("head_dim", max(1, hidden // heads))
     queries, keys = heads * width, read("num_key_value_heads", heads) * width
     rows = {
@@ -79,19 +77,16 @@ def _attention(config: Mapping[str, Any], read: _Numbers) -> Shapes:
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
     }
-    biased: tuple[str, ...] = ()
-    if kind in _BIASED_QKV:
-        biased = ("q_proj", "k_proj", "v_proj")
-    elif config.get("attention_bias") and kind != "mixtral":
-        biased = ("q_proj", "k_proj", "v_proj") if kind in ("glm4", "glm4_moe") else tuple(rows)
+    biased = ("q_proj", "k_proj", "v_proj", *(["o_proj"] if family.output_bias else []))
     found: Shapes = {f"self_attn.{name}.weight": shape for name, shape in rows.items()}
-    found |= {f"self_attn.{name}.bias": rows[name][:1] for name in biased}
-    if kind in _QK_NORM or (kind == "glm4_moe" and config.get("use_qk_norm")):
+    if family.has_qkv_bias(config):
+        found |= {f"self_attn.{name}.bias": rows[name][:1] for name in biased}
+    if family.has_qk_norm(config):
         found |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
     return found
 
 
-def _latent_attention(config: Mapping[str, Any], read: _Numbers) -> Shapes:
+def _latent_attention(config: Mapping[str, Any], family: Family, read: _Numbers) -> Shapes:
     hidden, heads = read("hidden_size"), read("num_attention_heads")
     rotary, plain, value = read("qk_rope_head_dim"), read("qk_nope_head_dim"), read("v_head_dim")
     latent = read("kv_lora_rank")
@@ -116,50 +111,41 @@ def _latent_attention(config: Mapping[str, Any], read: _Numbers) -> Shapes:
     return {f"self_attn.{name}": shape for name, shape in found.items()}
 
 
-def _mlp(config: Mapping[str, Any], read: _Numbers, width: int | None = None) -> Shapes:
-    """Of a dense layer, or of shared experts of this `width` together."""
+def _mlp(config: Mapping[str, Any], family: Family, read: _Numbers, width: int | None = None) -> Shapes:
+    """A dense layer's MLP, or the shared experts of this `width` together."""
     hidden, width = read("hidden_size"), width or read("intermediate_size")
-    if config["model_type"] == "glm4":
+    if family.has_fused_gate:
         return {"gate_up_proj.weight": (2 * width, hidden), "down_proj.weight": (hidden, width)}
     rows = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
     found: Shapes = {f"{name}.weight": shape for name, shape in rows.items()}
-    if config["model_type"] == "llama" and config.get("mlp_bias"):
+    if family.may_have_mlp_bias and config.get("mlp_bias"):
         found |= {f"{name}.bias": shape[:1] for name, shape in rows.items()}
     return found
 
 
-def _experts(config: Mapping[str, Any], read: _Numbers) -> Shapes:
-    """Of a layer with experts; nothing for a family that has none."""
-    kind, hidden = config["model_type"], read("hidden_size")
-    if kind == "mixtral":
-        count, width = read("num_local_experts"), read("intermediate_size")
-        rows = {"w1": (width, hidden), "w2": (hidden, width), "w3": (width, hidden)}
-        prefix = "block_sparse_moe"
-    elif kind == "qwen3_moe" or kind in _DEEPSEEK_EXPERTS:
-        count = read("num_experts" if kind == "qwen3_moe" else "n_routed_experts")
-        width = read("moe_intermediate_size")
-        rows = {"gate_proj": (width, hidden), "up_proj": (width, hidden), "down_proj": (hidden, width)}
-        prefix = "mlp"
-    else:
-        return {}
-    if count * len(rows) > _MOST_TENSORS:
+def _experts(config: Mapping[str, Any], family: Family, experts: Experts, read: _Numbers) -> Shapes:
+    """A layer's router and experts."""
+    hidden, count, width = read("hidden_size"), read(experts.count), read(experts.width)
+    if 3 * count > _MOST_TENSORS:
         raise CheckpointError(f"it has {count} experts, which cannot be meant")
-    found: Shapes = {f"{prefix}.gate.weight": (count, hidden)}
-    if kind in _DEEPSEEK_EXPERTS:
+    gate, up, down = experts.projections
+    rows = {gate: (width, hidden), up: (width, hidden), down: (hidden, width)}
+    found: Shapes = {f"{experts.prefix}.gate.weight": (count, hidden)}
+    if experts.has_router_bias:
         found["mlp.gate.e_score_correction_bias"] = (count,)
-        if shared := read("n_shared_experts", 0):
-            found |= {f"mlp.shared_experts.{name}": shape for name, shape in _mlp(config, read, shared * width).items()}
+    if experts.has_shared_experts and (shared := read("n_shared_experts", 0)):
+        shapes = _mlp(config, family, read, shared * width)
+        found |= {f"mlp.shared_experts.{name}": shape for name, shape in shapes.items()}
     for expert in range(count):
-        found |= {f"{prefix}.experts.{expert}.{name}.weight": shape for name, shape in rows.items()}
+        found |= {f"{experts.prefix}.experts.{expert}.{name}.weight": shape for name, shape in rows.items()}
     return found
 
 
-def _is_sparse(config: Mapping[str, Any], read: _Numbers, layer: int) -> bool:
+def _is_sparse(config: Mapping[str, Any], experts: Experts, read: _Numbers, layer: int) -> bool:
     """Whether a layer has experts in place of an MLP."""
-    kind = config["model_type"]
-    if kind in _DEEPSEEK_EXPERTS:
+    if experts.dense_layers == "first":
         return layer >= read("first_k_dense_replace", 0)
-    if kind == "qwen3_moe":
+    if experts.dense_layers == "listed":
         dense = config.get("mlp_only_layers") or []
         return layer not in dense and (layer + 1) % read("decoder_sparse_step", 1) == 0
-    return kind == "mixtral"
+    return True

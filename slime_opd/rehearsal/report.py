@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from slime_opd.config import Config
+from slime_opd.config.hf_config import architecture_of
 from slime_opd.memory_estimate import bytes_text, count_text, size_of, step_bytes
 from slime_opd.rehearsal.batch import Load, rollout_tokens, tokens_per_micro_batch
 from slime_opd.rehearsal.step import NOT_COVERED, PHASES, PRETENDED, Rehearsed
@@ -36,7 +34,7 @@ def text_of(found: Rehearsed, config: Config, load: Load, *, holders: int = 4) -
 
 
 def _estimated(found: Rehearsed, config: Config, load: Load) -> list[str]:
-    architecture = json.loads((Path(config.model.hf_checkpoint) / "config.json").read_text())
+    architecture = architecture_of(config)
     size = size_of(architecture)
     if size is None:
         return []

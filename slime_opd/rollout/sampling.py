@@ -12,7 +12,7 @@ import numpy as np
 
 from slime_opd.config import Config
 from slime_opd.config.check_lengths import context_length
-from slime_opd.config.hf_config import read_json_object
+from slime_opd.config.hf_config import end_token_ids, token_ids
 from slime_opd.engine.client import EngineClient
 from slime_opd.engine.protocol import SamplingParams
 from slime_opd.engine.rows import SMALLEST_FLOAT32
@@ -174,11 +174,10 @@ def eos_token_ids(tokenizer: Any, hf_checkpoint: str | None) -> frozenset[int]:
     Chat models often end a turn with a token that is not the tokenizer's end of sequence.
     """
     try:
-        named = read_json_object(hf_checkpoint, "generation_config.json").get("eos_token_id")
+        named = end_token_ids(hf_checkpoint)
     except ValueError as error:
         raise ConfigError(f"--hf-checkpoint: {error}") from error
-    candidates = [getattr(tokenizer, "eos_token_id", None), *(named if isinstance(named, list) else [named])]
-    return frozenset(int(token) for token in candidates if token is not None)
+    return named | token_ids(getattr(tokenizer, "eos_token_id", None))
 
 
 def response_text(tokenizer: Any, tokens: tuple[int, ...], eos: frozenset[int]) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
+from slime_opd.config.hf_config import end_token_ids, language_model, read_hf_config, token_ids
 from slime_opd.engine import protocol
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import DataError, EngineError
@@ -20,17 +19,17 @@ _CERTAIN = 1e6
 
 def student_facts(checkpoint: Path) -> tuple[int, set[int]]:
     """Vocabulary size and end-of-sequence ids of a Hugging Face directory. Raises DataError without the former."""
-    config = _json_file(checkpoint / "config.json")
-    text_config = config.get("text_config", config)
-    if not isinstance(text_config.get("vocab_size"), int):
+    try:
+        config = read_hf_config(str(checkpoint))
+        ends = end_token_ids(str(checkpoint))
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    model = language_model(config)
+    if "vocab_size" not in model:
         raise DataError(
             f"{checkpoint / 'config.json'}: no vocab_size; is it the Hugging Face directory of a language model?"
         )
-    eos_ids: set[int] = set()
-    for source in (text_config, config, _json_file(checkpoint / "generation_config.json")):
-        named = source.get("eos_token_id")
-        eos_ids.update([named] if isinstance(named, int) else named or [])
-    return text_config["vocab_size"], eos_ids
+    return model["vocab_size"], {*ends, *token_ids(model.get("eos_token_id")), *token_ids(config.get("eos_token_id"))}
 
 
 async def ask_vocabulary_size(client: EngineClient) -> int | None:
@@ -57,7 +56,3 @@ async def ask_ending_ids(client: EngineClient, ids: Collection[int]) -> tuple[in
     ordered = sorted(ids)
     ends = await asyncio.gather(*(ends_at(i) for i in ordered))
     return tuple(i for i, end in zip(ordered, ends, strict=True) if end)
-
-
-def _json_file(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -108,7 +108,7 @@ ROWS = {
         "--rollout-batch-size 1000000000000",
         "the 2,000,000,000,000 samples",
     ),
-    "a learning rate of a thousand": (None, "--lr 1000", "--lr: found 1000.0, expected at most 1"),
+    "a learning rate of a thousand": (None, "--lr 1000", "--lr: found 1000.0, expected a number from 0 to 1"),
     "an engine option of the wrong type": (
         None,
         "--sglang-mem-fraction-static five",

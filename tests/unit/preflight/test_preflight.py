@@ -92,10 +92,10 @@ def test_ten_mistakes_of_one_script_are_found_in_one_go(place, capsys):
         "--num-layers: found 24, but",
         "are no multiple of 3 (--tensor-model-parallel-size",
         "--ref-load",
-        "--save-interval has no effect without --save",
+        "--save-interval 2 has no effect without --save",
         "--eval-prompt-data: found no file",
         "the teacher at --rm-url does not score",
-        "--opd-kl-coef: found -1.0, expected 0 or more",
+        "--opd-kl-coef: found -1.0, expected a number from 0 to 10000",
         "did you mean --sglang-mem-fraction-static?",
     ]
     assert [mistake for mistake in planted if not any(mistake in line for line in printed)] == []
