@@ -12,8 +12,8 @@ from slime_opd.batch.scores import columns_for_assembly
 from slime_opd.batch.shares import plan_shares
 from slime_opd.batch.weights import weight_statistics
 from slime_opd.config import Config
+from slime_opd.metrics import Last, Metric
 from slime_opd.objective.options import objective_options
-from slime_opd.observe.metrics import Last, Metric
 from slime_opd.types import RolloutBatch, Sample, TrainBatch
 
 

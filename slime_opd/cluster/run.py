@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from slime_opd import lifetimes
+from slime_opd import lifetimes, metrics
 from slime_opd.batch.train import train_rollout
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.lock import RunLock
@@ -31,7 +31,8 @@ from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.source import PromptSource
 from slime_opd.errors import CheckpointError, ConfigError
-from slime_opd.observe import console, metrics, summary
+from slime_opd.observe import console, summary
+from slime_opd.observe.metrics import batch_metrics
 from slime_opd.observe.sinks import MetricSinks
 from slime_opd.rollout.evaluate import EvalSet
 from slime_opd.rollout.loop import BackgroundLoop
@@ -243,7 +244,7 @@ class Run:
         self._weights_are_new = self._weights_are_new or self._trainers is not None
         self._steps_done, self._prompts = step + 1, rollout.prompts
         speed = self._speed(int(np.sum(batch.total_lengths)))
-        return {**metrics.batch_metrics(batch), **trained, **self._of_rollout, **speed}
+        return {**batch_metrics(batch), **trained, **self._of_rollout, **speed}
 
     def _speed(self, tokens: int) -> dict[str, metrics.Metric]:
         """Seconds of each part of the step that has just ended, and its tokens per second."""

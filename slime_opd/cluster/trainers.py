@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
-from slime_opd import lifetimes
+from slime_opd import lifetimes, metrics
 from slime_opd.cluster import heartbeat
 from slime_opd.cluster.bundles import in_rank_order
 from slime_opd.cluster.session import Slot
@@ -21,7 +21,6 @@ from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
 from slime_opd.config.weight_transport import weight_transport
 from slime_opd.engine.health import process_status
-from slime_opd.observe import metrics
 from slime_opd.observe.watch import ProcessView, Status
 from slime_opd.types import StartReport, TrainBatch
 

@@ -16,8 +16,8 @@ import torch
 from slime_opd.batch.train import train_rollout
 from slime_opd.checkpoint.formats import model_state as checkpoint
 from slime_opd.config import Config
+from slime_opd.metrics import Metric
 from slime_opd.model import parallel
-from slime_opd.observe.metrics import Metric
 from slime_opd.rehearsal import groups, pretend_cuda
 from slime_opd.rehearsal.batch import Load, make_samples
 from slime_opd.rehearsal.memory import LiveMemory

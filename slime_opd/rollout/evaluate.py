@@ -8,7 +8,7 @@ from typing import Any
 
 from slime_opd.config import Config
 from slime_opd.engine.client import EngineClient
-from slime_opd.observe.metrics import Mean
+from slime_opd.metrics import Mean
 from slime_opd.reward.reward import Reward, rewarded
 from slime_opd.rollout.generate import OnSample
 from slime_opd.rollout.sampling import Sampler, evaluation_sampler, gather

@@ -9,7 +9,7 @@ from slime_opd.config import Config
 from slime_opd.config.hf_config import language_model, read_hf_config
 from slime_opd.data.source import PromptSource
 from slime_opd.engine.client import EngineClient
-from slime_opd.observe.metrics import Mean
+from slime_opd.metrics import Mean
 from slime_opd.observe.progress import Progress
 from slime_opd.reward.reward import make_eval_reward, make_reward
 from slime_opd.rollout.dataset import dataset_groups

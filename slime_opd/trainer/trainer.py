@@ -25,10 +25,10 @@ from slime_opd.config.stages import CheckpointConfig
 from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.settings import HeadSettings
 from slime_opd.head.teacher_comparison import TeacherStates
+from slime_opd.metrics import Concentration, Last, Mean, Metric, Total
 from slime_opd.model import parallel
 from slime_opd.model.builder import HiddenStatesModel, build_model, kernels, make_bridge, vocabulary_shard
 from slime_opd.objective.streams import Objective
-from slime_opd.observe.metrics import Concentration, Last, Mean, Metric, Total
 from slime_opd.trainer import finite
 from slime_opd.trainer.loading import Fingerprint, ModelLoader, Source, student_source
 from slime_opd.trainer.micro_batch import MicroBatch

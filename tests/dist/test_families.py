@@ -98,7 +98,7 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
     from slime_opd.model import parallel
     from slime_opd.checkpoint.formats.load_hugging_face import load_hugging_face
     from slime_opd.trainer.trainer import Trainer
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
     from slime_opd.types import RolloutBatch, TrainBatch
 
     total = sum(RESPONSES)

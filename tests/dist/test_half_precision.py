@@ -58,7 +58,7 @@ def train_chosen(rank, world_size, init_method, models, precision, tensor, exper
 @pytest.fixture(scope="module")
 def outcomes(tiny_model_dir, tmp_path_factory):
     """Of every precision and layout: the metrics of all ranks together, by objective."""
-    from slime_opd.observe.metrics import merge, values
+    from slime_opd.metrics import merge, values
 
     teacher, mixture = tmp_path_factory.mktemp("teacher"), tmp_path_factory.mktemp("mixture")
     rendezvous = tmp_path_factory.mktemp("rendezvous")
@@ -102,7 +102,7 @@ def overflow(rank, world_size, init_method, models):
     In the second the scale is at its minimum, and a sample of the first step has a gradient that float16 cannot hold.
     """
     from slime_opd.trainer.trainer import Trainer
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
 
     config = make_config(*models, world_size, 1, 1)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, fp16=True))

@@ -14,7 +14,7 @@ def start_and_step(rank, world_size, init_method, model_dir):
     from slime_opd.config.kernels import Machine
     from slime_opd.model import builder as model, parallel
     from slime_opd.trainer.trainer import Trainer
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
 
     found = []
     for number, machine in enumerate((Machine(), Machine(has_cuda=True, compute_capability=(9, 0)))):

@@ -62,7 +62,7 @@ def train_steps(rank, world_size, init_method, model_dir, tensor, pipeline, save
     import dataclasses
 
     from slime_opd.trainer.trainer import Trainer
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
     from slime_opd.types import TrainBatch
 
     config = make_config(model_dir, world_size, tensor, pipeline, opd_type="sglang")
@@ -94,7 +94,7 @@ def non_finite_steps(trainer, batch, config) -> dict:
     import torch
 
     from slime_opd.errors import NonFiniteError
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
 
     def with_advantage(value: float):
         advantages = batch.columns["advantages"].copy()
@@ -223,7 +223,7 @@ def test_a_resumed_step_is_the_step_that_was_interrupted_at_any_layout(
 def self_teacher_step(rank, world_size, init_method, model_dir):
     """One step whose teacher is the student, loaded in the trainer."""
     from slime_opd.trainer.trainer import Trainer
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
 
     config = make_config(model_dir, world_size, 1, 1, opd_type="megatron", opd_teacher_load=model_dir)
     config = type(config)(

@@ -140,7 +140,7 @@ def train_all(rank, world_size, init_method, student, teacher, tensor, pipeline)
 @pytest.fixture(scope="module")
 def outcomes(tiny_model_dir, tmp_path_factory):
     """Of every layout: the metrics of all ranks together, by objective, and the weights in the end."""
-    from slime_opd.observe.metrics import merge, values
+    from slime_opd.metrics import merge, values
 
     teacher, rendezvous = tmp_path_factory.mktemp("teacher"), tmp_path_factory.mktemp("rendezvous")
     save_tiny_model(teacher, seed=1)
@@ -186,7 +186,7 @@ def learn_from_itself(rank, world_size, init_method, model, divergences):
     """Metrics of a step for each divergence, where the teacher is the student."""
     from slime_opd.config import stages
     from slime_opd.trainer.trainer import Trainer
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
 
     config = dataclasses.replace(
         make_config(model, model, 1, 1, 1),

@@ -28,7 +28,8 @@ def make_trainer(config, init_method, optimizer: dict, **checkpoint):
 
 
 def step_of(trainer) -> dict[str, float]:
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
+    from slime_opd.metrics import values
 
     return values(train_assembled(trainer, make_batch()))
 

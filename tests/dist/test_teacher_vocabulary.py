@@ -42,7 +42,7 @@ def tokens() -> np.ndarray:
 def train(rank, world_size, init_method, student, teacher, divergence):
     """The metrics of one step."""
     from slime_opd.trainer.trainer import Trainer
-    from slime_opd.observe.metrics import values
+    from slime_opd.metrics import values
     from slime_opd.types import Prompt, Sample, Status
 
     config = make_config(student, teacher, world_size, **divergence)

@@ -40,7 +40,7 @@ def measure(layout: str, directory: Path) -> dict[str, Any]:
     """By kind: METRICS of each rollout, over all ranks, and the weights after the last one, by their Hugging Face names."""
     from ranks import run_ranks
 
-    from slime_opd.observe.metrics import merge, values
+    from slime_opd.metrics import merge, values
 
     processes, tensor = LAYOUTS[layout]
     ranks = run_ranks(train_kinds, processes, directory, str(directory), tensor)

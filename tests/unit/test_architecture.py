@@ -12,7 +12,7 @@ PACKAGE = ROOT / "slime_opd"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each room with the rooms below it. A room is a folder or a file of slime_opd.
-GROUND = {"types", "fields", "errors", "schedule", "config", "lifetimes", "stopping"}
+GROUND = {"types", "fields", "metrics", "errors", "schedule", "config", "lifetimes", "stopping"}
 PURE_ROOMS = {"algorithm", "distill", "objective", "observe", "hooks", "memory_estimate"}
 PARTS = {"engine", "data", "batch", "head", "model", "checkpoint"}
 STAGES = {"rollout", "reward", "teacher", "trainer", "weights"}
@@ -41,6 +41,7 @@ PURE = ("distill", "algorithm", "objective", "batch", "head")  # and no HEAVY
 LIGHT = (
     "types",
     "fields",
+    "metrics",
     "errors",
     "schedule",
     "config",

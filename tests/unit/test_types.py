@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from slime_opd import fields
 from slime_opd.errors import DataError
-from slime_opd.observe.metrics import batch_metrics, values
+from slime_opd.metrics import values
+from slime_opd.observe.metrics import batch_metrics
 from slime_opd.types import Prompt, RolloutBatch, Sample, Status
 
 

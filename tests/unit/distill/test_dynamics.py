@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slime_opd.distill import dynamics
 from slime_opd.distill.comparison import Comparison, Overlap
-from slime_opd.observe.metrics import Concentration
+from slime_opd.metrics import Concentration
 
 NAN = float("nan")
 
