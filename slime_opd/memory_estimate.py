@@ -166,9 +166,9 @@ class _Work:
             "gradients": (own + of_experts) * gradient,
             "optimizer": moments * (own / max(1, config.data_parallel_size) + of_experts / max(1, ranks)),
         }
-        if config.has_megatron_teacher and config.opd.opd_teacher_resident:
+        if config.teacher.is_in_trainer and config.opd.opd_teacher_resident:
             parts["teacher's weights"] = parts["weights"]
-        if is_last and config.has_megatron_teacher and config.has_divergence:
+        if is_last and config.teacher.is_in_trainer and config.has_divergence:
             parts["teacher's output layer"] = size.embedding / tensor * self._width
             parts["teacher's hidden states"] = self._teacher_states()
         at_head, in_backward = self._activations(share * size.layers, is_first, is_last)
@@ -269,7 +269,7 @@ class _Work:
         weight = self.size.embedding / tensor
         chunk = self.config.log_probs_chunk_size * self.architecture["vocab_size"] / tensor
         # Logits, probabilities and one more; with the whole vocabulary compared, as many of the teacher, and the slope.
-        whole = self.config.has_divergence and self.config.has_megatron_teacher
+        whole = self.config.has_divergence and self.config.teacher.is_in_trainer
         buffers = chunk * 4 * (5 if whole else 3) + chunk * self._width
         # A chunk's part of the weight's gradient is made in the weight's dtype before it is added.
         product = weight * self._width + chunk * self._width if self._width < 4 else 0

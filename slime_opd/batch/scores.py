@@ -26,7 +26,7 @@ def columns_for_assembly(config: Config) -> frozenset[str]:
         names |= IMPORTANCE
     if config.penalty_coefficient and has_several_steps(config) and not config.opd.opd_refresh_student:
         names |= {"log_probs", "penalty_log_probs"}
-        names |= {"teacher_log_probs"} if config.has_megatron_teacher else set()
+        names |= {"teacher_log_probs"} if config.teacher.is_in_trainer else set()
     return frozenset(names)
 
 
@@ -34,7 +34,7 @@ def needs_scores(config: Config) -> bool:
     """Whether any model has to be run over a rollout before its first optimizer step."""
     return not config.is_sft and (
         config.algorithm.use_kl_loss
-        or config.has_megatron_teacher
+        or config.teacher.is_in_trainer
         or has_several_steps(config)
         or config.divergence.opd_token_weighting is not None
     )

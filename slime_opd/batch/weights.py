@@ -58,7 +58,7 @@ def with_distillation_weights(
     the step.
     """
     weights = np.repeat(sample_weights(batch, correct, on_policy, config), batch.response_lengths)
-    if config.has_sglang_teacher:
+    if config.teacher.scores_rollouts:
         weights = weights * (~np.isnan(batch.columns["teacher_log_probs"])).astype(np.float32)
     importance = None
     if config.divergence.opd_token_weighting is not None:

@@ -128,7 +128,7 @@ class Run:
         console.say(summary.opening(self._places()))
         keep.enter_context(self.watchdog)
         loop = keep.enter_context(BackgroundLoop(check=self.watchdog.check))
-        self._teacher = make_teacher(config) if config.asks_teacher_server else None
+        self._teacher = make_teacher(config) if config.teacher.scores_rollouts and config.generates else None
         self._recheck: TeacherRecheck | None = None
         if self._teacher is not None:
             client, top_k = self._teacher.client, self._teacher.wanted.asked

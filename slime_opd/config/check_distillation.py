@@ -21,7 +21,7 @@ def check_opd_has_rollouts(config: Config) -> list[str]:
 def check_teacher_address(config: Config) -> list[str]:
     """An address of the teacher's server that is malformed."""
     url = config.reward.rm_url
-    if url is None or not config.has_sglang_teacher or _is_server_address(url):
+    if url is None or not config.teacher.scores_rollouts or _is_server_address(url):
         return []
     return [
         f"--rm-url: found {redact_urls(url.partition('?')[0])!r}, expected the server's address, http://HOST:PORT or http://HOST:PORT/generate"
@@ -51,7 +51,7 @@ def check_divergence(config: Config) -> list[str]:
         problems.append("--opd-divergence and --opd-schedule: found both, expected one")
     problems += _problems_of_text("opd_schedule", options.opd_schedule, schedule.parse_stages)
     top_k = options.opd_log_prob_top_k
-    if config.has_sglang_teacher and top_k < 1:
+    if config.teacher.scores_rollouts and not config.teacher.has_whole_vocabulary and top_k < 1:
         problems.append(
             "--opd-divergence with --opd-type sglang needs --opd-log-prob-top-k: a server sends its most likely tokens, not its whole vocabulary; give a number such as 16, or use --opd-type megatron"
         )
@@ -65,11 +65,11 @@ def check_divergence(config: Config) -> list[str]:
 
 
 def check_opd_temperature(config: Config) -> list[str]:
-    """A temperature that a teacher server does not score at."""
-    asked = config.divergence.opd_temperature
-    if config.has_sglang_teacher and asked not in (None, 1.0):
+    """A temperature at which the teacher does not score."""
+    fixed, temperature = config.teacher.fixed_temperature, config.divergence.opd_temperature
+    if fixed is not None and temperature not in (None, fixed):
         return [
-            f"--opd-temperature {asked} with --opd-type sglang: a server scores at temperature 1 whatever it is asked; drop it, or use --opd-type megatron"
+            f"--opd-temperature {temperature} with --opd-type sglang: a server scores at temperature 1 whatever it is asked; drop it, or use --opd-type megatron"
         ]
     return []
 
@@ -84,7 +84,7 @@ def check_off_policy(config: Config) -> list[str]:
     options = config.divergence
     if not config.opd.use_opd or not _mixes(config):
         return []
-    if options.opd_off_policy_source == "teacher" and not config.has_sglang_teacher:
+    if options.opd_off_policy_source == "teacher" and not config.teacher.can_generate:
         return [
             "--opd-off-policy-source teacher needs --opd-type sglang: a Megatron teacher does not generate; use --opd-off-policy-source dataset"
         ]

@@ -104,7 +104,7 @@ def notes(config: Config) -> list[str]:
     """What is not wrong, but worth saying at the start of a run."""
     said = []
     rollout, checkpoint = config.rollout, config.checkpoint
-    if config.has_sglang_teacher and rollout.rollout_temperature != 1:
+    if config.teacher.fixed_temperature not in (None, rollout.rollout_temperature):
         said.append(
             f"--rollout-temperature {rollout.rollout_temperature}: an SGLang teacher scores at temperature 1 whatever it is asked for, so the trainer scores the student at temperature 1 too for the penalty"
         )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from slime_opd import schedule
 from slime_opd.config import stages
+from slime_opd.config.teacher_kinds import NO_TEACHER, TEACHER_KINDS, TeacherKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,19 +110,9 @@ class Config:
         return self.generates or self.evaluates
 
     @property
-    def asks_teacher_server(self) -> bool:
-        """Whether a teacher's server scores samples during rollout; a replayed rollout was scored when it was recorded."""
-        return self.has_sglang_teacher and self.generates
-
-    @property
-    def has_sglang_teacher(self) -> bool:
-        """Whether the teacher's scores come with the rollout, from a teacher server."""
-        return self.opd.use_opd and self.opd.opd_type == "sglang"
-
-    @property
-    def has_megatron_teacher(self) -> bool:
-        """Whether the trainer forwards a teacher of its own."""
-        return self.opd.use_opd and self.opd.opd_type == "megatron"
+    def teacher(self) -> TeacherKind:
+        """What the run's teacher can do."""
+        return TEACHER_KINDS.get(self.opd.opd_type, NO_TEACHER) if self.opd.use_opd else NO_TEACHER
 
     @property
     def has_divergence(self) -> bool:
@@ -152,26 +143,26 @@ class Config:
 
     @property
     def teacher_temperature(self) -> float:
-        """The temperature at which the teacher is compared with the student. A server scores at 1, whatever it is asked."""
-        if self.has_sglang_teacher:
-            return 1.0
-        asked = self.divergence.opd_temperature
-        return self.rollout.rollout_temperature if asked is None else asked
+        """The temperature at which the teacher is compared with the student."""
+        if self.teacher.fixed_temperature is not None:
+            return self.teacher.fixed_temperature
+        temperature = self.divergence.opd_temperature
+        return self.rollout.rollout_temperature if temperature is None else temperature
 
     @property
     def teacher_top_k(self) -> int:
-        """Tokens of an SGLang teacher's own top-k that are kept, at each position.
+        """Tokens of the teacher's own top-k that its server's scores keep, at each position.
 
-        The student's candidates are found among them, so that for the overlap metrics they cost no byte on the wire.
+        The student's candidates are found among them, so that the overlap metrics need no further request.
         """
         options = self.divergence
         are_used = options.opd_top_k_strategy != "only_stu" or options.opd_metrics_top_k > 0
-        return options.opd_log_prob_top_k if self.has_sglang_teacher and self.has_divergence and are_used else 0
+        is_scored = self.teacher.scores_rollouts and self.has_divergence
+        return options.opd_log_prob_top_k if is_scored and are_used else 0
 
     @property
     def student_top_k(self) -> int:
-        """Tokens of the student's top-k that an SGLang teacher is asked to score, at each position."""
+        """Tokens of the student's top-k that the teacher's server scores, at each position."""
         by_student = self.divergence.opd_top_k_strategy not in ("only_tch", "intersection")
-        return (
-            self.divergence.opd_log_prob_top_k if self.has_sglang_teacher and self.has_divergence and by_student else 0
-        )
+        is_scored = self.teacher.scores_rollouts and self.has_divergence
+        return self.divergence.opd_log_prob_top_k if is_scored and by_student else 0

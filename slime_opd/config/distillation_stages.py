@@ -18,6 +18,7 @@ from slime_opd.config.ranges import (
     Range,
 )
 from slime_opd.config.resume import HONOURED, OnResume
+from slime_opd.config.teacher_kinds import TEACHER_KINDS
 
 
 def divergence_is(kind: str) -> Condition:
@@ -25,7 +26,7 @@ def divergence_is(kind: str) -> Condition:
     return Condition(f"--opd-divergence {kind}", lambda config: kind in config.divergence_kinds)
 
 
-SGLANG_TEACHER = Condition("--use-opd --opd-type sglang", lambda config: config.has_sglang_teacher)
+SGLANG_TEACHER = Condition("--use-opd --opd-type sglang", lambda config: config.teacher.scores_rollouts)
 MEGATRON_TEACHER = equals("opd_type", "megatron")
 PENALTY = Condition("a penalty (--opd-kl-coef above 0)", lambda config: config.penalty_coefficient > 0)
 DIVERGENCE = is_set("opd_divergence", "opd_schedule")
@@ -44,7 +45,7 @@ class OPDConfig:
     )
     opd_type: str | None = option(
         None,
-        choices=("sglang", "megatron"),
+        choices=tuple(TEACHER_KINDS),
         help="sglang: teacher server at --rm-url, scored during rollout; megatron: teacher forward in the trainer",
         needs={"sglang": ("rm_url",), "megatron": ("opd_teacher_load",)},
     )

@@ -12,7 +12,7 @@ from slime_opd.preflight.findings import Findings, attempt
 
 def ask_teacher(config: Config, tokenizer: Any, found: Findings) -> None:
     """Everything that a run asks a teacher's server before its first rollout."""
-    if not config.asks_teacher_server or not config.reward.rm_url:
+    if not (config.teacher.scores_rollouts and config.generates) or not config.reward.rm_url:
         return
     from slime_opd.teacher.probe import probe
     from slime_opd.teacher.sglang import make_teacher

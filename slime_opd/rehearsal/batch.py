@@ -58,7 +58,7 @@ def _sample(config: Config, index: int, prompt_tokens: int, response: int) -> Sa
         return sample
     sample.set("rollout_log_probs", np.zeros(response))
     sample.set("reward", index % 2)
-    if config.has_sglang_teacher:
+    if config.teacher.scores_rollouts:
         sample.set("teacher_log_probs", np.zeros(response))
         if config.teacher_top_k:
             sample.set("teacher_top_ids", np.zeros((response, config.teacher_top_k)))

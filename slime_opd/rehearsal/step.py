@@ -82,7 +82,7 @@ class _RehearsedTrainer(Trainer):
             if self.config.algorithm.use_kl_loss:
                 self.snapshots.keep("reference")
             teacher = self._no_teacher
-            if self.config.has_megatron_teacher:
+            if self.config.teacher.is_in_trainer:
                 self.snapshots.keep("teacher", resident=self.config.opd.opd_teacher_resident)
                 teacher = self._teacher_layer()
         with self._memory.phase("wrap"):

@@ -141,7 +141,7 @@ def require_trainable(rollout: Rollout, config: Config) -> None:
         )
     needed = {
         "reward": config.has_reward and not config.is_sft,
-        "teacher_log_probs": config.has_sglang_teacher,
+        "teacher_log_probs": config.teacher.scores_rollouts,
         "teacher_top_ids": config.teacher_top_k > 0,
         "student_top_ids": config.student_top_k > 0,
         "rollout_log_probs": config.algorithm.use_rollout_logprobs,

@@ -87,7 +87,7 @@ class Trainer:
             location = directory.require(options.ref_load, "--ref-load", options.ref_ckpt_step)
             loader.keep("reference", Source(location, "--ref-load"))
         teacher_print, teacher = (
-            self._load_teacher(loader) if self.config.has_megatron_teacher else (None, self._no_teacher)
+            self._load_teacher(loader) if self.config.teacher.is_in_trainer else (None, self._no_teacher)
         )
         source = student_source(options, self.config.model.hf_checkpoint)
         student_print = loader.load(source)
