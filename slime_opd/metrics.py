@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,20 @@ def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
 def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
     """The metrics as numbers; a mean over nothing is left out."""
     return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
+
+
+_TYPES: Mapping[str, type[Metric]] = {kind.__name__: kind for kind in (Mean, Total, Maximum, Last, Concentration)}
+
+
+def to_json(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
+    """The metrics as plain JSON values, for a file."""
+    return {name: {"type": type(metric).__name__, **asdict(metric)} for name, metric in metrics.items()}
+
+
+def from_json(saved: Mapping[str, Mapping[str, Any]]) -> dict[str, Metric]:
+    """The inverse of `to_json`. Raises KeyError or TypeError for anything else."""
+    metrics = {}
+    for name, parts in saved.items():
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in parts.items()}
+        metrics[name] = _TYPES[values.pop("type")](**values)
+    return metrics

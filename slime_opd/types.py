@@ -2,8 +2,10 @@
 
     Prompt ──► Sample ──► SampleGroup ──► Rollout ──► RolloutBatch ──► TrainBatch
     a row      a response  the n          the groups   columns, ready   one data-parallel
-    of data    and its     responses of   of one step  to split and     rank's share, in the
-               fields      one prompt                  to send          order it trains on
+    of data    and its     responses of   of one step, to split and     rank's share, in the
+               fields      one prompt     metrics,     to send          order it trains on
+                                          timings,
+                                          cursor
 
 Notation of the shapes: N samples, R response tokens.
 """
@@ -19,21 +21,22 @@ import numpy as np
 
 from slime_opd import fields
 from slime_opd.errors import DataError
+from slime_opd.metrics import Metric
 
 
 class Status(enum.Enum):
     """How a response ended."""
 
     COMPLETED = "completed"  # the model ended it: end-of-sequence or a stop condition
-    TRUNCATED = "truncated"  # it met the length limit
+    TRUNCATED = "truncated"  # it reached the length limit
 
 
 @dataclass(frozen=True)
 class Prompt:
     """One row of a prompt set, rendered and tokenised once.
 
-    `index` is its place in the order of the run (it grows across epochs); `response_tokens`
-    is the data set's own response, present in supervised fine-tuning only.
+    index: its position in the order of the run; it keeps growing across epochs.
+    response_tokens: the data set's own response, where the run reads one (fine-tuning, off-policy distillation).
     """
 
     index: int
@@ -77,7 +80,7 @@ class Sample:
 
     @property
     def reward(self) -> float | None:
-        """Task reward, or None where nothing rewards this sample."""
+        """Task reward, or None for a sample without one."""
         value = self.values.get("reward")
         return None if value is None or np.isnan(value[0]) else float(value[0])
 
@@ -92,16 +95,19 @@ class SampleGroup:
 
 @dataclass(frozen=True)
 class Rollout:
-    """What is trained on in one go: groups of samples, scored and rewarded, and where they come from.
+    """The groups of samples of one training step, rewarded and scored, with everything that the driver keeps about them.
 
-    `weights_version`: of the student's weights that generated them, counted from 1; 0: none were sent to the engines.
-    `prompts`: `PromptSource.state()` after the prompts of this rollout were taken; a checkpoint that is written once the
-    rollout is trained on continues from there.
+    weights_version: version of the student's weights that generated it, from 1; 0: no weights were sent to the engines.
+    prompt_cursor: `PromptSource.state()` after its prompts were taken; a checkpoint of the trained rollout resumes there.
+    metrics: of the generation, by name, each with its own reduction.
+    timings: seconds of each stage so far, by name: "update_weights", "rollout".
     """
 
     groups: list[SampleGroup]
     weights_version: int = 0
-    prompts: Mapping[str, Any] = field(default_factory=dict)
+    prompt_cursor: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def samples(self) -> list[Sample]:
@@ -111,11 +117,13 @@ class Rollout:
 
 @dataclass(frozen=True)
 class TeacherScores:
-    """A teacher's log-probs of one response's tokens, float32 [response_length].
+    """A teacher's log-probs of one response. Shapes: R response tokens, K top-k tokens at each of them.
 
-    Where they were asked for: `top_ids` int32 and `top_log_probs` of the teacher's top-k tokens, and `student_log_probs` of
-    the student's, all [response_length, K]; log-probs are float32 or float16. A score that could not be had is NaN, and
-    `failure` says why; it is None on success.
+    log_probs: float32 [R], of the response's own tokens.
+    failure: why the teacher did not score the response, whose log-probs are then NaN; None on success.
+    top_ids, top_log_probs: int32 and float [R, K], the teacher's top-k tokens; None unless they were requested.
+    student_log_probs: float [R, K], of the student's top-k tokens; None unless they were requested.
+    The top-k log-probs are float32 or float16.
     """
 
     log_probs: np.ndarray
@@ -123,11 +131,6 @@ class TeacherScores:
     top_ids: np.ndarray | None = None
     top_log_probs: np.ndarray | None = None
     student_log_probs: np.ndarray | None = None
-
-    @staticmethod
-    def missing(response_length: int, failure: str) -> TeacherScores:
-        """Scores of a response whose teacher failed: NaN, and nothing of any top-k."""
-        return TeacherScores(np.full(response_length, np.nan, dtype=np.float32), failure)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from slime_opd import fields
-from slime_opd.metrics import Maximum, Mean, Metric, Total
+from slime_opd.metrics import Last, Maximum, Mean, Metric, Total
 from slime_opd.types import RolloutBatch
 
 
@@ -16,10 +18,10 @@ def counted_mean(array: np.ndarray, counted: np.ndarray | None = None) -> Mean:
 
 
 def batch_metrics(batch: RolloutBatch) -> dict[str, Metric]:
-    """What a rollout looks like: the fields that the field table says are logged, the lengths, and the token counts.
+    """A rollout's metrics: means of the fields that the field table logs, response lengths, and token counts.
 
-    Means over response tokens count those with loss_mask; values that are missing (NaN) are in no denominator. Of a rollout that
-    mixes in another model's responses, all but the token counts are of the student's own.
+    Means over response tokens are over those with loss_mask 1; missing values (NaN) are in no denominator. Off-policy
+    responses are in the token counts only.
     """
     mask = batch.columns["loss_mask"]
     counts: dict[str, Metric] = {
@@ -41,3 +43,24 @@ def batch_metrics(batch: RolloutBatch) -> dict[str, Metric]:
             counted = trained if row.level == fields.RESPONSE else None
             metrics[row.logged_as] = counted_mean(batch.columns[row.name], counted)
     return metrics | counts
+
+
+# Of Rollout.timings, and what the run adds to them.
+_TIME_METRICS = {
+    "update_weights": "perf/update_weights_time",
+    "rollout": "perf/rollout_time",
+    "train": "perf/train_time",
+    "evaluate": "perf/evaluate_time",
+}
+
+
+def time_metrics(timings: Mapping[str, float]) -> dict[str, Metric]:
+    """Seconds of each stage, by its metric's name."""
+    return {_TIME_METRICS[stage]: Last(seconds) for stage, seconds in timings.items()}
+
+
+def speed_metrics(timings: Mapping[str, float], num_tokens: int) -> dict[str, Metric]:
+    """Seconds of each stage of a step and of all of them, and the step's tokens per second."""
+    seconds = sum(timings.values())
+    speed = {"perf/step_time": Last(seconds), "perf/tokens_per_second": Last(num_tokens / seconds)}
+    return time_metrics(timings) | speed

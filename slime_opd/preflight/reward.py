@@ -25,7 +25,7 @@ from slime_opd.config.check_machine import check_custom_functions
 from slime_opd.preflight.data import Inputs
 from slime_opd.preflight.findings import Findings, attempt
 from slime_opd.reward.custom import OPTION as CUSTOM_REWARD
-from slime_opd.reward.reward import Reward, make_eval_reward, make_reward, rewarded
+from slime_opd.reward.reward import Reward, compute_reward, make_eval_reward, make_reward
 from slime_opd.rollout.dynamic_sampling import OPTION as FILTER
 from slime_opd.rollout.trial import FilterTask, RewardTask
 from slime_opd.types import Prompt, Sample, Status
@@ -93,7 +93,7 @@ def _try_built_in(
     reward = make(config)
     try:
         (where, prompt), *_ = rows
-        value = asyncio.run(rewarded(reward, _sample(prompt, prompt.label or "", tokenizer)))
+        value = asyncio.run(compute_reward(reward, _sample(prompt, prompt.label or "", tokenizer)))
     finally:
         reward.close()
     hint = "" if value > 0 else "; is --label-key the column of the answers?"

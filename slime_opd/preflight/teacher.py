@@ -1,4 +1,4 @@
-"""The teacher, asked what a run would ask it."""
+"""The checks of a teacher's server, as a run makes them before its first rollout."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from slime_opd.config import Config
 from slime_opd.preflight.findings import Findings, attempt
 
 
-def ask_teacher(config: Config, tokenizer: Any, found: Findings) -> None:
-    """Everything that a run asks a teacher's server before its first rollout."""
-    if not (config.teacher.scores_rollouts and config.generates) or not config.reward.rm_url:
+def look_at_teacher(config: Config, tokenizer: Any, found: Findings) -> None:
+    """Probe the teacher's server, without retries; nothing for a run whose rollouts no server scores."""
+    if not (config.teacher.scores_rollouts and config.generates and config.reward.rm_url):
         return
-    from slime_opd.teacher.probe import probe
-    from slime_opd.teacher.sglang import make_teacher
+    from slime_opd.teacher.teacher import make_teacher
 
-    async def ask() -> str:
-        hasty = replace(config, opd=replace(config.opd, opd_teacher_retries=0))
-        teacher = make_teacher(hasty)
+    async def probe() -> str:
+        teacher = make_teacher(replace(config, opd=replace(config.opd, opd_teacher_retries=0)))
         try:
-            return str(await probe(teacher.client, tokenizer, config.model.hf_checkpoint, teacher.wanted.asked))
+            return str(await teacher.probe(tokenizer, config.model.hf_checkpoint))
         finally:
-            await teacher.client.aclose()
+            await teacher.aclose()
 
-    attempt(found, lambda: asyncio.run(ask()))
+    attempt(found, lambda: asyncio.run(probe()))

@@ -52,7 +52,7 @@ def make_eval_reward(config: Config) -> Reward | None:
     return make_reward(config) or MathReward()
 
 
-async def rewarded(reward: Reward, sample: Sample) -> float:
+async def compute_reward(reward: Reward, sample: Sample) -> float:
     """The reward of `sample`. Raises DataError where the reward fails or is not a finite number."""
     try:
         value = await reward(sample)

@@ -1,5 +1,7 @@
-"""Dynamic sampling: groups that have nothing to teach are left out, and others generated in their place (DAPO, Yu et al. 2025,
-arXiv:2503.14476, section 3.2)."""
+"""Dynamic sampling: groups that a filter rejects are replaced by groups of further prompts.
+
+With the default filter, groups without an advantage are rejected (DAPO, Yu et al. 2025, arXiv:2503.14476, section 3.2).
+"""
 
 from __future__ import annotations
 
@@ -14,30 +16,31 @@ from slime_opd.errors import DataError
 from slime_opd.hooks import described, load_hook
 from slime_opd.types import Prompt, Sample, SampleGroup
 
-Keep = Callable[[Sequence[Sample]], bool]
+GroupFilter = Callable[[Sequence[Sample]], bool]
 
 OPTION = "--dynamic-sampling-filter-path"
 
-# A filter that keeps less than one group of this many keeps nothing, and a run would wait for ever.
-_GROUPS_PER_KEPT = 64
+# A filter that accepts less than one of this many groups would keep the run waiting for ever.
+_MAX_GROUPS_PER_ACCEPTED = 64
 
 
 def rewards_differ(samples: Sequence[Sample]) -> bool:
-    """Whether a group's rewards are not all the same: those of a group that are have no advantage."""
+    """Whether a group's rewards differ; a group whose rewards are all equal has no advantage."""
     rewards = [float(sample.values["reward"][0]) for sample in samples]
     return float(np.std(rewards)) > 1e-6
 
 
-def load_filter(path: str, config: Config) -> Keep:
-    """The filter `MODULE.FUNCTION(samples) -> bool`, slime's `(args, samples)`, or slime's own by its name.
+def load_filter(path: str, config: Config) -> GroupFilter:
+    """The filter `MODULE.FUNCTION(samples) -> bool`, slime's `(args, samples)`, or slime's own filter by its name.
 
-    Raises ConfigError where it cannot be imported; the filter raises DataError where the function fails or returns anything else.
+    Raises ConfigError where it cannot be imported. The filter raises DataError where the function fails or returns
+    anything but a bool.
     """
     if path == SLIME_FILTER:
         return rewards_differ
     function = load_hook(OPTION, path, "samples").bind(config)
 
-    def keep(samples: Sequence[Sample]) -> bool:
+    def accept(samples: Sequence[Sample]) -> bool:
         try:
             result = function(samples)
         except Exception as error:  # code of users can raise anything
@@ -47,42 +50,44 @@ def load_filter(path: str, config: Config) -> Keep:
             raise DataError(f"{OPTION} {path} returned {result!r:.80}; expected True or False")
         return bool(result)
 
-    return keep
+    return accept
 
 
-async def kept_groups(
+async def sample_until_accepted(
     generate: Callable[[Prompt], Awaitable[SampleGroup]],
-    take: Callable[[int], Sequence[Prompt]],
-    keep: Keep,
+    take_prompts: Callable[[int], Sequence[Prompt]],
+    accept: GroupFilter,
     *,
-    wanted: int,
-    at_once: int,
+    num_groups: int,
+    prompts_per_request: int,
     on_group: Callable[[SampleGroup], None],
 ) -> tuple[list[SampleGroup], int]:
-    """The first `wanted` groups that are kept, in the prompts' order, and how many were left out.
+    """The first `num_groups` accepted groups, in the prompts' order, and the number of rejected groups.
 
-    `at_once` prompts are taken whenever those in flight could not be enough. What is still in flight in the end is cancelled;
-    its prompts are used up. `on_group` is called with each group that is kept. Raises DataError where the filter keeps nearly nothing.
+    `prompts_per_request` prompts are taken whenever the groups in flight could not be enough. Groups still in flight at
+    the end are cancelled; their prompts are used up. `on_group` is called with each accepted group. Raises DataError
+    where the filter accepts almost nothing.
     """
-    kept: list[SampleGroup] = []
-    left_out, tasks = 0, set()
+    accepted: list[SampleGroup] = []
+    num_rejected, tasks = 0, set()
     try:
-        while len(kept) < wanted:
-            if len(kept) + len(tasks) < wanted:
-                tasks |= {asyncio.ensure_future(generate(prompt)) for prompt in take(at_once)}
+        while len(accepted) < num_groups:
+            if len(accepted) + len(tasks) < num_groups:
+                tasks |= {asyncio.ensure_future(generate(prompt)) for prompt in take_prompts(prompts_per_request)}
             finished, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for group in sorted((task.result() for task in finished), key=lambda group: group.prompt.index):
-                if not keep(group.samples):
-                    left_out += 1
-                elif len(kept) < wanted:
-                    kept.append(group)
+                if not accept(group.samples):
+                    num_rejected += 1
+                elif len(accepted) < num_groups:
+                    accepted.append(group)
                     on_group(group)
-            if left_out > _GROUPS_PER_KEPT * (len(kept) + 1):
+            if num_rejected > _MAX_GROUPS_PER_ACCEPTED * (len(accepted) + 1):
                 raise DataError(
-                    f"--dynamic-sampling-filter-path kept {len(kept)} of {left_out + len(kept)} groups of this rollout: the prompts are all too easy or too hard, or the reward is always the same"
+                    f"{OPTION} accepted {len(accepted)} of {num_rejected + len(accepted)} groups of this rollout: the "
+                    "prompts are all too easy or too hard, or the reward is always the same"
                 )
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-    return sorted(kept, key=lambda group: group.prompt.index), left_out
+    return sorted(accepted, key=lambda group: group.prompt.index), num_rejected

@@ -1,4 +1,4 @@
-"""Evaluation: how well the student answers prompts it is not trained on."""
+"""Evaluation of the student on prompts that it is not trained on."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 from slime_opd.config import Config
 from slime_opd.engine.client import EngineClient
 from slime_opd.metrics import Mean
-from slime_opd.reward.reward import Reward, rewarded
+from slime_opd.reward.reward import Reward, compute_reward
+from slime_opd.rollout import single_turn
 from slime_opd.rollout.generate import OnSample
-from slime_opd.rollout.sampling import Sampler, evaluation_sampler, gather
+from slime_opd.rollout.generation import GenerateFunction
+from slime_opd.rollout.loop import gather
+from slime_opd.rollout.sampling import Sampler, evaluation_sampler
 from slime_opd.types import Prompt, Sample, Status
 
 
@@ -30,28 +33,31 @@ async def evaluate(
     eval_sets: Sequence[EvalSet],
     reward: Reward,
     on_sample: OnSample | None = None,
+    generate: GenerateFunction = single_turn.generate,
 ) -> dict[str, Mean]:
-    """Means over all samples of each set: `eval/NAME/accuracy` (the reward),
-    `eval/NAME/response_length` (tokens) and `eval/NAME/truncated_ratio`.
+    """Means over all samples of each set: `eval/NAME/accuracy` (the reward), `eval/NAME/response_length` (tokens) and
+    `eval/NAME/truncated_ratio`.
 
-    Greedy unless `--eval-temperature` says otherwise, `--n-samples-per-eval-prompt` responses
-    per prompt. The teacher has no part in it. The first error ends it all.
+    Samples `--n-samples-per-eval-prompt` responses per prompt, greedily by default (`--eval-temperature`). No teacher
+    takes part. The first error cancels all other samples and is raised.
     """
 
-    async def sampled(sampler: Sampler, prompt: Prompt, number: int) -> Sample:
-        sample = await sampler.sample(prompt, number)
-        sample.set("reward", await rewarded(reward, sample))
+    async def rewarded_sample(sampler: Sampler, prompt: Prompt, number: int) -> Sample:
+        sample = await sampler.sample(generate, prompt, number)
+        sample.set("reward", await compute_reward(reward, sample))
         if on_sample is not None:
             on_sample(sample)
         return sample
 
-    async def of_set(eval_set: EvalSet) -> list[Sample]:
+    async def samples_of(eval_set: EvalSet) -> list[Sample]:
         sampler = evaluation_sampler(client, tokenizer, config, eval_set.name)
         numbers = range(config.evaluation.n_samples_per_eval_prompt)
-        return await gather(sampled(sampler, prompt, number) for prompt in eval_set.prompts for number in numbers)
+        return await gather(
+            rewarded_sample(sampler, prompt, number) for prompt in eval_set.prompts for number in numbers
+        )
 
     metrics: dict[str, Mean] = {}
-    for eval_set, samples in zip(eval_sets, await gather(map(of_set, eval_sets)), strict=True):
+    for eval_set, samples in zip(eval_sets, await gather(map(samples_of, eval_sets)), strict=True):
         metrics |= {f"eval/{eval_set.name}/{name}": mean for name, mean in _means(samples).items()}
     return metrics
 

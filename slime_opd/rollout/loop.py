@@ -1,11 +1,11 @@
-"""One asyncio event loop in a thread of its own, for a driver that is not async."""
+"""Asyncio for a driver that is not async: one event loop in a background thread, and many coroutines at once."""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -63,3 +63,15 @@ class BackgroundLoop:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+async def gather(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results in order. The first error cancels the others, waits for them, and is raised alone."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise

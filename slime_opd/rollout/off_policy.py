@@ -1,95 +1,71 @@
-"""Responses that are not the student's: the teacher's, or the data set's."""
+"""Off-policy responses: a share of the samples whose response the teacher or the data set gives, not the student."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from slime_opd import schedule
 from slime_opd.config import Config
+from slime_opd.engine.client import EngineClient
+from slime_opd.rollout.generation import GenerateContext, GenerateFunction, Row, Span
 from slime_opd.rollout.sampling import Sampler, training_sampler
-from slime_opd.teacher.sglang import teacher_client
+from slime_opd.teacher.teacher import Teacher
 from slime_opd.types import Prompt, Sample, Status
 
 
-class Writer(Protocol):
-    """Writes responses in the student's place."""
-
-    async def write(self, prompt: Prompt, number: int) -> Sample:
-        """Response `number` to `prompt`. Raises EngineError where it cannot be had."""
-
-    async def aclose(self) -> None:
-        """Close connections."""
-
-
 class OffPolicyMix:
-    """Which samples of a run another model writes, and that model.
+    """Which samples of a run are off-policy, and how their responses are generated.
 
-    A sample's place in the run decides, so that a run that is resumed makes the same choice.
+    A sample's position in the run decides, so that a resumed run makes the same choice. `client`: closed with the mix.
     """
 
-    def __init__(self, config: Config, writer: Writer) -> None:
+    def __init__(
+        self, config: Config, sampler: Sampler, generate: GenerateFunction, client: EngineClient | None = None
+    ) -> None:
         self._options, self._rollout = config.divergence, config.rollout
-        self._writer = writer
+        self._sampler, self._generate, self._client = sampler, generate, client
 
-    def chooses(self, prompt: Prompt, number: int) -> bool:
-        """Whether response `number` to `prompt` is not to be the student's."""
+    def is_off_policy(self, prompt: Prompt, number: int) -> bool:
+        """Whether response `number` to `prompt` is off-policy."""
         if self._options.opd_off_policy_unit == "rollouts":
-            place = prompt.index // self._rollout.rollout_batch_size
+            index = prompt.index // self._rollout.rollout_batch_size
         else:
-            place = prompt.index * self._rollout.n_samples_per_prompt + number
-        return schedule.is_chosen(place, self._options.opd_off_policy_fraction)
+            index = prompt.index * self._rollout.n_samples_per_prompt + number
+        return schedule.is_chosen(index, self._options.opd_off_policy_fraction)
 
-    async def write(self, prompt: Prompt, number: int) -> Sample:
-        """Response `number` to `prompt`, with off_policy set. Raises EngineError where it cannot be had."""
-        sample = await self._writer.write(prompt, number)
+    async def sample(self, prompt: Prompt, number: int) -> Sample:
+        """Response `number` to `prompt`, with off_policy set. Raises EngineError where the teacher's server fails."""
+        sample = await self._sampler.sample(self._generate, prompt, number)
         sample.set("off_policy", 1.0)
         return sample
 
     async def aclose(self) -> None:
-        """Close connections."""
-        await self._writer.aclose()
+        """Close the connections."""
+        if self._client is not None:
+            await self._client.aclose()
 
 
-class TeacherWriter:
-    """The teacher's server writes, under the sampling options and length limits of the student's rollouts."""
-
-    def __init__(self, config: Config, tokenizer: Any) -> None:
-        # A response takes longer than a score: the time limit is that of the student's.
-        self._client = teacher_client(config, timeout_s=config.rollout.rollout_request_timeout_s)
-        self._sampler = training_sampler(self._client, tokenizer, config, purpose="teacher")
-
-    async def write(self, prompt: Prompt, number: int) -> Sample:
-        """Response `number` to `prompt`, drawn from the teacher."""
-        sample = await self._sampler.sample(prompt, number)
-        # These are the teacher's, at the sampling temperature: not what the field says.
-        del sample.values["rollout_log_probs"]
-        return sample
-
-    async def aclose(self) -> None:
-        """Close connections."""
-        await self._client.aclose()
+async def generate_by_teacher(prompt: Prompt, context: GenerateContext) -> Sequence[Row]:
+    """A continuation by the teacher, without log-probs: those that it returns are not the student's."""
+    row = await context.complete(prompt.tokens)
+    return [replace(row, spans=tuple(replace(span, log_probs=None) for span in row.spans))]
 
 
-class DataSetWriter:
-    """The data set's own responses, cut at the student's length limits."""
-
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
-
-    async def write(self, prompt: Prompt, number: int) -> Sample:
-        """The response to `prompt`, the same for every number."""
-        tokens = prompt.response_tokens[: self._sampler.max_response_tokens(prompt)]
-        is_whole = len(tokens) == len(prompt.response_tokens)
-        return self._sampler.finished(prompt, tokens, Status.COMPLETED if is_whole else Status.TRUNCATED)
-
-    async def aclose(self) -> None:
-        """There is nothing to close."""
+async def take_from_data_set(prompt: Prompt, context: GenerateContext) -> Sequence[Row]:
+    """The data set's own response, the same for every sample of the prompt, cut at the student's length limits."""
+    tokens = prompt.response_tokens[: context.max_response_tokens]
+    is_whole = len(tokens) == len(prompt.response_tokens)
+    return [Row((Span(tokens),), Status.COMPLETED if is_whole else Status.TRUNCATED)]
 
 
-def make_mix(config: Config, tokenizer: Any, sampler: Sampler) -> OffPolicyMix | None:
-    """The mix that a run asks for, if any; `sampler` is the student's."""
+def make_mix(config: Config, tokenizer: Any, student: Sampler, teacher: Teacher | None) -> OffPolicyMix | None:
+    """The off-policy responses of a run, None for a run without any."""
     if not config.opd.use_opd or not config.divergence.opd_off_policy_fraction:
         return None
-    if config.divergence.opd_off_policy_source == "teacher":
-        return OffPolicyMix(config, TeacherWriter(config, tokenizer))
-    return OffPolicyMix(config, DataSetWriter(sampler))
+    if config.divergence.opd_off_policy_source == "dataset":
+        return OffPolicyMix(config, student, take_from_data_set)
+    client = teacher.generation_client()
+    sampler = training_sampler(client, tokenizer, config, purpose="teacher")
+    return OffPolicyMix(config, sampler, generate_by_teacher, client)

@@ -1,14 +1,14 @@
-"""A rollout in one Parquet file: all that training reads of it, a row per sample.
+"""A rollout in one Parquet file, one row per sample.
 
-Written with --save-debug-rollout-data, replayed with --load-debug-rollout-data, and open to any
-reader of Parquet. Reading one runs no code. The columns:
+Written with --save-debug-rollout-data and replayed with --load-debug-rollout-data. Reading a file runs no code, and any
+reader of Parquet opens it. The columns:
 
-    group                the samples of one prompt have one number
-    prompt_*, response*  texts, token ids and how the response ended, as in `types.Prompt` and `types.Sample`
+    group_index          samples of one prompt have the same number
+    prompt_*, response*  texts and token ids, as in `types.Prompt` and `types.Sample`; status: how the response ended
     one per field        of slime_opd/fields.py that a sample carries: a list over its response tokens (of lists of K
-                         where the field is wide), or one value; null for a sample without it
+                         for a top-k field), or one value; null for a sample without it
 
-What concerns the whole rollout is in the file's metadata.
+The file's metadata has the rest of `types.Rollout`, as JSON.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ import pyarrow.parquet as pq
 from slime_opd import fields
 from slime_opd.config import Config
 from slime_opd.errors import ConfigError, DataError
+from slime_opd.metrics import from_json, to_json
 from slime_opd.types import Prompt, Rollout, Sample, SampleGroup, Status
 
-# Raised when the meaning of a column or of the metadata changes.
-FORMAT = 1
+# Increased when the meaning of a column or of the metadata changes. Format 1 had no metrics and no timings.
+FORMAT = 2
+_READABLE = (1, 2)
 
 _METADATA = b"slime_opd"
 _IDS = pa.list_(pa.int32())
@@ -51,20 +53,21 @@ _SCHEMA = {
 
 @dataclass(frozen=True)
 class Recordings:
-    """The files of a run: PATH with `{rollout_id}`, which counts the rollouts from 1, as the step lines do.
+    """The recorded rollouts of a run.
 
-    `vocabulary_size`: of the student; a recording with another is of another model family.
+    path: of a file, with `{rollout_id}` in it, which counts rollouts from 1, as the step lines do.
+    vocabulary_size: of the student; a recording with another one is of another model family.
     """
 
     path: str
     vocabulary_size: int
 
     def file(self, rollout_id: int) -> Path:
-        """Where a rollout is recorded."""
+        """The file of a rollout."""
         return Path(self.path.format(rollout_id=rollout_id))
 
     def require_all(self, rollout_ids: range) -> None:
-        """Raise ConfigError where one of the files that a run will read is missing."""
+        """Raise ConfigError if a file of these rollouts is missing."""
         if not rollout_ids:
             return
         missing = next((number for number in rollout_ids if not self.file(number).is_file()), None)
@@ -78,23 +81,27 @@ class Recordings:
             )
 
     def write(self, rollout_id: int, rollout: Rollout) -> Path:
-        """Record a rollout, over an earlier recording of the same number; returns the file.
+        """Record a rollout, replacing an earlier recording of the same number; returns the file.
 
-        It gets its name when it is complete. Raises DataError where it cannot be written.
+        The file gets its name once it is complete. Raises DataError where it cannot be written.
         """
         table = _table(rollout.groups)
-        about = {
+        metadata = {
             "format": FORMAT,
             "rollout_id": rollout_id,
             "vocabulary_size": self.vocabulary_size,
             "weights_version": rollout.weights_version,
-            "prompts": dict(rollout.prompts),
+            "prompts": dict(rollout.prompt_cursor),
+            "metrics": to_json(rollout.metrics),
+            "timings": dict(rollout.timings),
         }
         file = self.file(rollout_id)
         partial = file.with_name(f"{file.name}.partial")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table.replace_schema_metadata({_METADATA: json.dumps(about)}), partial, compression="zstd")
+            pq.write_table(
+                table.replace_schema_metadata({_METADATA: json.dumps(metadata)}), partial, compression="zstd"
+            )
             os.replace(partial, file)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -105,7 +112,7 @@ class Recordings:
         return file
 
     def read(self, rollout_id: int) -> Rollout:
-        """A recorded rollout, equal to the one that was written in everything that training reads.
+        """The rollout as it was written.
 
         Raises DataError, with the file's name, where it is missing, damaged, or of another format or vocabulary.
         """
@@ -118,20 +125,25 @@ class Recordings:
             raise DataError(
                 f"--load-debug-rollout-data: {file} is no complete Parquet file ({str(error).splitlines()[0]})"
             ) from error
-        about = _about(table, file)
-        if about["vocabulary_size"] != self.vocabulary_size:
+        metadata = _read_metadata(table, file)
+        if metadata["vocabulary_size"] != self.vocabulary_size:
             raise DataError(
-                f"--load-debug-rollout-data: {file} was recorded with a vocabulary of {about['vocabulary_size']} tokens, --hf-checkpoint has {self.vocabulary_size}: replay it with a model of the same vocabulary"
+                f"--load-debug-rollout-data: {file} was recorded with a vocabulary of {metadata['vocabulary_size']} tokens, --hf-checkpoint has {self.vocabulary_size}: replay it with a model of the same vocabulary"
             )
         try:
-            groups = _groups(table, self.vocabulary_size)
-        except (DataError, KeyError, ValueError, TypeError) as error:
+            return Rollout(
+                _groups(table, self.vocabulary_size),
+                weights_version=metadata["weights_version"],
+                prompt_cursor=metadata["prompts"],
+                metrics=from_json(metadata.get("metrics", {})),
+                timings=metadata.get("timings", {}),
+            )
+        except (DataError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"--load-debug-rollout-data: {file} is damaged: {error}") from error
-        return Rollout(groups, weights_version=about["weights_version"], prompts=about["prompts"])
 
 
 def require_trainable(rollout: Rollout, config: Config) -> None:
-    """Raise DataError where a replayed rollout lacks what the run's options train on."""
+    """Raise DataError if a replayed rollout lacks samples or fields that the run's options train on."""
     samples, expected = rollout.samples, config.samples_per_rollout
     per_prompt = 1 if config.is_sft else config.rollout.n_samples_per_prompt
     sizes = {len(group.samples) for group in rollout.groups}
@@ -139,15 +151,15 @@ def require_trainable(rollout: Rollout, config: Config) -> None:
         raise DataError(
             f"--load-debug-rollout-data: found {len(samples)} samples in groups of {', '.join(map(str, sorted(sizes)))}, expected {expected} (--rollout-batch-size × --n-samples-per-prompt) in groups of {per_prompt}"
         )
-    needed = {
+    is_needed = {
         "reward": config.has_reward and not config.is_sft,
         "teacher_log_probs": config.teacher.scores_rollouts,
         "teacher_top_ids": config.teacher_top_k > 0,
         "student_top_ids": config.student_top_k > 0,
         "rollout_log_probs": config.algorithm.use_rollout_logprobs,
     }
-    for name, is_needed in needed.items():
-        if is_needed and not any(name in sample.values for sample in samples):
+    for name, needed in is_needed.items():
+        if needed and not any(name in sample.values for sample in samples):
             raise DataError(
                 f"--load-debug-rollout-data: the recorded rollout has no {name}, which these options train on: record it with the same options of the reward and the teacher"
             )
@@ -159,23 +171,23 @@ def require_trainable(rollout: Rollout, config: Config) -> None:
             )
 
 
-def _about(table: pa.Table, file: Path) -> dict[str, Any]:
-    """What the metadata says of the whole rollout."""
-    needed = {"format": int, "rollout_id": int, "vocabulary_size": int, "weights_version": int, "prompts": dict}
+def _read_metadata(table: pa.Table, file: Path) -> dict[str, Any]:
+    """The file's metadata. Raises DataError for a file that is no recording, or of an unknown format."""
+    types = {"format": int, "rollout_id": int, "vocabulary_size": int, "weights_version": int, "prompts": dict}
     try:
-        about = json.loads((table.schema.metadata or {})[_METADATA])
-        is_whole = all(isinstance(about[name], kind) for name, kind in needed.items())
+        metadata = json.loads((table.schema.metadata or {})[_METADATA])
+        is_complete = all(isinstance(metadata[name], kind) for name, kind in types.items())
     except (KeyError, TypeError, ValueError):
-        is_whole = False
-    if not is_whole:
+        is_complete = False
+    if not is_complete:
         raise DataError(
             f"--load-debug-rollout-data: {file} is no recorded rollout, expected a file that --save-debug-rollout-data wrote"
         )
-    if about["format"] != FORMAT:
+    if metadata["format"] not in _READABLE:
         raise DataError(
-            f"--load-debug-rollout-data: {file} has format {about['format']}, this version reads {FORMAT}: record the rollout again"
+            f"--load-debug-rollout-data: {file} has format {metadata['format']}, this version reads {' and '.join(map(str, _READABLE))}: record the rollout again"
         )
-    return about
+    return metadata
 
 
 def _table(groups: list[SampleGroup]) -> pa.Table:

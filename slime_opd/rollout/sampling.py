@@ -1,36 +1,35 @@
-"""One response to one prompt: tokens in, tokens out. Training and evaluation share it."""
+"""From the run's options to responses: sampling parameters, length limits and seeds, for training and evaluation."""
 
 from __future__ import annotations
 
-import asyncio
-import dataclasses
-import hashlib
-from collections.abc import Coroutine, Iterable
-from typing import Any, TypeVar
-
-import numpy as np
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from slime_opd.config import Config
 from slime_opd.config.check_lengths import context_length
 from slime_opd.config.hf_config import end_token_ids, token_ids
 from slime_opd.engine.client import EngineClient
 from slime_opd.engine.protocol import SamplingParams
-from slime_opd.engine.rows import SMALLEST_FLOAT32
-from slime_opd.engine.top_k import parse_rows
-from slime_opd.errors import ConfigError, EngineError
-from slime_opd.types import Prompt, Sample, Status
-
-Result = TypeVar("Result")
-
-_STATUS = {"stop": Status.COMPLETED, "length": Status.TRUNCATED}
+from slime_opd.errors import ConfigError
+from slime_opd.rollout.generation import (
+    GenerateContext,
+    GenerateFunction,
+    generate_row,
+    make_sample,
+    sampling_seed,
+)
+from slime_opd.types import Prompt, Sample
 
 
 class Sampler:
-    """Draws responses from the engines, under the length limits of the run.
+    """Generates responses with one model's engines, under one set of sampling options and length limits.
 
-    `params.max_new_tokens` is the longest response; a prompt that leaves fewer tokens of
-    `max_context` (prompt and response together; None: no limit) gets a shorter one. `purpose` keeps the
-    seeds of training and evaluation apart. `most_likely`: the model's most likely tokens that each sample keeps.
+    params: `max_new_tokens` is the largest response length.
+    max_context: largest length of prompt and response together, which may leave a response fewer tokens; None: no limit.
+    eos: ids that end a response and are not part of its text.
+    purpose: keeps the seeds of training, of each evaluation set and of a teacher's responses apart.
+    num_top_logprobs: the model's most likely tokens that samples keep at each position; 0: none.
     """
 
     def __init__(
@@ -43,7 +42,8 @@ class Sampler:
         eos: frozenset[int],
         seed: int,
         purpose: str,
-        most_likely: int = 0,
+        is_evaluation: bool = False,
+        num_top_logprobs: int = 0,
     ) -> None:
         self._client = client
         self._tokenizer = tokenizer
@@ -52,47 +52,35 @@ class Sampler:
         self._eos = eos
         self._seed = seed
         self._purpose = purpose
-        self._most_likely = most_likely
+        self._is_evaluation = is_evaluation
+        self._num_top_logprobs = num_top_logprobs
 
-    async def sample(self, prompt: Prompt, number: int) -> Sample:
-        """Response `number` to `prompt`, with loss_mask, rollout_log_probs, truncated, group, and student_top_ids if kept.
+    async def sample(self, generate: GenerateFunction, prompt: Prompt, number: int) -> Sample:
+        """Response `number` to `prompt` by `generate`, with the fields that `make_sample` sets.
 
-        The response text leaves special tokens out. Raises EngineError for a response that ended
-        in any other way than stop or length.
+        Its text leaves special tokens out. Raises EngineError where an engine fails.
         """
-        params = dataclasses.replace(
+        row = await generate_row(generate, prompt, self._context(prompt, number))
+        return make_sample(prompt, row, response_text(self._tokenizer, row.token_ids, self._eos))
+
+    def _context(self, prompt: Prompt, number: int) -> GenerateContext:
+        return GenerateContext(
+            self._client,
+            self._tokenizer,
             self._params,
-            max_new_tokens=self.max_response_tokens(prompt),
-            # SGLang heeds it with --sglang-enable-deterministic-inference only, and would else
-            # draw all samples of a prompt from one default seed.
-            seed=sampling_seed(self._seed, self._purpose, prompt.index, number),
+            prompt,
+            number,
+            self._is_evaluation,
+            self._max_response_tokens(prompt),
+            self._max_context,
+            partial(sampling_seed, self._seed, self._purpose, prompt.index, number),
+            self._num_top_logprobs,
         )
-        generation = await self._client.generate(prompt.tokens, params, self._most_likely)
-        if generation.finish_reason not in _STATUS:
-            raise EngineError(
-                f"the engine ended a response to prompt {prompt.index} with {generation.finish_reason!r}; expected stop or length"
-            )
-        tokens = tuple(int(token) for token in generation.token_ids)
-        sample = self.finished(prompt, tokens, _STATUS[generation.finish_reason])
-        sample.set("rollout_log_probs", generation.log_probs)
-        if self._most_likely:
-            # SGLang writes the log-prob of a probability that is 0 at a low temperature as the smallest float32.
-            top = parse_rows(generation.top_rows, len(tokens), self._most_likely, smallest=SMALLEST_FLOAT32)
-            sample.set("student_top_ids", top.ids)
-        return sample
 
-    def finished(self, prompt: Prompt, tokens: tuple[int, ...], status: Status) -> Sample:
-        """A response of these tokens, with loss_mask, truncated and group set."""
-        sample = Sample(prompt, tokens, response_text(self._tokenizer, tokens, self._eos), status)
-        sample.set("loss_mask", np.ones(len(tokens)))
-        sample.set("truncated", float(status is Status.TRUNCATED))
-        sample.set("group", prompt.index)
-        return sample
+    def _max_response_tokens(self, prompt: Prompt) -> int:
+        """Largest length of a response to `prompt`, at least 1.
 
-    def max_response_tokens(self, prompt: Prompt) -> int:
-        """Tokens that a response to `prompt` may have, at least 1.
-
-        Prompts without space for one were refused or dropped when they were read (`data.lengths`).
+        Prompts that leave no token for a response were refused or dropped when they were read (`data.lengths`).
         """
         limit = self._params.max_new_tokens
         if self._max_context is None:
@@ -106,60 +94,47 @@ class Sampler:
 
 
 def training_sampler(
-    client: EngineClient, tokenizer: Any, config: Config, *, purpose: str = "rollout", most_likely: int = 0
+    client: EngineClient, tokenizer: Any, config: Config, *, purpose: str = "rollout", num_top_logprobs: int = 0
 ) -> Sampler:
-    """The sampler of `--rollout-temperature` and its kin."""
+    """The sampler of the `--rollout-*` options."""
     rollout = config.rollout
-    return _sampler(
-        client,
-        tokenizer,
-        config,
-        purpose=purpose,
-        most_likely=most_likely,
-        max_new_tokens=_longest_response(config, rollout.rollout_max_response_len),
-        temperature=rollout.rollout_temperature,
-        top_p=rollout.rollout_top_p,
-        top_k=rollout.rollout_top_k,
+    params = SamplingParams(
+        rollout.rollout_temperature,
+        rollout.rollout_top_p,
+        rollout.rollout_top_k,
+        _max_new_tokens(config, rollout.rollout_max_response_len),
     )
+    return _sampler(client, tokenizer, config, params, purpose=purpose, num_top_logprobs=num_top_logprobs)
 
 
 def evaluation_sampler(client: EngineClient, tokenizer: Any, config: Config, set_name: str) -> Sampler:
-    """The sampler of `--eval-temperature` and its kin, for one evaluation set."""
+    """The sampler of the `--eval-*` options, for one evaluation set."""
     evaluation = config.evaluation
-    longest = evaluation.eval_max_response_len or config.rollout.rollout_max_response_len
-    return _sampler(
-        client,
-        tokenizer,
-        config,
-        purpose=f"eval/{set_name}",
-        max_new_tokens=_longest_response(config, longest),
-        temperature=evaluation.eval_temperature,
-        top_p=evaluation.eval_top_p,
-        top_k=evaluation.eval_top_k,
+    params = SamplingParams(
+        evaluation.eval_temperature,
+        evaluation.eval_top_p,
+        evaluation.eval_top_k,
+        _max_new_tokens(config, evaluation.eval_max_response_len or config.rollout.rollout_max_response_len),
     )
+    return _sampler(client, tokenizer, config, params, purpose=f"eval/{set_name}", is_evaluation=True)
 
 
-def _sampler(
-    client: EngineClient, tokenizer: Any, config: Config, *, purpose: str, most_likely: int = 0, **params: Any
-) -> Sampler:
-    eos = eos_token_ids(tokenizer, config.model.hf_checkpoint)
+def _sampler(client: EngineClient, tokenizer: Any, config: Config, params: SamplingParams, **options: Any) -> Sampler:
+    eos, rollout = eos_token_ids(tokenizer, config.model.hf_checkpoint), config.rollout
+    stop_token_ids = tuple(sorted(eos | set(rollout.rollout_stop_token_ids)))
     return Sampler(
         client,
         tokenizer,
-        SamplingParams(
-            stop=config.rollout.rollout_stop,
-            stop_token_ids=tuple(sorted(eos | set(config.rollout.rollout_stop_token_ids))),
-            **params,
-        ),
+        replace(params, stop=rollout.rollout_stop, stop_token_ids=stop_token_ids),
         max_context=context_length(config),
         eos=eos,
         seed=config.data.rollout_seed,
-        purpose=purpose,
-        most_likely=most_likely,
+        **options,
     )
 
 
-def _longest_response(config: Config, limit: int | None) -> int:
+def _max_new_tokens(config: Config, limit: int | None) -> int:
+    """The largest response length: `limit`, or without one the model's context length."""
     longest = limit or context_length(config)
     if longest is None:
         raise ConfigError(
@@ -185,21 +160,3 @@ def response_text(tokenizer: Any, tokens: tuple[int, ...], eos: frozenset[int]) 
     if tokens and tokens[-1] in eos:  # a tokenizer may not count every one of them as special
         tokens = tokens[:-1]
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def sampling_seed(seed: int, purpose: str, prompt_index: int, number: int) -> int:
-    """A seed in [0, 2^31) for one response, the same in a run that is repeated or resumed."""
-    digest = hashlib.blake2b(f"{seed}/{purpose}/{prompt_index}/{number}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") & 0x7FFFFFFF
-
-
-async def gather(coroutines: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """All results in order. The first error cancels the others, waits for them, and is raised alone."""
-    tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
-    try:
-        return await asyncio.gather(*tasks)
-    except BaseException:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        raise

@@ -21,7 +21,7 @@ from slime_opd.config import Config
 from slime_opd.errors import SlimeOPDError
 from slime_opd.hooks import described
 from slime_opd.reward.custom import CustomReward
-from slime_opd.reward.reward import rewarded
+from slime_opd.reward.reward import compute_reward
 from slime_opd.rollout.dynamic_sampling import load_filter
 from slime_opd.types import Sample
 
@@ -38,7 +38,7 @@ class RewardTask:
         reward = CustomReward(self.config.reward.custom_rm_path, self.config)
         for description, sample in self.samples:
             report(f"called with {description}")
-            asyncio.run(rewarded(reward, sample))
+            asyncio.run(compute_reward(reward, sample))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Whether the teacher's log-probs are of the tokens at their positions, and of one distribution with what it generates.
+"""Checks that the teacher's log-probs belong to the tokens at their positions, and to the distribution it generates from.
 
-Entry t of a score is the log-prob of token t given the tokens before it. So with another token at t, entry t changes and none
-before it: constant answers change nowhere, and answers that are shifted by a position change elsewhere.
+Entry t of a score is the log-prob of token t given the tokens before it. With another token at t, entry t changes and no
+entry before it: constant answers change nowhere, and answers that are shifted by a position change elsewhere.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from slime_opd.errors import TeacherError
 from slime_opd.teacher.fingerprint import Fingerprint, read
 
 _NUM_POSITIONS = 8
-_OFFSETS = 4  # entries before the changed token that are looked at
+_OFFSETS = 4  # entries before the changed token that are compared
 _NUM_GENERATED = 16
 # Nats. Decoding and scoring run different kernels, in half precision perhaps with a quantised cache.
 _LARGEST_GAP = 0.5
 
 
 async def check_causality(client: EngineClient, fingerprint: Fingerprint, ids: Sequence[int]) -> None:
-    """Score one of the fixed sequences with one token changed, at several positions. Raises TeacherError by `causality_problem`."""
+    """Score one of the fixed sequences with one token changed, at several positions.
+
+    Raises TeacherError with the problem that `causality_problem` returns.
+    """
     sequence, start = fingerprint.sequences[0], fingerprint.start
     positions = np.linspace(start + _OFFSETS, len(sequence) - 1, _NUM_POSITIONS).astype(int).tolist()
     random = np.random.default_rng(0)
@@ -37,9 +40,10 @@ async def check_causality(client: EngineClient, fingerprint: Fingerprint, ids: S
 
 
 def causality_problem(moved: np.ndarray, positions: Sequence[int]) -> str | None:
-    """What is wrong with a teacher whose entries moved as bool `moved` [P, R] tells where token `positions[p]` was changed.
+    """What is wrong with a teacher's scores, as the end of a sentence; None where nothing is.
 
-    Single entries may move by themselves, so only what happens at most positions counts.
+    moved: bool [P, R], whether entry r changed when token `positions[p]` was changed. Single entries may move by
+    themselves, so only changes at most positions count.
     """
     rows = np.arange(len(positions))
     if moved[rows, positions].mean() < 0.25:
@@ -57,9 +61,9 @@ def causality_problem(moved: np.ndarray, positions: Sequence[int]) -> str | None
 
 
 async def check_generation(client: EngineClient, fingerprint: Fingerprint, top_k: int) -> None:
-    """Compare the log-probs of a greedy response, as generated, as scored, and as the most likely of `top_k` tokens.
+    """Compare the log-probs of a greedy response as generated, as scored, and as the most likely of `top_k` tokens.
 
-    Raises TeacherError where they are not those of one distribution (say, all scores raised by a constant, or of another base).
+    Raises TeacherError where they are not of one distribution (all scores raised by a constant, or of another base).
     """
     prompt = fingerprint.sequences[0][: fingerprint.start]
     generation = await client.generate(prompt, SamplingParams(0.0, 1.0, -1, _NUM_GENERATED))

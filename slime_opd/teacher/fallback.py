@@ -1,4 +1,4 @@
-"""How many responses may go without teacher scores before the run stops. Pure."""
+"""The limit on responses without teacher scores, past which the run stops. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from slime_opd.errors import TooManyFallbacks
 
 
 def check_fallback(failed: int, total: int, limit: float, example_reason: str | None = None) -> None:
-    """Raise TooManyFallbacks where more than `limit` (a fraction) of `total` responses went unscored."""
+    """Raise TooManyFallbacks where more than the fraction `limit` of `total` responses has no scores."""
     if failed <= limit * total:
         return
     raise TooManyFallbacks(

@@ -1,9 +1,9 @@
-"""A teacher's fingerprint: its log-probs of a few fixed sequences, and how far they move by themselves.
+"""A teacher's fingerprint: its log-probs of a few fixed sequences, and how far they vary by themselves.
 
-The log-probs of one model and one sequence vary a little: with the batch that a request is computed in, with what is cached,
-from replica to replica. They are taken while the server is idle and while it is busy; the spread that is seen says how far is
-normal. The distance of two readings is the largest, over the sequences, of the median over tokens of |difference|: a model that
-was swapped moves most tokens, while a mixture of experts under load may move a few tokens far.
+The log-probs of one model and one sequence vary a little: with the batch that a request is computed in, with the prefix
+cache, from replica to replica. They are read while the server is idle and while it is busy; the spread of these readings
+is the normal variation. The distance of two readings is the largest, over the sequences, of the median over tokens of
+|difference|: another model moves most tokens, while a mixture of experts under load may move a few tokens far.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ import numpy as np
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import TeacherError
 
-_NUM_SEQUENCES = (
-    4  # several beginnings: a router that sends equal beginnings to one replica shows more than one of them
-)
+# Several beginnings: a router that sends equal beginnings to one replica reaches more than one of them.
+_NUM_SEQUENCES = 4
 _LENGTH = 64
 _SHORTEST = 16
 _NUM_OTHERS = 24  # other requests beside the fixed ones while the server is busy
 _NUM_READINGS = 2  # of each kind
-_SAFETY = 4.0  # the readings are few: what is normal may be somewhat more than what they show
-# Nats: a start may happen not to show how far half precision moves. In bfloat16 (8 layers, on a CPU) single tokens moved by 0.14
-# with the batch while the median stayed where it was.
+_SAFETY = 4.0  # the readings are few: the normal variation may be larger than their spread
+# Nats: the readings of a start may miss the variation of half precision. In bfloat16 (8 layers, on a CPU) single tokens
+# moved by 0.14 with the batch while the median did not move.
 _SMALLEST_TOLERANCE = 0.05
 _LARGEST_SPREAD = 1.0
 
@@ -36,8 +35,11 @@ Reading = Sequence[np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Fingerprint:
-    """Sequences of token ids, the log-probs of each one's tokens from `start` on (float32 [length - start]), and the
-    spread that readings of them had, in nats."""
+    """A teacher's log-probs of fixed sequences.
+
+    sequences: token ids. log_probs: of each sequence's tokens from `start` on, float32 [length - start].
+    spread: largest distance of the readings from their median, in nats.
+    """
 
     sequences: tuple[tuple[int, ...], ...]
     start: int
@@ -46,16 +48,16 @@ class Fingerprint:
 
     @property
     def noise(self) -> float:
-        """A single log-prob that moves by more than this, in nats, has very likely changed."""
+        """Nats by which a single log-prob may move by itself; a larger move is very likely a change."""
         return max(1e-3, _SAFETY * self.spread)
 
     @property
     def tolerance(self) -> float:
-        """The distance, in nats, beyond which a reading is of another teacher."""
+        """Distance in nats beyond which a reading is taken for another teacher's."""
         return max(_SMALLEST_TOLERANCE, _SAFETY * self.spread)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values, for a checkpoint's run state."""
+        """The fingerprint as plain JSON values, for a checkpoint's run state."""
         return {
             "sequences": [list(sequence) for sequence in self.sequences],
             "start": self.start,
@@ -82,14 +84,15 @@ def fixed_sequences(ids: Sequence[int], length: int, count: int, seed: int = 0) 
 
 
 async def read(client: EngineClient, sequences: Sequence[Sequence[int]], start: int) -> Reading:
-    """The log-probs of the sequences' tokens from `start` on, all asked for at once."""
+    """The log-probs of the sequences' tokens from `start` on, requested at the same time."""
     return await asyncio.gather(*(client.score(sequence, start) for sequence in sequences))
 
 
 async def take_fingerprint(client: EngineClient, ids: Sequence[int], max_length: int | None) -> Fingerprint | None:
-    """The fingerprint of a server, of sequences of `ids`; None where the server takes too short ones.
+    """The fingerprint of a server on sequences of `ids`; None for a server that takes too short inputs.
 
-    Raises TeacherError where its readings differ so much that they cannot be of one model, EngineError where there is none.
+    Raises TeacherError where its readings differ so much that they cannot be of one model, EngineError where the server
+    does not answer.
     """
     length = min(_LENGTH, max_length or _LENGTH)
     if length < _SHORTEST:

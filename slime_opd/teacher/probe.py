@@ -1,10 +1,10 @@
-"""Before the first rollout: is the teacher there, does it share the student's vocabulary, and are its scores what they should be?
+"""The checks of a teacher's server before the first rollout: that it answers, shares the student's vocabulary, and scores.
 
-Everything is asked of the server itself; its disk may be out of reach. Its vocabulary size comes from
-a request that SGLang refuses before it touches the model: *an input id past the vocabulary would not be
-refused; it ends the server* (sglang 0.5.9). For the same reason nothing is scored before the size is known
-to be the student's. Its tokenizer is compared by the text that the server decodes a spread of ids
-to, and its end-of-sequence ids by making it generate each of the student's.
+All facts come from the server itself, whose disk may be out of reach. Its vocabulary size comes from a request that
+SGLang refuses before it touches the model: *an input id past the vocabulary would not be refused; it ends the server*
+(sglang 0.5.9). For the same reason nothing is scored before the size is known to be the student's. Its tokenizer is
+compared by the text to which the server decodes ids spread over the vocabulary, and its end-of-sequence ids by making it
+generate each of the student's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from slime_opd.engine import protocol
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import ConfigError, EngineError, TeacherError, TeacherMismatch
 from slime_opd.teacher.causality import check_causality, check_generation
-from slime_opd.teacher.facts import ask_ending_ids, ask_vocabulary_size, student_facts
+from slime_opd.teacher.facts import request_ending_ids, request_vocabulary_size
 from slime_opd.teacher.fingerprint import Fingerprint, take_fingerprint
 from slime_opd.teacher.tokenizers import compare_texts, decoded, special_ids, spread_of_ids
 
@@ -28,7 +28,7 @@ _IDS_COMPARED = 256
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """The facts about a teacher that can teach; `unchecked` has what could not be checked, and why."""
+    """The facts about a teacher that passed the checks. unchecked: what could not be checked, and why."""
 
     url: str
     model_path: str
@@ -51,26 +51,19 @@ class ProbeReport:
         return "; ".join([", ".join(facts), *(f"not checked: {gap}" for gap in self.unchecked)])
 
 
-async def probe(client: EngineClient, tokenizer: Any, student_checkpoint: str | Path, top_k: int = 0) -> ProbeReport:
-    """`probe_teacher` against the student in the Hugging Face directory `student_checkpoint`."""
-    vocabulary_size, eos_ids = student_facts(Path(student_checkpoint))
-    return await probe_teacher(client, tokenizer, vocabulary_size, eos_ids, top_k)
-
-
 async def probe_teacher(
     client: EngineClient, tokenizer: Any, vocabulary_size: int, eos_ids: Collection[int], top_k: int = 0
 ) -> ProbeReport:
-    """Ask the teacher's server whether it can teach a student of this tokenizer, vocabulary size and these end-of-sequence ids.
+    """Check that the server can teach a student with this tokenizer, vocabulary size and these end-of-sequence ids.
 
-    With `top_k` it must also return that many of its most likely tokens.
-
-    Raises TeacherError where it does not answer or its scores cannot be a model's log-probs of the tokens sent,
-    TeacherMismatch (with both values) where it shares less than the student needs.
+    `top_k`: how many of its most likely tokens it must return; 0: none. Raises TeacherError where the server does not
+    answer or its scores cannot be a model's log-probs of the tokens sent, and TeacherMismatch (with both values) where
+    vocabulary, tokenizer or end-of-sequence differ.
     """
     unchecked: list[str] = []
     try:
         info = await client.model_info()
-        size = info.vocab_size or await ask_vocabulary_size(client)
+        size = info.vocab_size or await request_vocabulary_size(client)
         if size is None:
             unchecked.append("vocabulary size (the server does not return it)")
         elif size != vocabulary_size:
@@ -85,7 +78,7 @@ async def probe_teacher(
             unchecked.append(
                 f"tokenizer (the server was started with --skip-tokenizer-init, and {info.tokenizer_path} is not readable here)"
             )
-        ending = await ask_ending_ids(client, eos_ids)
+        ending = await request_ending_ids(client, eos_ids)
         special = special_ids(tokenizer) | set(eos_ids)
         fingerprint = await _check_scores(client, [i for i in ids if i not in special] or ids, info, top_k)
         if fingerprint is None:
@@ -105,7 +98,10 @@ async def probe_teacher(
 async def _check_scores(
     client: EngineClient, ids: Sequence[int], info: protocol.ModelInfo, top_k: int
 ) -> Fingerprint | None:
-    """The teacher's fingerprint, None where it cannot be taken. Raises TeacherError where its scores are not log-probs of the tokens."""
+    """The teacher's fingerprint; None for a server with too short an input limit.
+
+    Raises TeacherError where its scores are not log-probs of the tokens that were sent.
+    """
     fingerprint = await take_fingerprint(client, ids, info.max_input_length)
     if fingerprint is not None:
         await check_causality(client, fingerprint, ids)
@@ -116,7 +112,7 @@ async def _check_scores(
 
 
 async def _decoded_by_teacher(client: EngineClient, ids: Sequence[int]) -> list[str] | None:
-    """The text of each id by the teacher's tokenizer, None where it has none; checks on the way that the ids get log-probs."""
+    """The text of each id by the server's tokenizer, None for a server without one. Raises EngineError for a wrong answer."""
     answer = await client.post_generate({**protocol.score_payload(ids, 1), "return_text_in_logprobs": True})
     protocol.parse_scores(answer, ids, 1, client.vocabulary_size)
     texts = [row[2] if len(row) > 2 else None for row in protocol.meta_info(answer)["input_token_logprobs"]]
@@ -124,7 +120,7 @@ async def _decoded_by_teacher(client: EngineClient, ids: Sequence[int]) -> list[
 
 
 def _decoded_from_disk(info: protocol.ModelInfo, ids: Sequence[int]) -> list[str] | None:
-    """The same, by the teacher's tokenizer files, None where they are not on this machine."""
+    """The text of each id by the teacher's tokenizer files; None where they are not on this machine."""
     if info.tokenizer_path is None or not Path(info.tokenizer_path).is_dir():
         return None
     try:

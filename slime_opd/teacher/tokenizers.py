@@ -1,4 +1,4 @@
-"""Whether two tokenizers mean the same text by the same id."""
+"""Comparison of two tokenizers: whether each id stands for the same text in both."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _EXAMPLES = 3
 
 
 def compare_tokenizers(student: Any, teacher: Any, teacher_name: str) -> str:
-    """A sentence about two tokenizers that agree on every id that both have.
+    """Check that two tokenizers agree on every id that both have; returns a sentence about the ids.
 
-    Raises TeacherMismatch with the first ids that mean different texts.
+    Raises TeacherMismatch with the first ids that stand for different texts.
     """
     ours, theirs = _tokens_by_id(student), _tokens_by_id(teacher)
     shared = sorted(ours.keys() & theirs.keys())
@@ -34,7 +34,7 @@ def compare_tokenizers(student: Any, teacher: Any, teacher_name: str) -> str:
 
 
 def spread_of_ids(tokenizer: Any, vocabulary_size: int, limit: int) -> list[int]:
-    """At most `limit` ids from the whole vocabulary: its special tokens first, then ids at even distances.
+    """At most `limit` ids of the whole vocabulary: special tokens first, then ids at even distances.
 
     The last id of the model's vocabulary is left out: SGLang echoes it as 0.
     """
@@ -58,7 +58,7 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def compare_texts(
     ids: Sequence[int], teacher: Sequence[str], student: Sequence[str], teacher_tokenizer: str | None
 ) -> int:
-    """Number of ids compared. Raises TeacherMismatch where an id means one text to the teacher and another to the student."""
+    """Compare the texts of `ids`; returns their number. Raises TeacherMismatch where an id stands for different texts."""
     rows = zip(ids, teacher, student, strict=True)
     if differing := [row for row in rows if row[1] != row[2]]:
         raise TeacherMismatch(

@@ -28,7 +28,8 @@ from slime_opd.engine.server import EngineProcess, free_port
 from slime_opd.engine.top_k import parse_rows
 from slime_opd.errors import EngineError, EngineTimeout, TeacherMismatch
 from slime_opd.teacher.fingerprint import distance, read
-from slime_opd.teacher.probe import probe, probe_teacher
+from slime_opd.teacher.probe import probe_teacher
+from slime_opd.teacher.sglang import ScoreRequest, SGLangTeacher
 
 pytestmark = pytest.mark.e2e
 
@@ -277,13 +278,13 @@ def test_a_paused_engine_answers_after_it_continues(engine_server, tiny_model_di
 
 def test_the_probe_finds_a_fitting_teacher_and_refuses_others(engine_server, tiny_model_dir, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    [report] = ask(engine_server, lambda client: probe(client, tokenizer, tiny_model_dir))
+    [report] = ask(engine_server, lambda client: SGLangTeacher(client).probe(tokenizer, tiny_model_dir))
     assert (report.vocabulary_size, report.eos_ids, report.unchecked) == (64, (1,), ())
     assert report.checked_tokens > 55
     save_tiny_tokenizer(tmp_path, TINY_VOCABULARY[:40] + TINY_VOCABULARY[:39:-1])
     other = AutoTokenizer.from_pretrained(tmp_path)
     with pytest.raises(TeacherMismatch, match=r"id 40 is '-' to the teacher and '[$]' to the student"):
-        ask(engine_server, lambda client: probe(client, other, tiny_model_dir))
+        ask(engine_server, lambda client: SGLangTeacher(client).probe(other, tiny_model_dir))
     with pytest.raises(TeacherMismatch, match="vocabulary of 64 tokens, the student of 80"):
         ask(engine_server, lambda client: probe_teacher(client, tokenizer, 80, {1}))
     with pytest.raises(TeacherMismatch, match=r"end-of-sequence ids \[7\]"):
@@ -296,7 +297,7 @@ def test_an_honest_teacher_passes_every_check_idle_and_under_load(engine_server,
     others = [TOKENS[:2] + tuple(range(2, 2 + length)) for length in range(1, 33)]
 
     async def twenty_readings(client):
-        report = await probe(client, tokenizer, tiny_model_dir, 8)
+        report = await SGLangTeacher(client, ScoreRequest(top_k=8)).probe(tokenizer, tiny_model_dir)
         fingerprint, distances = report.fingerprint, []
         for number in range(20):
             requests = [client.score(other, 2) for other in others] if number % 2 else []

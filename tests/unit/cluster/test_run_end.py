@@ -12,6 +12,7 @@ from slime_opd.cluster.run import Run
 from slime_opd.config import Config
 from slime_opd.config.stages import CheckpointConfig, RolloutConfig, TrainingConfig
 from slime_opd.stopping import SIGNALS, Stopping
+from slime_opd.types import Rollout
 
 
 class Source:
@@ -48,14 +49,14 @@ class SmallRun(Run):
     def _start(self) -> None:
         self.first_step, self._checkpoints = 0, Checkpoints()
         self._sinks = SimpleNamespace(log=lambda step, values: None)
-        self._teacher = self._recheck = self._engines = self._trainers = None
-        self._rollouts = SimpleNamespace(generate=self._take, groups_left_out=None)
+        self._teacher = self._engines = self._trainers = None
+        self._rollouts = SimpleNamespace(generate=self._take)
 
-    def _take(self, source: Source, label: str) -> list:
-        source.offset += 8
-        if label.startswith(f"rollout {(self.killed_in or 0) + 1}/") and self.killed_in is not None:
+    def _take(self, step: int, label: str, weights_version: int) -> Rollout:
+        self._source.offset += 8
+        if step == self.killed_in:
             os.kill(os.getpid(), signal.SIGTERM)
-        return []
+        return Rollout([], weights_version, self._source.state())
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def do_steps(run: Run, count: int) -> int:
         for step in range(count):
             rollout = run.generate(step)
             with run.stopping.during("train"):
-                run._steps_done, run._prompts = step + 1, rollout.prompts
+                run._steps_done, run._prompt_cursor = step + 1, rollout.prompt_cursor
         raise SystemExit(0)
     return caught.value.code
 

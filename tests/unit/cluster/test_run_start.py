@@ -9,7 +9,8 @@ import pytest
 
 from slime_opd.checkpoint.lock import LOCK, RunLock
 from slime_opd.cluster import session
-from slime_opd.cluster.run import Run, start_processes, with_disk_directory
+from slime_opd.cluster.run import Run, start_processes
+from slime_opd.cluster.run_config import with_disk_directory
 from slime_opd.config.parser import parse
 from slime_opd.errors import ConfigError
 

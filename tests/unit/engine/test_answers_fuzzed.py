@@ -19,7 +19,7 @@ from slime_opd.engine.client import EngineClient
 from slime_opd.engine.protocol import SamplingParams
 from slime_opd.engine.top_k import TopK, parse_rows
 from slime_opd.errors import EngineError
-from slime_opd.teacher.sglang import SGLangTeacher, Wanted
+from slime_opd.teacher.sglang import ScoreRequest, SGLangTeacher
 from slime_opd.types import Prompt, Sample, Status
 
 TOKENS, START, K, SIZE = (4, 5, 7, 8, 9), 2, 2, 32
@@ -211,7 +211,7 @@ def teacher_scores(answer: Callable[[httpx.Request], httpx.Response]):
             vocabulary_size=SIZE,
             transport=httpx.MockTransport(answer),
         )
-        teacher = SGLangTeacher(client, Wanted(top_k=K, vocabulary=SIZE))
+        teacher = SGLangTeacher(client, ScoreRequest(top_k=K, vocabulary_size=SIZE))
         sample = Sample(Prompt(0, TOKENS[:START], "ab"), TOKENS[START:], "", Status.COMPLETED)
         scores = await teacher.score(sample)
         await client.aclose()

@@ -52,14 +52,12 @@ def of_rollouts() -> set[str]:
 
 
 def in_the_source() -> set[str]:
-    """Names written out anywhere in the package, and those that times and evaluations are made of."""
+    """Names written out anywhere in the package, and those of evaluations."""
     found = {f"eval/NAME/{name}" for name in _means([])}
     for file in (ROOT / "slime_opd").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value):
                 found.add(node.value)
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "self._timed":
-                found.add(f"perf/{node.args[0].value}_time")
     return found
 
 

@@ -17,7 +17,7 @@ from slime_opd.errors import DataError
 from slime_opd.reward import math as math_module
 from slime_opd.reward.math import MathReward
 from slime_opd.reward.math_worker import is_equal
-from slime_opd.reward.reward import rewarded
+from slime_opd.reward.reward import compute_reward
 from slime_opd.types import Prompt, Sample, Status
 
 
@@ -112,7 +112,7 @@ def test_a_worker_that_cannot_start_is_an_error_and_not_a_reward_of_zero(tmp_pat
     monkeypatch.setattr(math_module, "_WORKER", broken)
     reward = MathReward(workers=1)
     with pytest.raises(DataError, match=r"reward math failed .* prompt 3: .*exited with code 1"):
-        asyncio.run(rewarded(reward, sample("41")))
+        asyncio.run(compute_reward(reward, sample("41")))
     reward.close()
 
 

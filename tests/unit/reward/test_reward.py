@@ -11,7 +11,7 @@ from slime_opd.errors import ConfigError, DataError
 from slime_opd.reward.custom import CustomReward
 from slime_opd.reward.exact_match import ExactMatch
 from slime_opd.reward.math import MathReward
-from slime_opd.reward.reward import REWARDS, make_eval_reward, make_reward, rewarded
+from slime_opd.reward.reward import REWARDS, compute_reward, make_eval_reward, make_reward
 from slime_opd.types import Prompt, Sample, Status
 
 MODULE = custom_reward_functions.__name__
@@ -56,7 +56,7 @@ def test_evaluation_uses_its_own_type_else_trainings_reward_else_math():
     [("length", 3.0), ("length_async", 3.0), ("sync_that_returns_a_coroutine", 3.0), ("is_on_another_thread", 1.0)],
 )
 def test_a_custom_reward_may_be_async_or_not_and_never_blocks_the_loop(function, expected):
-    value = asyncio.run(rewarded(CustomReward(f"{MODULE}.{function}", Config()), sample()))
+    value = asyncio.run(compute_reward(CustomReward(f"{MODULE}.{function}", Config()), sample()))
     assert value == expected and type(value) is float
 
 
@@ -66,7 +66,7 @@ def test_a_custom_reward_may_be_async_or_not_and_never_blocks_the_loop(function,
 )
 def test_a_custom_reward_that_fails_or_gives_no_finite_number_names_itself_and_the_prompt(function, message):
     with pytest.raises(DataError) as caught:
-        asyncio.run(rewarded(CustomReward(f"{MODULE}.{function}", Config()), sample()))
+        asyncio.run(compute_reward(CustomReward(f"{MODULE}.{function}", Config()), sample()))
     assert f"{MODULE}.{function}" in str(caught.value)
     assert "prompt 3" in str(caught.value)
     assert message in str(caught.value)

@@ -8,6 +8,7 @@ import numpy as np
 from slime_opd.config.config import Config
 from slime_opd.config.stages import DataConfig, EvaluationConfig, RolloutConfig
 from slime_opd.engine.protocol import Generation
+from slime_opd.teacher.sglang import ScoreRequest
 from slime_opd.types import Prompt, TeacherScores
 
 EOS = 0
@@ -50,7 +51,7 @@ class FakeClient:
     requests: list = field(default_factory=list)
     cancelled: int = 0
 
-    async def generate(self, input_ids, sampling, most_likely=0):
+    async def generate(self, input_ids, sampling, num_top_logprobs=0):
         number = len(self.requests)
         self.requests.append((tuple(input_ids), sampling))
         try:
@@ -66,24 +67,24 @@ class FakeClient:
 
 
 class FakeTeacher:
-    """Scores every token -0.5; `fail` names the prompts it fails on. Sets `asked` at the first question."""
+    """Scores every token -0.5; `fail` names the prompts it fails on. Sets `asked` at the first request."""
 
     latest_failure = None
 
     def __init__(self, fail=()):
         self.fail = fail
         self.asked = asyncio.Event()
-        self.questions = []
+        self.requests = []
 
     async def score(self, sample):
-        self.questions.append(sample)
+        self.requests.append(sample)
         self.asked.set()
         if sample.prompt.index in self.fail:
-            return self.failed(sample, "no answer")
+            return self.failed_scores(sample, "no answer")
         return TeacherScores(np.full(sample.response_length, -0.5, dtype=np.float32))
 
-    def failed(self, sample, error):
-        return TeacherScores.missing(sample.response_length, str(error))
+    def failed_scores(self, sample, error):
+        return ScoreRequest().missing_scores(sample.response_length, str(error))
 
 
 class FirstLetterReward:

@@ -1,4 +1,4 @@
-"""Dynamic sampling: which groups are kept, how many prompts are taken for them, and when it gives up."""
+"""Dynamic sampling: which groups are accepted, how many prompts are taken for them, and when it gives up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from slime_opd.config import Config
 from slime_opd.config.check_learning import SLIME_FILTER
 from slime_opd.errors import ConfigError, DataError
-from slime_opd.rollout.dynamic_sampling import kept_groups, load_filter, rewards_differ
+from slime_opd.rollout.dynamic_sampling import load_filter, rewards_differ, sample_until_accepted
 from slime_opd.types import Prompt, Sample, SampleGroup, Status
 
 
@@ -35,8 +35,8 @@ class Prompts:
         return [Prompt(start + i, (1,), "") for i in range(count)]
 
 
-def run(rewards_of, *, wanted=4, at_once=4, delay=lambda index: 0.0, keep=rewards_differ):
-    """Indices of the kept groups, number left out, sizes taken, and which prompts were cancelled."""
+def run(rewards_of, *, num_groups=4, prompts_per_request=4, delay=lambda index: 0.0, accept=rewards_differ):
+    """Indices of the accepted groups, number of rejected ones, sizes of the requests for prompts, and cancelled prompts."""
     prompts, cancelled, shown = Prompts(), [], []
 
     async def generate(prompt: Prompt) -> SampleGroup:
@@ -47,12 +47,19 @@ def run(rewards_of, *, wanted=4, at_once=4, delay=lambda index: 0.0, keep=reward
             raise
         return group(prompt.index, rewards_of(prompt.index))
 
-    kept, left_out = asyncio.run(
-        kept_groups(generate, prompts, keep, wanted=wanted, at_once=at_once, on_group=lambda one: shown.append(one))
+    groups, num_rejected = asyncio.run(
+        sample_until_accepted(
+            generate,
+            prompts,
+            accept,
+            num_groups=num_groups,
+            prompts_per_request=prompts_per_request,
+            on_group=shown.append,
+        )
     )
-    indices = [one.prompt.index for one in kept]
+    indices = [one.prompt.index for one in groups]
     assert sorted(one.prompt.index for one in shown) == indices
-    return indices, left_out, prompts.taken, cancelled
+    return indices, num_rejected, prompts.taken, cancelled
 
 
 def mixed(index: int) -> tuple[float, ...]:
@@ -64,24 +71,26 @@ def test_groups_that_all_differ_take_one_batch_of_prompts():
 
 
 def test_groups_whose_rewards_are_all_the_same_are_replaced():
-    indices, left_out, taken, _ = run(lambda index: (1.0, 1.0) if index % 2 else (0.0, 1.0))
-    assert indices == [0, 2, 4, 6] and left_out >= 3 and taken == [4, 4]
+    indices, num_rejected, taken, _ = run(lambda index: (1.0, 1.0) if index % 2 else (0.0, 1.0))
+    assert indices == [0, 2, 4, 6] and num_rejected >= 3 and taken == [4, 4]
 
 
 def test_what_is_still_in_flight_is_cancelled_when_there_are_enough():
-    indices, left_out, taken, cancelled = run(mixed, at_once=8, delay=lambda index: 0.0 if index < 4 else 60.0)
-    assert (indices, left_out, taken, sorted(cancelled)) == ([0, 1, 2, 3], 0, [8], [4, 5, 6, 7])
+    indices, num_rejected, taken, cancelled = run(
+        mixed, prompts_per_request=8, delay=lambda index: 0.0 if index < 4 else 60.0
+    )
+    assert (indices, num_rejected, taken, sorted(cancelled)) == ([0, 1, 2, 3], 0, [8], [4, 5, 6, 7])
 
 
 def test_groups_come_in_the_prompts_order_however_they_finish():
     shuffled = random.Random(0)
-    indices, *_ = run(mixed, wanted=6, at_once=6, delay=lambda index: shuffled.random() / 50)
+    indices, *_ = run(mixed, num_groups=6, prompts_per_request=6, delay=lambda index: shuffled.random() / 50)
     assert indices == list(range(6))
 
 
-def test_a_filter_that_keeps_nothing_ends_the_run_with_a_sentence():
+def test_a_filter_that_accepts_nothing_ends_the_run_with_a_sentence():
     with pytest.raises(
-        DataError, match=r"kept 0 of .* groups of this rollout: the prompts are all too easy or too hard"
+        DataError, match=r"accepted 0 of .* groups of this rollout: the prompts are all too easy or too hard"
     ):
         run(lambda index: (1.0, 1.0))
 
@@ -99,7 +108,11 @@ def test_an_error_in_one_group_cancels_the_others():
             raise
 
     with pytest.raises(ValueError, match="broken"):
-        asyncio.run(kept_groups(generate, Prompts(), rewards_differ, wanted=3, at_once=3, on_group=lambda _: None))
+        asyncio.run(
+            sample_until_accepted(
+                generate, Prompts(), rewards_differ, num_groups=3, prompts_per_request=3, on_group=lambda _: None
+            )
+        )
     assert sorted(cancelled) == [0, 2]
 
 

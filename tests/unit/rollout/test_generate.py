@@ -206,7 +206,7 @@ def test_cancelling_a_rollout_cancels_its_requests():
 
 def test_wrong_log_prob_counts_and_unknown_endings_are_errors():
     short = dataclasses.replace(generation([2, 3]), log_probs=np.zeros(1, dtype=np.float32))
-    with pytest.raises(DataError, match="'rollout_log_probs' has shape"):
+    with pytest.raises(DataError, match="a generated span has 2 tokens and 1 log_probs"):
         generate(FakeClient(lambda _: short))
     with pytest.raises(EngineError, match="prompt 0 with 'abort'"):
         generate(FakeClient(lambda _: generation([2], "abort")))

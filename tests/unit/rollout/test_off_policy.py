@@ -1,4 +1,4 @@
-"""Which samples another model writes, what they carry, and what happens when it cannot write."""
+"""Off-policy samples: which ones they are, their fields, and the student's response where the other model fails."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def rollout(run, client=None, count=2, teacher=None):
     return [sample for group in groups for sample in group.samples]
 
 
-def test_a_share_of_the_samples_is_the_data_sets():
+def test_a_share_of_the_responses_comes_from_the_data_set():
     samples = rollout(mixing())
     assert ["off_policy" in sample.values for sample in samples] == [False, False, False, True] * 2
     written = samples[3]
@@ -62,10 +62,10 @@ def test_a_share_of_the_samples_is_the_data_sets():
     assert batch.columns["off_policy"].tolist() == [0, 0, 0, 1] * 2
 
 
-def test_it_is_scored_by_the_teacher_as_any_other():
+def test_off_policy_samples_are_scored_by_the_teacher_too():
     teacher = FakeTeacher()
     samples = rollout(mixing(), teacher=teacher)
-    assert len(teacher.questions) == len(samples)
+    assert len(teacher.requests) == len(samples)
     assert samples[3].values["teacher_log_probs"].tolist() == [-0.5] * 3
 
 
@@ -85,9 +85,9 @@ def test_the_students_candidates_come_from_its_engine():
 class WithTop(ScoringClient):
     """Generates with its most likely tokens."""
 
-    async def generate(self, input_ids, sampling, most_likely=0):
+    async def generate(self, input_ids, sampling, num_top_logprobs=0):
         made = await super().generate(input_ids, sampling)
-        rows = [[[-0.5, 2, None], [-1.5, 6, None]][:most_likely] for _ in made.token_ids]
+        rows = [[[-0.5, 2, None], [-1.5, 6, None]][:num_top_logprobs] for _ in made.token_ids]
         return dataclasses.replace(made, top_rows=rows)
 
 
@@ -99,16 +99,12 @@ def test_a_long_answer_is_cut_at_the_students_limit():
     assert written.values["truncated"].tolist() == [1.0]
 
 
-class FailingWriter:
-    async def write(self, prompt, number):
-        raise EngineError("the teacher is away")
-
-    async def aclose(self):
-        pass
+async def fail(prompt, context):
+    raise EngineError("the teacher is away")
 
 
-def test_where_the_other_model_cannot_write_the_student_does_and_it_counts_as_a_failure(monkeypatch):
-    monkeypatch.setattr(off_policy, "DataSetWriter", lambda sampler: FailingWriter())
+def test_where_the_other_model_fails_the_student_responds_and_it_counts_as_a_failure_of_the_teacher(monkeypatch):
+    monkeypatch.setattr(off_policy, "take_from_data_set", fail)
     teacher = FakeTeacher()
     samples = rollout(mixing(), teacher=teacher)
     assert [sample.values["teacher_failed"].tolist() for sample in samples] == [[0], [0], [0], [1]] * 2

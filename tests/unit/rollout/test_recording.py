@@ -14,11 +14,19 @@ from slime_opd import fields
 from slime_opd.config import Config
 from slime_opd.config.stages import DivergenceConfig, OPDConfig, RewardConfig, RolloutConfig
 from slime_opd.errors import ConfigError, DataError
+from slime_opd.metrics import Concentration, Last, Maximum, Mean, Total
 from slime_opd.rollout.recording import Recordings, require_trainable
 from slime_opd.types import Prompt, Rollout, RolloutBatch, Sample, SampleGroup, Status
 
 VOCABULARY = 50
 PROMPTS_STATE = {"epoch": 1, "offset": 3, "rows": 7, "fingerprint": "abc", "rollout_shuffle": True, "rollout_seed": 4}
+METRICS = {
+    "perf/teacher_bytes_per_token": Mean(30.0, 7),
+    "rollout/groups_left_out": Last(2),
+    "a/total": Total(1.5),
+    "a/maximum": Maximum(-1.0),
+    "a/concentration": Concentration((1.0, 2.0), (0.5, 4.0)),
+}
 
 
 def every_field_of(response: int, seed: int) -> dict[str, np.ndarray]:
@@ -52,7 +60,7 @@ def a_rollout() -> Rollout:
                     sample.set(name, value)
             samples.append(sample)
         groups.append(SampleGroup(prompt, samples))
-    return Rollout(groups, weights_version=3, prompts=PROMPTS_STATE)
+    return Rollout(groups, 3, PROMPTS_STATE, METRICS, {"update_weights": 0.5, "rollout": 2.25})
 
 
 @pytest.fixture
@@ -66,7 +74,8 @@ def test_what_is_read_is_what_was_written_bit_for_bit(recordings):
     assert file.name == "rollout_7.parquet"
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     read = recordings.read(7)
-    assert (read.weights_version, read.prompts) == (3, PROMPTS_STATE)
+    for name in ("weights_version", "prompt_cursor", "metrics", "timings"):
+        assert getattr(read, name) == getattr(written, name), name
     assert [len(group.samples) for group in read.groups] == [2, 2]
     for before, after in zip(written.samples, read.samples, strict=True):
         assert (after.prompt, after.tokens, after.response) == (before.prompt, before.tokens, before.response)
@@ -93,11 +102,39 @@ def test_a_parquet_file_of_something_else_is_no_recording(recordings):
         recordings.read(1)
 
 
+def rewrite_metadata(recordings: Recordings, change) -> None:
+    """Recording 1 with its metadata changed."""
+    table = pq.read_table(recordings.file(1))
+    metadata = json.loads(table.schema.metadata[b"slime_opd"])
+    change(metadata)
+    pq.write_table(table.replace_schema_metadata({b"slime_opd": json.dumps(metadata)}), recordings.file(1))
+
+
 def test_a_recording_of_another_format_is_refused(recordings):
-    table = pq.read_table(recordings.write(1, a_rollout()))
-    about = json.loads(table.schema.metadata[b"slime_opd"]) | {"format": 99}
-    pq.write_table(table.replace_schema_metadata({b"slime_opd": json.dumps(about)}), recordings.file(1))
-    with pytest.raises(DataError, match="has format 99, this version reads 1: record the rollout again"):
+    recordings.write(1, a_rollout())
+    rewrite_metadata(recordings, lambda metadata: metadata.update(format=99))
+    with pytest.raises(DataError, match="has format 99, this version reads 1 and 2: record the rollout again"):
+        recordings.read(1)
+
+
+def test_a_recording_of_format_1_is_read_without_metrics_and_timings(recordings):
+    recordings.write(1, a_rollout())
+
+    def to_format_1(metadata: dict) -> None:
+        del metadata["metrics"], metadata["timings"]
+        metadata["format"] = 1
+
+    rewrite_metadata(recordings, to_format_1)
+    read = recordings.read(1)
+    assert (read.weights_version, read.prompt_cursor, read.metrics, read.timings) == (3, PROMPTS_STATE, {}, {})
+    assert len(read.samples) == 4
+
+
+@pytest.mark.parametrize("metrics", [{"a": {"type": "Median"}}, {"a": {"type": "Mean"}}, {"a": 1.0}, [1]])
+def test_metrics_of_an_unknown_type_are_refused(recordings, metrics):
+    recordings.write(1, a_rollout())
+    rewrite_metadata(recordings, lambda metadata: metadata.update(metrics=metrics))
+    with pytest.raises(DataError, match=r"rollout_1.parquet is damaged: "):
         recordings.read(1)
 
 

@@ -1,4 +1,4 @@
-"""What the engine is asked: lengths, stops, seeds."""
+"""Requests to the engine: lengths, stops, seeds."""
 
 import asyncio
 import json
@@ -9,26 +9,22 @@ from rollout_fakes import EOS, FakeClient, LetterTokenizer, config, generation, 
 from slime_opd.config.check_lengths import context_length
 from slime_opd.config.stages import EvaluationConfig, ModelConfig
 from slime_opd.errors import ConfigError
-from slime_opd.rollout.sampling import (
-    eos_token_ids,
-    evaluation_sampler,
-    response_text,
-    sampling_seed,
-    training_sampler,
-)
+from slime_opd.rollout import single_turn
+from slime_opd.rollout.generation import sampling_seed
+from slime_opd.rollout.sampling import eos_token_ids, evaluation_sampler, response_text, training_sampler
 
 
-def asked(length=2, number=0, index=0, **rollout):
-    """The request for one sample."""
+def request(length=2, number=0, index=0, **rollout):
+    """The engine's request for one sample: token ids and sampling parameters."""
     client = FakeClient(lambda _: generation([2]))
     sampler = training_sampler(client, LetterTokenizer(), config(**rollout))
-    asyncio.run(sampler.sample(prompts(index + 1, length)[index], number))
-    [request] = client.requests
-    return request
+    asyncio.run(sampler.sample(single_turn.generate, prompts(index + 1, length)[index], number))
+    [sent] = client.requests
+    return sent
 
 
 def test_the_prompt_goes_out_as_its_tokens_with_the_options_of_the_rollout():
-    tokens, params = asked(
+    tokens, params = request(
         rollout_temperature=0.7, rollout_top_p=0.9, rollout_top_k=5, rollout_stop=("x",), rollout_stop_token_ids=(9, 4)
     )
     assert tokens == (1, 2)
@@ -37,14 +33,14 @@ def test_the_prompt_goes_out_as_its_tokens_with_the_options_of_the_rollout():
 
 
 @pytest.mark.parametrize(("length", "expected"), [(2, 8), (12, 8), (13, 7), (19, 1)])
-def test_a_response_gets_what_the_context_leaves_up_to_its_own_limit(length, expected):
-    assert asked(length, rollout_max_context_len=20)[1].max_new_tokens == expected
+def test_a_response_is_limited_by_its_own_limit_and_the_rest_of_the_context(length, expected):
+    assert request(length, rollout_max_context_len=20)[1].max_new_tokens == expected
 
 
 @pytest.mark.parametrize("length", [20, 25])
-def test_a_prompt_that_was_read_without_the_limits_of_the_run_is_a_fault_of_the_program(length):
+def test_a_prompt_longer_than_the_context_is_an_error_in_the_program(length):
     with pytest.raises(RuntimeError, match=f"prompt 0 has {length} tokens, the context 20: it was read without"):
-        asked(length, rollout_max_context_len=20)
+        request(length, rollout_max_context_len=20)
 
 
 def test_the_context_is_the_flags_else_the_models(tmp_path):
@@ -60,9 +56,9 @@ def test_the_context_is_the_flags_else_the_models(tmp_path):
 
 
 def test_without_a_response_limit_a_response_may_fill_the_context_and_without_both_it_is_an_error():
-    assert asked(rollout_max_response_len=None)[1].max_new_tokens == 98
+    assert request(rollout_max_response_len=None)[1].max_new_tokens == 98
     with pytest.raises(ConfigError, match="--rollout-max-response-len is missing"):
-        asked(rollout_max_response_len=None, rollout_max_context_len=None)
+        request(rollout_max_response_len=None, rollout_max_context_len=None)
 
 
 def test_every_end_of_sequence_token_of_tokenizer_and_generation_config_stops(tmp_path):
@@ -85,7 +81,7 @@ def test_only_a_last_end_of_sequence_token_is_cut_from_the_text():
 
 
 def test_seeds_repeat_and_differ_between_samples_prompts_purposes_and_runs():
-    assert asked(index=1, number=2)[1].seed == asked(index=1, number=2)[1].seed == sampling_seed(5, "rollout", 1, 2)
+    assert request(index=1, number=2)[1].seed == request(index=1, number=2)[1].seed == sampling_seed(5, "rollout", 1, 2)
     seeds = {
         sampling_seed(seed, purpose, index, number)
         for seed in (1, 2)
@@ -101,7 +97,7 @@ def test_evaluation_is_greedy_by_default_with_its_own_limit_or_the_rollouts():
     def params(**evaluation):
         client = FakeClient(lambda _: generation([2]))
         sampler = evaluation_sampler(client, LetterTokenizer(), config(EvaluationConfig(**evaluation)), "small")
-        asyncio.run(sampler.sample(prompts(1)[0], 0))
+        asyncio.run(sampler.sample(single_turn.generate, prompts(1)[0], 0))
         return client.requests[0][1]
 
     assert (params().temperature, params().max_new_tokens) == (0.0, 8)

@@ -20,14 +20,16 @@ from slime_opd.teacher.sglang import SGLangTeacher
 IDS = range(2, 90)
 
 
+def client_of(server) -> EngineClient:
+    return EngineClient("http://t:1", concurrency=4, timeout_s=5, retries=0, transport=httpx.MockTransport(server))
+
+
 def teacher_of(server) -> SGLangTeacher:
-    return SGLangTeacher(
-        EngineClient("http://t:1", concurrency=4, timeout_s=5, retries=0, transport=httpx.MockTransport(server))
-    )
+    return SGLangTeacher(client_of(server))
 
 
 def fingerprint_of(server) -> Fingerprint:
-    return asyncio.run(take_fingerprint(teacher_of(server).client, IDS, None))
+    return asyncio.run(take_fingerprint(client_of(server), IDS, None))
 
 
 def at_once(coroutine) -> Future[None]:

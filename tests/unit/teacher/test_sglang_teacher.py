@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+from dataclasses import replace
 
 import httpx
 import numpy as np
@@ -13,11 +14,13 @@ import pytest
 
 from slime_opd.config import to_yaml
 from slime_opd.config.config import Config
-from slime_opd.config.stages import ModelConfig, OPDConfig, RewardConfig
+from slime_opd.config.stages import DebugConfig, ModelConfig, OPDConfig, RewardConfig, RolloutConfig
+from slime_opd.config.teacher_kinds import TEACHER_KINDS
 from slime_opd.engine.client import EngineClient
 from slime_opd.errors import ConfigError, TooManyFallbacks
 from slime_opd.teacher.fallback import check_fallback
-from slime_opd.teacher.sglang import SGLangTeacher, Wanted, make_teacher
+from slime_opd.teacher.sglang import ScoreRequest, SGLangTeacher
+from slime_opd.teacher.teacher import TEACHERS, make_teacher
 from slime_opd.types import Prompt, Sample, Status, TeacherScores
 
 
@@ -148,14 +151,14 @@ def with_candidates(response: tuple[int, ...]) -> Sample:
     return made
 
 
-def wanted_scores(wanted: Wanted, one: Sample, answer=with_top_k) -> TeacherScores:
+def requested_scores(request: ScoreRequest, one: Sample, answer=with_top_k) -> TeacherScores:
     async def main():
         client = EngineClient(
             "http://teacher:1", concurrency=2, timeout_s=5.0, retries=0, transport=httpx.MockTransport(answer)
         )
-        found = await SGLangTeacher(client, wanted).score(one)
+        scores = await SGLangTeacher(client, request).score(one)
         await client.aclose()
-        return found
+        return scores
 
     return asyncio.run(main())
 
@@ -163,7 +166,7 @@ def wanted_scores(wanted: Wanted, one: Sample, answer=with_top_k) -> TeacherScor
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize(("top_k", "student_top_k"), [(TOP, 0), (0, 2), (TOP, 2), (VOCABULARY, 2)])
 def test_top_k_scores_are_of_the_ids_asked_for_in_compact_arrays(top_k, student_top_k, dtype):
-    scores = wanted_scores(Wanted(top_k, student_top_k, VOCABULARY, dtype), with_candidates((7, 8, 9)))
+    scores = requested_scores(ScoreRequest(top_k, student_top_k, VOCABULARY, dtype), with_candidates((7, 8, 9)))
     table = np.stack([log_probs_at(at) for at in (2, 3, 4)])
     assert scores.failure is None
     np.testing.assert_allclose(scores.log_probs, table[[0, 1, 2], [7, 8, 9]], rtol=1e-6)
@@ -186,12 +189,12 @@ def test_scores_that_are_missing_have_the_shapes_of_those_that_are_there():
     def without_batches(request):
         return with_top_k(request) if b"token_ids_logprob" not in request.content else httpx.Response(400, text="no")
 
-    wanted = Wanted(TOP, 2, VOCABULARY)
-    failed = wanted_scores(wanted, with_candidates((7, 8, 9)), without_batches)
+    request = ScoreRequest(TOP, 2, VOCABULARY)
+    failed = requested_scores(request, with_candidates((7, 8, 9)), without_batches)
     assert "HTTP 400: no" in failed.failure
     assert np.isnan(failed.log_probs).all() and np.isnan(failed.student_log_probs).all()
     assert failed.top_ids.shape == failed.top_log_probs.shape == (3, TOP) and failed.student_log_probs.shape == (3, 2)
-    empty = wanted_scores(wanted, with_candidates(()), without_batches)
+    empty = requested_scores(request, with_candidates(()), without_batches)
     assert empty.failure is None
     assert empty.top_ids.shape == (0, TOP) and empty.student_log_probs.shape == (0, 2)
 
@@ -199,7 +202,7 @@ def test_scores_that_are_missing_have_the_shapes_of_those_that_are_there():
 @pytest.mark.parametrize("url", ["http://h:5/generate", "http://h:5/generate/", "http://h:5", "http://h:5/"])
 def test_the_address_may_name_the_endpoint_or_the_server(url):
     config = Config(reward=RewardConfig(rm_url=url), opd=OPDConfig(use_opd=True, opd_type="sglang"))
-    assert make_teacher(config).client.url == "http://h:5"
+    assert make_teacher(config).url == "http://h:5"
 
 
 def test_the_teachers_key_comes_from_the_environment_and_its_vocabulary_from_the_student(monkeypatch, tmp_path):
@@ -217,16 +220,41 @@ def test_the_teachers_key_comes_from_the_environment_and_its_vocabulary_from_the
         model=ModelConfig(hf_checkpoint=str(tmp_path)),
     )
     teacher = make_teacher(config)
-    teacher.client._transport = httpx.MockTransport(answer)
+    teacher._client._transport = httpx.MockTransport(answer)
     assert asyncio.run(teacher.score(sample((7, 8)))).failure is None
     assert seen[0].headers["authorization"] == "Bearer hunter2"
-    assert teacher.client.vocabulary_size == 40
+    assert teacher._client.vocabulary_size == 40
     assert "hunter2" not in to_yaml(config)
 
 
 def test_a_teacher_without_an_address_is_a_config_error():
     with pytest.raises(ConfigError, match="--rm-url"):
-        make_teacher(Config())
+        make_teacher(Config(opd=OPDConfig(use_opd=True, opd_type="sglang")))
+
+
+def test_every_kind_of_teacher_has_its_row_and_those_that_score_rollouts_are_made():
+    assert list(TEACHERS) == list(TEACHER_KINDS)
+    for name, make in TEACHERS.items():
+        assert (make is not None) == TEACHER_KINDS[name].scores_rollouts != TEACHER_KINDS[name].is_in_trainer
+
+
+def test_a_run_whose_rollouts_no_server_scores_makes_no_teacher():
+    sglang = Config(reward=RewardConfig(rm_url="http://h:5"), opd=OPDConfig(use_opd=True, opd_type="sglang"))
+    assert make_teacher(sglang) is not None
+    assert make_teacher(replace(sglang, debug=DebugConfig(load_debug_rollout_data="{rollout_id}"))) is None
+    assert make_teacher(replace(sglang, opd=OPDConfig(opd_type="sglang"))) is None
+    assert make_teacher(replace(sglang, opd=OPDConfig(use_opd=True, opd_type="megatron"))) is None
+    assert make_teacher(Config()) is None
+
+
+def test_the_teacher_generates_with_the_rollouts_time_limit_and_its_own_address():
+    config = Config(
+        reward=RewardConfig(rm_url="http://me:hunter2@h:5"),
+        opd=OPDConfig(use_opd=True, opd_type="sglang", opd_teacher_timeout_s=7),
+        rollout=RolloutConfig(rollout_request_timeout_s=300),
+    )
+    client = make_teacher(config).generation_client()
+    assert (client.url, client._timeout_s) == ("http://***@h:5", 300)
 
 
 @pytest.mark.parametrize(("failed", "total", "limit"), [(0, 8, 0.0), (1, 10, 0.1), (0, 0, 0.0), (8, 8, 1.0)])
