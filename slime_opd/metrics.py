@@ -70,7 +70,10 @@ class Last:
 
 @dataclass(frozen=True)
 class Concentration:
-    """The smallest share of tokens that carries 80% of a sum, from counts and sums of the tokens by size, smallest first."""
+    """The smallest share of tokens that carries 80% of a sum.
+
+    counts, sums: number and sum of the tokens in each bin of their size, smallest first.
+    """
 
     counts: tuple[float, ...]
     sums: tuple[float, ...]

@@ -1,6 +1,6 @@
-"""Train: `python -m slime_opd.train FLAGS`, alone or under `ray job submit`.
+"""The training loop, and its command: `python -m slime_opd.train FLAGS`, alone or under `ray job submit`.
 
-The loop, in verbs. `--help` lists the flags by purpose.
+`--help` lists the flags by purpose.
 """
 
 from __future__ import annotations
@@ -22,37 +22,39 @@ if TYPE_CHECKING:
 
 
 def train(run: Run) -> None:
-    """Generate, train, and show how it goes, until the last rollout; then evaluate and save."""
+    """Generate and train every rollout, log its metrics, and save and evaluate where that is due."""
     config = run.config
     if config.evaluates and not (config.evaluation.skip_eval_before_train or run.first_step):
         run.log(0, run.evaluate(0))
     for step in run.steps:
         done = step + 1
-        # Before the checkpoint: a run killed between the two does the step again, and no step is ever without metrics.
-        run.log(done, run.train(step, run.generate(step)))
+        rollout = run.generate(step)
+        # Logged before the checkpoint: a run killed between the two repeats the step, and no step is without metrics.
+        run.log(done, run.train(step, rollout))
         if reason := run.save_reason(done):
             run.save(done, reason)
-        if is_due(done, config.evaluation.eval_interval, config, config.evaluates):
+        if config.evaluates and is_evaluation_due(done, config):
             run.log(done, run.evaluate(done))
 
 
-def is_due(done: int, interval: int | None, config: Config, wanted: bool) -> bool:
-    """Whether something that is wanted every `interval` rollouts, and after the last, is due after `done` of them."""
-    return wanted and (done == config.rollout.num_rollout or (interval is not None and done % interval == 0))
+def is_evaluation_due(done: int, config: Config) -> bool:
+    """Whether an evaluation is due after `done` rollouts: every --eval-interval, and after the last."""
+    interval = config.evaluation.eval_interval
+    return done == config.rollout.num_rollout or (interval is not None and done % interval == 0)
 
 
-def check(arguments: list[str]) -> NoReturn:
-    """Print what is found about the run that `arguments` describe; exit code 2 where there is a problem."""
+def check(argv: list[str]) -> NoReturn:
+    """Print the findings about the run that `argv` describes, and exit; the code is 2 where there is a problem."""
     from slime_opd import preflight
 
-    sys.exit(preflight.check(arguments))
+    sys.exit(preflight.check(argv))
 
 
-def main(arguments: list[str]) -> None:
-    """Check the command line, read the data, start the run, train; with --check, look at everything and start nothing."""
-    if "--check" in arguments:
-        check([word for word in arguments if word != "--check"])
-    config = parse(arguments)
+def main(argv: list[str]) -> None:
+    """Check the command line, read the data, start the run and train; with --check, only check everything."""
+    if "--check" in argv:
+        check([argument for argument in argv if argument != "--check"])
+    config = parse(argv)
     validate(config)
     config = with_absolute_paths(config)
     from slime_opd.preflight import require_ready
@@ -64,7 +66,7 @@ def main(arguments: list[str]) -> None:
     lifetimes.own()
     lifetimes.leave_last_words("it was still starting: nothing was trained yet")
     private_cluster.prepare_environment(config.cluster.ray_address)
-    # Heavy imports come after the checks: a wrong flag is answered at once, and without Ray.
+    # Heavy imports come after the checks: a wrong flag is reported at once, without importing Ray.
     from slime_opd.cluster import deaths
     from slime_opd.cluster.run import Run
     from slime_opd.observe import console

@@ -95,10 +95,10 @@ class SampleGroup:
 
 @dataclass(frozen=True)
 class Rollout:
-    """The groups of samples of one training step, rewarded and scored, with everything that the driver keeps about them.
+    """The rewarded and scored samples that are trained on together, with everything that the driver keeps about them.
 
     weights_version: version of the student's weights that generated it, from 1; 0: no weights were sent to the engines.
-    prompt_cursor: `PromptSource.state()` after its prompts were taken; a checkpoint of the trained rollout resumes there.
+    prompt_cursor: `PromptSource.state()` after its prompts were taken; a checkpoint after its training resumes there.
     metrics: of the generation, by name, each with its own reduction.
     timings: seconds of each stage so far, by name: "update_weights", "rollout".
     """

@@ -20,7 +20,7 @@ def run_dir(config: Config) -> Path:
 
 
 def with_disk_directory(config: Config, run_directory: Path) -> Config:
-    """The configuration with a directory for --update-weight-transport disk: in the run's directory unless one is set."""
+    """The configuration with a directory for --update-weight-transport disk: the run's own unless one is set."""
     directory = config.weights.update_weight_disk_dir or str(run_directory / "weights")
     return replace(config, weights=replace(config.weights, update_weight_disk_dir=directory))
 

@@ -26,7 +26,7 @@ OnSample = Callable[[Sample], None]
 
 
 class Generator:
-    """Generates `--n-samples-per-prompt` responses per prompt with the student's engines, and has each rewarded and scored."""
+    """Generates `--n-samples-per-prompt` responses per prompt, and has each rewarded and scored."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Generator:
     async def _set_teacher_scores(self, sample: Sample, failure: EngineError | None) -> None:
         if self._teacher is None:
             return
-        # A teacher that failed to write the response counts as one that failed to score it: no scores of another response.
+        # A teacher that failed to generate the response counts as one that failed to score it.
         if failure is None:
             scores = await self._teacher.score(sample)
         else:

@@ -97,8 +97,8 @@ class GenerateContext:
             self.params,
             max_new_tokens=num_tokens,
             stop=(*self.params.stop, *stop),
-            # SGLang uses it with --sglang-enable-deterministic-inference only, and would otherwise draw all samples of a
-            # prompt from one default seed.
+            # Only --sglang-enable-deterministic-inference uses it, and without it draws all samples of a prompt from one
+            # default seed.
             seed=self.seed(self.num_turns),
         )
         self.num_turns += 1

@@ -14,10 +14,10 @@ _SIGNAL_CHECK_S = 1.0
 
 
 class BackgroundLoop:
-    """Runs coroutines for the driver: `run` waits, `submit` does not, so prefetching is the same loop.
+    """An event loop in a background thread: `run` waits for a coroutine, `submit` does not.
 
-    An exception in a coroutine is raised where its result is asked for. Usable as a context
-    manager; `close` cancels whatever still runs. `check` is called every second of a wait, and ends it by raising.
+    An exception in a coroutine is raised where its result is read. As a context manager it closes itself, which cancels
+    the coroutines that still run. `check` is called every second while `run` waits, and ends the wait by raising.
     """
 
     def __init__(self, name: str = "rollout-loop", check: Callable[[], None] = lambda: None) -> None:

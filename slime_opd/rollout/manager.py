@@ -24,7 +24,7 @@ from slime_opd.types import Rollout, Sample, SampleGroup
 
 
 class RolloutManager:
-    """Makes rollouts and evaluates, with the student's engines. One event loop in the background serves all requests."""
+    """Makes rollouts and evaluates the student, with its engines. One background event loop serves all requests."""
 
     def __init__(
         self,

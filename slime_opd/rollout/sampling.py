@@ -26,7 +26,7 @@ class Sampler:
     """Generates responses with one model's engines, under one set of sampling options and length limits.
 
     params: `max_new_tokens` is the largest response length.
-    max_context: largest length of prompt and response together, which may leave a response fewer tokens; None: no limit.
+    max_context: largest length of prompt and response together, which may leave fewer tokens; None: no limit.
     eos: ids that end a response and are not part of its text.
     purpose: keeps the seeds of training, of each evaluation set and of a teacher's responses apart.
     num_top_logprobs: the model's most likely tokens that samples keep at each position; 0: none.

@@ -1,7 +1,7 @@
-"""The process in which a user's reward and filter are tried before a run: `python -m slime_opd.rollout.trial REPORT`.
+"""The process that tries a user's reward or filter before a run: `python -m slime_opd.rollout.trial REPORT`.
 
-It reads a pickled task from its standard input and writes to the file REPORT what it is doing, then the problem, if any. A
-process of its own can be ended when the function hangs, and survives a function that ends the process.
+It reads a pickled task from its standard input, and writes its current stage and then the problem, if any, to the file
+REPORT. A separate process can be killed when the function hangs, and contains a function that ends its process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from slime_opd.types import Sample
 
 @dataclass(frozen=True)
 class RewardTask:
-    """Import `--custom-rm-path` and call it on each sample; a sample comes with its description for messages."""
+    """Import `--custom-rm-path` and call it on each sample. samples: pairs of a description and a sample."""
 
     config: Config
     samples: tuple[tuple[str, Sample], ...]
@@ -62,9 +62,9 @@ def main(report_path: str) -> None:
     _end_with_parent()
     stage = ""
 
-    def report(doing: str) -> None:
+    def report(new_stage: str) -> None:
         nonlocal stage
-        stage = doing
+        stage = new_stage
         write(report_path, {"stage": stage})
 
     problem = None
@@ -78,12 +78,12 @@ def main(report_path: str) -> None:
         problem = f"it raises {described(error)}"
     write(report_path, {"stage": stage, "problem": problem})
     sys.stdout.flush()
-    # Not by way of `exit`: a thread that the function left running would be waited for.
+    # Not `sys.exit`, which would wait for threads that the function left running.
     os._exit(0)
 
 
 def _end_with_parent() -> None:
-    """End this process and its group, which it leads, when the other end of standard input is closed."""
+    """Kill this process and its group, which it leads, once the other end of standard input is closed."""
     lifeline, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
 
@@ -95,7 +95,7 @@ def _end_with_parent() -> None:
 
 
 def write(path: str, report: dict[str, str | None]) -> None:
-    """Replace the report at once, so that it is whole whenever it is read."""
+    """Replace the report atomically, so that a reader never sees a part of it."""
     partial = Path(f"{path}.partial")
     partial.write_text(json.dumps(report), encoding="utf-8")
     partial.replace(path)

@@ -1,7 +1,7 @@
-"""Checks that the teacher's log-probs belong to the tokens at their positions, and to the distribution it generates from.
+"""Checks that the teacher's log-probs are of the tokens at their positions, and of the distribution it generates from.
 
-Entry t of a score is the log-prob of token t given the tokens before it. With another token at t, entry t changes and no
-entry before it: constant answers change nowhere, and answers that are shifted by a position change elsewhere.
+Entry t of a score is the log-prob of token t given the tokens before it. With another token at t, entry t changes and
+no entry before it: constant answers change nowhere, and answers that are shifted by a position change elsewhere.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """A teacher's fingerprint: its log-probs of a few fixed sequences, and how far they vary by themselves.
 
 The log-probs of one model and one sequence vary a little: with the batch that a request is computed in, with the prefix
-cache, from replica to replica. They are read while the server is idle and while it is busy; the spread of these readings
-is the normal variation. The distance of two readings is the largest, over the sequences, of the median over tokens of
-|difference|: another model moves most tokens, while a mixture of experts under load may move a few tokens far.
+cache, from replica to replica. They are read while the server is idle and while it is busy; the spread of these
+readings is the normal variation. The distance of two readings is the largest, over the sequences, of the median over
+tokens of |difference|: another model moves most tokens, while a mixture of experts under load may move a few far.
 """
 
 from __future__ import annotations

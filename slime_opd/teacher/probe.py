@@ -1,10 +1,10 @@
-"""The checks of a teacher's server before the first rollout: that it answers, shares the student's vocabulary, and scores.
+"""The checks of a teacher's server before the first rollout: it answers, shares the student's vocabulary, and scores.
 
 All facts come from the server itself, whose disk may be out of reach. Its vocabulary size comes from a request that
 SGLang refuses before it touches the model: *an input id past the vocabulary would not be refused; it ends the server*
 (sglang 0.5.9). For the same reason nothing is scored before the size is known to be the student's. Its tokenizer is
-compared by the text to which the server decodes ids spread over the vocabulary, and its end-of-sequence ids by making it
-generate each of the student's.
+compared by the text to which the server decodes ids spread over the vocabulary, and its end-of-sequence ids by making
+it generate each of the student's.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ async def _check_scores(
 
 
 async def _decoded_by_teacher(client: EngineClient, ids: Sequence[int]) -> list[str] | None:
-    """The text of each id by the server's tokenizer, None for a server without one. Raises EngineError for a wrong answer."""
+    """The text of each id by the server's tokenizer, None without one. Raises EngineError for a wrong answer."""
     answer = await client.post_generate({**protocol.score_payload(ids, 1), "return_text_in_logprobs": True})
     protocol.parse_scores(answer, ids, 1, client.vocabulary_size)
     texts = [row[2] if len(row) > 2 else None for row in protocol.meta_info(answer)["input_token_logprobs"]]

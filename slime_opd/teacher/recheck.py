@@ -17,7 +17,7 @@ class TeacherRecheck:
     """Reads the teacher's fingerprint again every `interval` rollouts (0: never), at the same time as the rollout.
 
     `submit` starts a coroutine on the event loop that the teacher's connections belong to. A reading that fails is a
-    counted failure of the teacher, not a change. `drift`: distance of the latest reading in nats, None before the first.
+    counted failure of the teacher, not a change. `drift`: distance of the latest reading in nats; None before it.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class TeacherRecheck:
             self._reading = self._submit(self._compare(self._fingerprint, "at the start of this run"))
 
     def finish(self) -> None:
-        """Raise TeacherError where the teacher has changed. A reading that is still running is left to the next call."""
+        """Raise TeacherError where the teacher has changed. A reading that still runs is left to the next call."""
         if self._reading is not None and self._reading.done():
             reading, self._reading = self._reading, None
             reading.result()

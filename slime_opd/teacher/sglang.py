@@ -131,7 +131,7 @@ class SGLangTeacher:
         return scores
 
     async def read(self, sequences: Sequence[Sequence[int]], start: int) -> Reading:
-        """The log-probs of the sequences' tokens from `start` on. Raises EngineError where the server does not answer."""
+        """Log-probs of the sequences' tokens from `start` on. Raises EngineError where the server does not answer."""
         return await read(self._client, sequences, start)
 
     def note_failure(self, error: EngineError) -> None:

@@ -58,7 +58,7 @@ def decoded(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def compare_texts(
     ids: Sequence[int], teacher: Sequence[str], student: Sequence[str], teacher_tokenizer: str | None
 ) -> int:
-    """Compare the texts of `ids`; returns their number. Raises TeacherMismatch where an id stands for different texts."""
+    """Compare the texts of `ids`; returns their number. Raises TeacherMismatch where the texts of an id differ."""
     rows = zip(ids, teacher, student, strict=True)
     if differing := [row for row in rows if row[1] != row[2]]:
         raise TeacherMismatch(

@@ -1,4 +1,4 @@
-"""A run that is told to end: what is saved, with which place in the prompts. Its parts are stand-ins; the signals are real."""
+"""A run that a signal ends: what is saved, with which prompt cursor. Its parts are stand-ins; the signals are real."""
 
 from __future__ import annotations
 

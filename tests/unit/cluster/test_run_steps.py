@@ -1,4 +1,4 @@
-"""A run's steps on stand-ins: what a rollout carries is what is trained, reported and saved, however far ahead it was made."""
+"""A run's steps on stand-ins: a rollout made ahead is reported and saved with its own metrics, times and cursor."""
 
 from __future__ import annotations
 

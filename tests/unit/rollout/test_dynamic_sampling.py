@@ -36,7 +36,7 @@ class Prompts:
 
 
 def run(rewards_of, *, num_groups=4, prompts_per_request=4, delay=lambda index: 0.0, accept=rewards_differ):
-    """Indices of the accepted groups, number of rejected ones, sizes of the requests for prompts, and cancelled prompts."""
+    """Indices of the accepted groups, number of rejected ones, sizes of the prompt requests, cancelled prompts."""
     prompts, cancelled, shown = Prompts(), [], []
 
     async def generate(prompt: Prompt) -> SampleGroup:

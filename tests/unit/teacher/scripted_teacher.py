@@ -1,4 +1,4 @@
-"""A server that answers as sglang 0.5.9 does, of a small causal model made of random numbers; and ways to lie about it."""
+"""A server that answers as sglang 0.5.9 does, of a small causal model of random numbers; and ways to falsify it."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ def log_probs_after(prefix: tuple[int, ...], model: int, size: int) -> np.ndarra
 class ScriptedTeacher:
     """A server to put behind httpx.MockTransport.
 
-    `model` is the number of the model it serves; `noise` moves every log-prob anew by so many nats at each request, `busy` turns the noise on
-    only among many requests. `lie(row)` changes the rows of scores (`rows` of `[log_prob, id, text]`). `largest_id` records the
-    largest id that was given to the model.
+    model: number of the model that it serves. noise: nats by which each request moves every log-prob, at random.
+    lie: changes the rows `[log_prob, id, text]` of scores. largest_id: the largest id that was given to the model.
     """
 
     def __init__(

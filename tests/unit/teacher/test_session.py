@@ -1,4 +1,4 @@
-"""A run's teacher: probed at the start, compared with a checkpoint's, measured during the rollouts, closed at the end."""
+"""A run's teacher: probed at the start, compared with a checkpoint's, measured in the rollouts, closed at the end."""
 
 from __future__ import annotations
 
