@@ -32,9 +32,9 @@ def measure(rank: int, world_size: int, init_method: str, directory: str, gigaby
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from slime_opd.checkpoint.directory import publish
     from slime_opd.checkpoint.formats.verification import Verification, on_first_rank, write_manifest
     from slime_opd.checkpoint.location import Location
+    from slime_opd.checkpoint.publish import publish
     from slime_opd.config.stages import ParallelConfig
     from slime_opd.model import parallel
 

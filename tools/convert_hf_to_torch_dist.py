@@ -39,34 +39,36 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from slime_opd.checkpoint import directory, disk
-    from slime_opd.checkpoint.formats import conversion, hugging_face
-    from slime_opd.checkpoint.formats import model_state as checkpoint
+    from slime_opd.checkpoint.formats import hf_to_torch_dist
+    from slime_opd.checkpoint.formats.failures import writing
+    from slime_opd.checkpoint.formats.hf_reader import weight_files, weights_dtype
     from slime_opd.checkpoint.formats.verification import Verification, on_first_rank, write_manifest
     from slime_opd.checkpoint.lock import RunLock
+    from slime_opd.checkpoint.publish import publish
     from slime_opd.checkpoint.tokenizer import copy_tokenizer
     from slime_opd.config.stages import ParallelConfig
     from slime_opd.model import parallel
 
     source = directory.require(config.model.hf_checkpoint, "--hf-checkpoint")
-    config = completed(config, hugging_face.weights_dtype(config.model.hf_checkpoint))
+    config = completed(config, weights_dtype(config.model.hf_checkpoint))
     partial = target / "release.partial"
-    needed = sum(file.stat().st_size for file in hugging_face.weight_files(source.directory))
+    needed = sum(file.stat().st_size for file in weight_files(source.directory))
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        disk.check_room(target, "release", needed)
+        disk.check_free_space(target, "release", needed)
 
     with parallel.tool_process(ParallelConfig()), torch.no_grad(), ExitStack() as stack:
         if torch.distributed.get_rank() == 0:
             stack.enter_context(RunLock(target))
         Verification(enabled=not config.checkpoint.no_verify_checkpoint).require(source, "--hf-checkpoint")
-        with checkpoint.writing(partial, needed):
+        with writing(partial, needed):
             on_first_rank(begin)
-            conversion.to_torch_dist(config, partial)
+            hf_to_torch_dist.convert(config, partial)
             on_first_rank(lambda: copy_tokenizer(source.directory, partial))
             write_manifest(partial)
-            final = on_first_rank(lambda: directory.publish(partial))
+            final = on_first_rank(lambda: publish(partial))
         if torch.distributed.get_rank() == 0:
             print(f"wrote {final}")
 

@@ -50,7 +50,7 @@ def convert(options: argparse.Namespace) -> list[str]:
     # Weights are moved from file to file; a GPU would only be in the way.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from slime_opd.checkpoint import directory
-    from slime_opd.checkpoint.formats import export
+    from slime_opd.checkpoint.formats import torch_dist_to_hf
 
     location = directory.require(options.input_dir, "--input-dir")
     if location.is_hugging_face:
@@ -62,7 +62,7 @@ def convert(options: argparse.Namespace) -> list[str]:
         )
     if not options.no_verify_checkpoint:
         verify(location)
-    return export.write(
+    return torch_dist_to_hf.convert(
         location.directory,
         options.output_dir,
         options.origin_hf_dir,

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+from slime_opd.checkpoint.atomic import replace_text
 from slime_opd.checkpoint.directory import TRACKER
 from slime_opd.checkpoint.location import REPLACED, iterations
 
@@ -51,7 +52,7 @@ def set_aside(root: Path, newest: int | None) -> Path | None:
     number = 1 + max((int(_ASIDE.fullmatch(path.name)[1]) for path in aside_directories(root)), default=0)
     partial = root / f"aside_{number}_{datetime.date.today():%Y-%m-%d}.partial"
     partial.mkdir()
-    _replace_text(partial / _PLAN, json.dumps({"steps": steps, "newest": newest}))
+    replace_text(partial / _PLAN, json.dumps({"steps": steps, "newest": newest}))
     return finish_set_aside(root)
 
 
@@ -73,7 +74,7 @@ def finish_set_aside(root: Path) -> Path | None:
 def _carry_out(root: Path, partial: Path, plan: dict) -> None:
     latest = "release" if plan["newest"] is None else str(plan["newest"])
     if latest != "release" or (root / latest).is_dir():
-        _replace_text(root / TRACKER, latest)
+        replace_text(root / TRACKER, latest)
     else:
         (root / TRACKER).unlink(missing_ok=True)
     for step in plan["steps"]:
@@ -81,11 +82,5 @@ def _carry_out(root: Path, partial: Path, plan: dict) -> None:
         for found in (path, path.with_name(path.name + REPLACED)):
             if found.is_dir():
                 found.rename(partial / found.name)
-    _replace_text(partial / TRACKER, str(max(plan["steps"])))
+    replace_text(partial / TRACKER, str(max(plan["steps"])))
     (partial / _PLAN).unlink()
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

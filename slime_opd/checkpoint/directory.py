@@ -1,19 +1,11 @@
-"""A directory of checkpoints: `iter_0000010/` (or `release/`) and `latest_checkpointed_iteration.txt`, as Megatron-LM writes them.
-
-A step is written under a name that no reader looks at, then renamed, and only then named in the tracker file; so a kill at
-any moment leaves the previous checkpoint valid. Files and names are on the disk before the next one relies on them, so the same
-holds for a power cut.
-"""
+"""Finds a checkpoint in a directory: `iter_0000010/` (or `release/`) and `latest_checkpointed_iteration.txt`, as Megatron-LM writes them."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from slime_opd.checkpoint.location import (
-    REPLACED,
     RUN_STATE,
     TOKENIZER,
     Location,
@@ -21,7 +13,6 @@ from slime_opd.checkpoint.location import (
     iterations,
 )
 from slime_opd.checkpoint.lock import LOCK
-from slime_opd.checkpoint.manifest import MANIFEST
 from slime_opd.checkpoint.whole import alternative, flags_for, newest_whole, read_json, refusal, require_whole
 from slime_opd.config import Config
 from slime_opd.errors import CheckpointError
@@ -157,55 +148,6 @@ def tokenizer_dir(location: Location) -> Path | None:
     return directory if directory.is_dir() else None
 
 
-def publish(partial: Path) -> Path:
-    """Give a complete `NAME.partial` its name, and name it in the tracker file.
-
-    A checkpoint that has that name already is kept beside it as `NAME.replaced` until the new one can be found.
-    """
-    root, final = partial.parent, partial.with_suffix("")
-    replaced = final.with_name(final.name + REPLACED)
-    synchronize(partial)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    partial.rename(final)
-    tracker = root / f"{TRACKER}.partial"
-    iteration = iteration_of(final.name)
-    tracker.write_text("release" if iteration is None else str(iteration))
-    _synchronize_one(root)
-    _synchronize_one(tracker)
-    tracker.rename(root / TRACKER)
-    _synchronize_one(root)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return final
-
-
-def remove_old(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` of the checkpoints up to the one that the tracker names; 0 keeps all.
-
-    Later steps, of a run that was continued from an earlier one, are left alone: they are not this run's.
-    """
-    tracked = read_tracker(root, "--save") if (root / TRACKER).exists() else None
-    if not keep or tracked is None:
-        return
-    for location in [location for location in iterations(root) if location.iteration <= tracked][:-keep]:
-        shutil.rmtree(location.directory)
-
-
-def synchronize(directory: Path) -> None:
-    """Wait until every file of a directory, and the names of the files, are on the disk."""
-    for path in [*(path for path in directory.rglob("*") if path.is_file()), *directory.glob("*/"), directory]:
-        _synchronize_one(path)
-
-
-def _synchronize_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _existing(root: Path, step: int, flag: str) -> Location:
     location = next((found for found in iterations(root) if found.iteration == step), None)
     if location is None:
@@ -228,9 +170,3 @@ def _complete(location: Location, flag: str) -> Location:
         reason = "it is in Megatron-LM's older format 'torch', expected 'torch_dist'" if old else ".metadata is missing"
         raise CheckpointError(refusal(location, flag, [reason]))
     return location
-
-
-__all__ = [
-    "MANIFEST", "RUN_STATE", "TRACKER", "Location", "find", "iterations", "problems", "publish", "read_run_state",
-    "read_tracker", "remove_old", "require", "synchronize", "tokenizer_dir",
-]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Room on the disk for a checkpoint, and the sentence for one that could not be written."""
+"""Free disk space for a checkpoint, and the error message for one that could not be written."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def format_bytes(count: int) -> str:
     return f"{count} bytes" if unit == 0 else f"{value:.1f} {_UNITS[unit]}"
 
 
-def check_room(root: Path, name: str, needed: int) -> None:
+def check_free_space(root: Path, name: str, needed: int) -> None:
     """Raise CheckpointError where fewer than `needed` bytes are free for the checkpoint `name` in `root`."""
     if shutil.disk_usage(root).free < needed:
-        raise CheckpointError(not_written(root, name, needed, "there is no room for it"))
+        raise CheckpointError(not_written(root, name, needed, "the disk has too little free space"))
 
 
 def not_written(root: Path, name: str, needed: int, reason: str) -> str:

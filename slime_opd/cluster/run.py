@@ -29,9 +29,9 @@ from slime_opd.config.redact import redacted
 from slime_opd.config.yaml_file import to_yaml
 from slime_opd.data.source import PromptSource
 from slime_opd.errors import CheckpointError, ConfigError
-from slime_opd.metrics import Metric, speed_metrics, time_metrics, values
+from slime_opd.metrics import Metric, values
 from slime_opd.observe import console, summary
-from slime_opd.observe.metrics import batch_metrics
+from slime_opd.observe.metrics import batch_metrics, speed_metrics, time_metrics
 from slime_opd.observe.sinks import MetricSinks
 from slime_opd.rollout.evaluate import EvalSet
 from slime_opd.rollout.loop import BackgroundLoop

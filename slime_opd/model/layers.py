@@ -34,7 +34,7 @@ FUSED_NORMS = {
     "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
 }
-LATENT_FUSED_NORMS = {
+MLA_FUSED_NORMS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
     "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
     "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -96,7 +96,7 @@ def _local(layer: ModuleSpec, architecture: TransformerConfig) -> ModuleSpec:
         # that comes from the other ranks' heads.
         parts_of_attention |= {"linear_q_down_proj": Linear, "linear_kv_down_proj": Linear}
     attention = replace(attention, submodules=replace(attention.submodules, **parts_of_attention))
-    keys = dict(LATENT_FUSED_NORMS if latent else FUSED_NORMS)
+    keys = dict(MLA_FUSED_NORMS if latent else FUSED_NORMS)
     if mlp.module is MoELayer:
         # The router reads what the experts read, so nothing can be fused there.
         del keys["pre_mlp_layernorm."]

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from slime_opd.checkpoint.safetensors_index import INDEX, read_index
 from slime_opd.config.families import family_problem
 from slime_opd.config.hf_config import read_hf_config
 from slime_opd.errors import CheckpointError
 from slime_opd.preflight.family_tensors import expected_tensors, may_be_extra
 from slime_opd.preflight.safetensors_header import TensorInfo, printable, read_header
-
-INDEX = "model.safetensors.index.json"
 
 # What PyTorch can make parameters of.
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -54,12 +52,10 @@ def weight_problems(directory: Path) -> tuple[list[str], str]:
 def _read_files(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     """The tensors of all files, by name, and what is wrong with the files."""
     index = directory / INDEX
-    weight_map: dict[str, str] | None = None
-    if index.exists():
-        try:
-            weight_map = _read_index(index)
-        except CheckpointError as error:
-            return {}, [str(error)]
+    try:
+        weight_map = read_index(directory)
+    except CheckpointError as error:
+        return {}, [str(error)]
     names = sorted(set(weight_map.values())) if weight_map else sorted(p.name for p in directory.glob("*.safetensors"))
     if not names:
         others = any(directory.glob("*.bin"))
@@ -95,21 +91,6 @@ def _read_files(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
         if unnamed := sorted(set(found) - set(weight_map)):
             problems.append(f"{index} does not name {_some(unnamed, 'tensors')} that the files have")
     return found, problems
-
-
-def _read_index(index: Path) -> dict[str, str]:
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{index} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{index} is not JSON") from None
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map of tensors to files")
-    if not all(isinstance(file, str) and Path(file).name == file and "\0" not in file for file in weight_map.values()):
-        raise CheckpointError(f"{index}: its weight_map names something that is not a file of this directory")
-    return weight_map
 
 
 def _differences(

@@ -108,9 +108,9 @@ def _shapes_of(location: directory.Location) -> dict[str, Any]:
             return {}  # look_at_weights reports it
         return {name: architecture[name] for name in _COMPARED if name in architecture}
     # Imports Megatron: seconds.
-    from slime_opd.checkpoint.formats.model_state import shapes_at
+    from slime_opd.checkpoint.formats.architecture import sizes_at
 
-    return shapes_at(str(location.directory))
+    return sizes_at(str(location.directory))
 
 
 def _differences(places: dict[str, dict[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from slime_opd.batch.train import train_rollout
-from slime_opd.checkpoint.formats import model_state as checkpoint
+from slime_opd.checkpoint.formats.state import state_to_save
 from slime_opd.config import Config
 from slime_opd.metrics import Metric
 from slime_opd.model import parallel
@@ -162,4 +162,4 @@ def rehearse(
 
 def _sharded_state(trainer: Trainer) -> None:
     """What a save gathers of the optimizer's state, before anything is written."""
-    checkpoint.state_to_save(trainer.model, trainer._training_state(), 1)
+    state_to_save(trainer.model, trainer._training_state(), 1)

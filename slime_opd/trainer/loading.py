@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from slime_opd.checkpoint import directory
-from slime_opd.checkpoint.formats import model_state
+from slime_opd.checkpoint.formats.load import load_weights
 from slime_opd.checkpoint.formats.verification import Verification
 from slime_opd.config.stages import CheckpointConfig
 from slime_opd.errors import CheckpointError
-from slime_opd.model.builder import HiddenStatesModel, is_padding
+from slime_opd.model.hidden_states import HiddenStatesModel
+from slime_opd.model.vocabulary import is_padding
 from slime_opd.trainer.snapshots import WeightSnapshots, fingerprint
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class ModelLoader:
     def load(self, source: Source, *, any_vocabulary: bool = False) -> Fingerprint:
         """Verify the checkpoint and load its weights into the model; returns their fingerprint."""
         self._verification.require(source.location, source.flag)
-        model_state.load_weights(self._model, self._bridge, source.location, source.flag, any_vocabulary=any_vocabulary)
+        load_weights(self._model, self._bridge, source.location, source.flag, any_vocabulary=any_vocabulary)
         return fingerprint(self._model)
 
     def keep(self, name: str, source: Source, *, resident: bool = False, any_vocabulary: bool = False) -> Fingerprint:
@@ -69,7 +70,7 @@ class ModelLoader:
         untouched = [
             key
             for key, weight in self._model.named_parameters()
-            if weight.dim() > 1 and not weight.any() and not is_padding(key, weight, self._bridge)
+            if weight.dim() > 1 and not weight.any() and not is_padding(key, weight, self._bridge.vocab_size)
         ]
         if untouched:
             raise CheckpointError(

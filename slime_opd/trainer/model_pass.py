@@ -19,7 +19,7 @@ from slime_opd.config import Config
 from slime_opd.head.output_layer import score
 from slime_opd.head.vocabulary import VocabularyShard
 from slime_opd.model import device
-from slime_opd.model.builder import HiddenStatesModel
+from slime_opd.model.hidden_states import HiddenStatesModel
 from slime_opd.trainer.micro_batch import MicroBatch, micro_batches
 from slime_opd.types import TrainBatch
 

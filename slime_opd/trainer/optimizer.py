@@ -15,8 +15,9 @@ from megatron.core.utils import local_multi_tensor_l2_norm
 from slime_opd.checkpoint.formats.adam_state import use_fused_kernel
 from slime_opd.config import Config
 from slime_opd.model import device
-from slime_opd.model.builder import HiddenStatesModel, parameter_dtype
+from slime_opd.model.hidden_states import HiddenStatesModel
 from slime_opd.model.options import settings
+from slime_opd.model.transformer_config import parameter_dtype
 
 
 class _HalfPrecision(Float16Module):

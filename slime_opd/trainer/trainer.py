@@ -18,16 +18,26 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from slime_opd.checkpoint import directory
-from slime_opd.checkpoint.formats import export, model_state
+from slime_opd.checkpoint.atomic import replace_directory
+from slime_opd.checkpoint.formats import torch_dist_to_hf
+from slime_opd.checkpoint.formats.architecture import vocabulary_rows
+from slime_opd.checkpoint.formats.load import load_training_state
+from slime_opd.checkpoint.formats.save import save
+from slime_opd.checkpoint.formats.state import TrainingState
 from slime_opd.checkpoint.formats.verification import Verification
 from slime_opd.config import Config
 from slime_opd.config.stages import CheckpointConfig
 from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.settings import HeadSettings
 from slime_opd.head.teacher_comparison import TeacherStates
+from slime_opd.head.vocabulary import VocabularyShard
 from slime_opd.metrics import Concentration, Last, Mean, Metric, Total
 from slime_opd.model import parallel
-from slime_opd.model.builder import HiddenStatesModel, build_model, kernels, make_bridge, vocabulary_shard
+from slime_opd.model.bridge import make_bridge
+from slime_opd.model.builder import build_model
+from slime_opd.model.hidden_states import HiddenStatesModel
+from slime_opd.model.transformer_config import kernels
+from slime_opd.model.vocabulary import vocabulary_shard
 from slime_opd.objective.streams import Objective
 from slime_opd.trainer import finite
 from slime_opd.trainer.loading import Fingerprint, ModelLoader, Source, student_source
@@ -67,7 +77,9 @@ class Trainer:
         self.bridge = make_bridge(config)
         self.model: HiddenStatesModel = build_model(config, self.bridge)
         self.snapshots = WeightSnapshots(self.model)
-        self.shard = vocabulary_shard(self.model, self.bridge) if self.layout.is_last_stage else None
+        self.shard: VocabularyShard | None = None
+        if self.layout.is_last_stage:
+            self.shard = vocabulary_shard(self.model.output_weight(), self.bridge.vocab_size)
         # None where the user turned Megatron's check off.
         self._checks_finite = config.megatron.check_for_nan_in_grad is not False
         self._gathered_weights: GatheredWeights | None = None
@@ -107,7 +119,7 @@ class Trainer:
         location = directory.require(opd.opd_teacher_load, "--opd-teacher-load", opd.opd_teacher_ckpt_step)
         source = Source(location, "--opd-teacher-load")
         weights = loader.keep("teacher", source, resident=opd.opd_teacher_resident, any_vocabulary=True)
-        return weights, self._teacher_layer(model_state.vocabulary_rows(location))
+        return weights, self._teacher_layer(vocabulary_rows(location))
 
     def _resume(self, source: Source, options: CheckpointConfig) -> dict[str, Any]:
         """Load optimizer and schedule from a checkpoint that the run continues; returns the run's state, {} for a new run."""
@@ -118,7 +130,7 @@ class Trainer:
             self.scheduler.step(increment=int(run_state.get("step", 0)) * max(1, self.config.steps_per_rollout))
         else:
             settings = group_settings(self.optimizer)
-            model_state.load_training_state(self._training_state(), source.location, source.flag)
+            load_training_state(self._training_state(), source.location, source.flag)
             restore_settings(self.optimizer, self.scheduler, settings)
         return run_state
 
@@ -154,8 +166,8 @@ class Trainer:
         """Micro-batches of all passes so far; another thread reads it to see that the rank advances."""
         return 0 if self.model_pass is None else self.model_pass.num_micro_batches
 
-    def _training_state(self) -> model_state.TrainingState:
-        return model_state.TrainingState(self.model, self.optimizer, self.scheduler)
+    def _training_state(self) -> TrainingState:
+        return TrainingState(self.model, self.optimizer, self.scheduler)
 
     def score(self, batch: TrainBatch, progress: float, names: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
         """Begin a rollout: run the models whose scores its steps need over the rank's share, which is kept for `step`.
@@ -235,9 +247,7 @@ class Trainer:
         training = None if options.no_save_optim else self._training_state()
         tokenizer = self.config.model.hf_checkpoint
         with self._waiting_for_files():
-            return model_state.save(
-                options.save, iteration, self.model, training, run_state, options.keep_checkpoints, tokenizer
-            )
+            return save(options.save, iteration, self.model, training, run_state, options.keep_checkpoints, tokenizer)
 
     def _waiting_for_files(self) -> AbstractContextManager[None]:
         return parallel.waiting_for_files(self.config.training.distributed_timeout_minutes)
@@ -245,7 +255,7 @@ class Trainer:
     def save_hugging_face(self, iteration_directory: str, path: str) -> None:
         """Write the checkpoint in `iteration_directory` as a Hugging Face directory at `path`; for one rank alone."""
         origin = self.config.model.hf_checkpoint
-        export.replace_directory(path, lambda partial: export.write(iteration_directory, partial, origin))
+        replace_directory(path, lambda partial: torch_dist_to_hf.convert(iteration_directory, partial, origin))
 
 
 def _collect(objectives: list[Objective]) -> dict[str, Metric]:

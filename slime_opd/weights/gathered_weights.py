@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from mbridge.core.bridge import Bridge
 from megatron.core import parallel_state
 from torch import Tensor
 
+from slime_opd.checkpoint.formats.tensors import own_storage
 from slime_opd.model import device
-from slime_opd.model.builder import HiddenStatesModel
+from slime_opd.model.bridge import ModelBridge
+from slime_opd.model.hidden_states import HiddenStatesModel
 
 _EXPERT = ".mlp.experts.linear_fc"
 
@@ -40,7 +41,7 @@ class GatheredWeights:
     All ranks make it together and iterate it together, to the end: each weight is gathered when its turn comes.
     """
 
-    def __init__(self, model: HiddenStatesModel, bridge: Bridge) -> None:
+    def __init__(self, model: HiddenStatesModel, bridge: ModelBridge) -> None:
         self._model, self._bridge = model, bridge
         own = self._own_parameters()
         stages = parallel_state.get_pipeline_model_parallel_world_size()
@@ -50,24 +51,22 @@ class GatheredWeights:
         self._parameters = [parameter for stage in per_stage for parameter in stage]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        is_tied = self._bridge.hf_config.tie_word_embeddings
         own = _tensors(self._model)
         seen: set[str] = set()
         for parameter in self._parameters:
             for name, value in self._whole(parameter, own):
-                for hf_name, tensor in zip(*self._bridge._weight_to_hf_format(name, value), strict=True):
+                for hf_name, tensor in self._bridge.to_hugging_face(name, value):
                     # With pipeline stages a tied embedding comes once for each end of the model.
-                    if hf_name in seen or (is_tied and hf_name == "lm_head.weight"):
+                    if hf_name in seen or (self._bridge.is_tied and hf_name == "lm_head.weight"):
                         continue
                     seen.add(hf_name)
-                    # A slice (of a padded vocabulary, of a fused projection) would drag its whole storage to disk or to an engine.
-                    owns_storage = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-                    yield hf_name, tensor if owns_storage else tensor.clone(memory_format=torch.contiguous_format)
+                    # A slice (of a padded vocabulary, of a fused projection) would take its whole storage to disk or to an engine.
+                    yield hf_name, own_storage(tensor)
 
     def _own_parameters(self) -> list[_Parameter]:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         # Layers and experts count from 0 on each rank; experts get their number in the model when they are gathered.
-        names = self._bridge._weight_name_mapping_mcore_local_to_global(self._model, consider_ep=False)
+        names = self._bridge.global_names(self._model, with_global_experts=False)
         return [
             _Parameter(
                 stage,

@@ -15,7 +15,7 @@ TIMEOUT_S = 240
 
 # A rank is a process of its own that starts with these imported: a fork of a server that has imported them and done
 # nothing else. To import them costs more than most of what is tested on ranks.
-PRELOADED = ["slime_opd.trainer.trainer", "slime_opd.checkpoint.formats.conversion", "transformers.models.auto.modeling_auto"]
+PRELOADED = ["slime_opd.trainer.trainer", "slime_opd.checkpoint.formats.hf_to_torch_dist", "transformers.models.auto.modeling_auto"]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, directory: Path, *arguments: Any) -> list[Any]:

@@ -69,7 +69,7 @@ class Laboratory:
         """What loading the newest checkpoint of `root` raises; "loaded" where it raises nothing."""
         from slime_opd.checkpoint import directory
         from slime_opd.errors import CheckpointError
-        from slime_opd.checkpoint.formats import model_state as checkpoint
+        from slime_opd.checkpoint.formats.load import load_training_state, load_weights
         from slime_opd.checkpoint.formats.verification import Verification
 
         trainer = self.trainer
@@ -78,8 +78,8 @@ class Laboratory:
             verification = Verification(enabled=verify)
             verification.require(location, "--load")
             directory.read_run_state(location)
-            checkpoint.load_weights(trainer.model, trainer.bridge, location, "--load")
-            checkpoint.load_training_state(trainer._training_state(), location)
+            load_weights(trainer.model, trainer.bridge, location, "--load")
+            load_training_state(trainer._training_state(), location)
         except CheckpointError as error:
             return str(error).replace(str(root), "ROOT")
         return "loaded" + "".join(verification.warnings).replace(str(root), "ROOT")
@@ -208,8 +208,6 @@ def failures_to_write(laboratory: Laboratory, small_disk: str | None) -> dict[st
     disk.shutil.disk_usage = check
     answers["there is room again"] = laboratory.save(3).replace(str(laboratory.root), "ROOT")
     if small_disk is not None:
-        from slime_opd.checkpoint.formats import model_state as checkpoint
-
         roots, laboratory.root = laboratory.root, Path(small_disk)
         import dataclasses
 
@@ -217,9 +215,9 @@ def failures_to_write(laboratory: Laboratory, small_disk: str | None) -> dict[st
         laboratory.trainer.config = dataclasses.replace(
             config, checkpoint=dataclasses.replace(config.checkpoint, save=small_disk)
         )
-        real_check, checkpoint.disk.check_room = checkpoint.disk.check_room, lambda *_: None
+        real_check, disk.check_free_space = disk.check_free_space, lambda *_: None
         answers["a full file system"] = laboratory.save(3)
-        checkpoint.disk.check_room = real_check
+        disk.check_free_space = real_check
         laboratory.root = roots
     return answers
 
@@ -302,7 +300,7 @@ def test_no_random_damage_is_loaded_or_ends_in_another_error(outcomes):
     ("cause", "reason"),
     [
         ("a writer of the second rank finds the disk full", "No space left on device"),
-        ("too little is free", "there is no room for it"),
+        ("too little is free", "the disk has too little free space"),
     ],
 )
 def test_what_cannot_be_written_is_a_sentence_and_the_last_checkpoint_is_intact(outcomes, cause, reason):

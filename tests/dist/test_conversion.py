@@ -56,7 +56,7 @@ def peak_memory(rank, world_size, init_method, directory: str):
 
     from slime_opd.config import stages
     from slime_opd.config.config import Config
-    from slime_opd.checkpoint.formats import conversion, hugging_face, torch_dist
+    from slime_opd.checkpoint.formats import hf_to_torch_dist, hf_writer, torch_dist, torch_dist_to_hf
     from slime_opd.model import parallel
 
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -80,11 +80,11 @@ def peak_memory(rank, world_size, init_method, directory: str):
     )
     peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
     with torch.no_grad():
-        conversion.to_torch_dist(config, made)
+        hf_to_torch_dist.convert(config, made)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    groups, _ = conversion.to_hugging_face(torch_dist.Reader(made), str(source))
+    groups, _ = torch_dist_to_hf.trained_weights(torch_dist.Reader(made), str(source))
     options = {"shard_bytes": 16 * MIB, "overwrite": False, "source": ""}
-    hugging_face.write(groups, Path(directory) / "back", source, **options)
+    hf_writer.write(groups, Path(directory) / "back", source, **options)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     parallel.shut_down()
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
@@ -107,10 +107,11 @@ def refusals(rank, world_size, init_method, model_dir: str, directory: str):
     from slime_opd.config import stages
     from slime_opd.config.config import Config
     from slime_opd.errors import CheckpointError
-    from slime_opd.checkpoint.formats import conversion
+    from slime_opd.checkpoint.formats import hf_to_torch_dist
     from slime_opd.model import parallel
     from slime_opd.checkpoint.formats.load_hugging_face import load_hugging_face
-    from slime_opd.model.builder import build_model, make_bridge
+    from slime_opd.model.bridge import make_bridge
+    from slime_opd.model.builder import build_model
 
     parallel.initialize(
         stages.ParallelConfig(), rank=rank, world_size=world_size, init_method=init_method, seed=0, timeout_minutes=5
@@ -131,7 +132,7 @@ def refusals(rank, world_size, init_method, model_dir: str, directory: str):
             training=stages.TrainingConfig(fp32=True),
         )
         with pytest.raises(CheckpointError) as refusal, torch.no_grad():
-            conversion.to_torch_dist(config, place / "made")
+            hf_to_torch_dist.convert(config, place / "made")
         said.append(str(refusal.value).replace(str(place), "DIR"))
         if number == 0:
             bridge = make_bridge(config)

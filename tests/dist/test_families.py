@@ -75,7 +75,7 @@ def counted_calls() -> Iterator[Counter]:
     """Counts the collectives, and the state dicts of models, that are called inside."""
     import torch.distributed as dist
 
-    from slime_opd.model.builder import HiddenStatesModel
+    from slime_opd.model.hidden_states import HiddenStatesModel
 
     counts: Counter = Counter()
     with pytest.MonkeyPatch.context() as patch:
@@ -93,10 +93,11 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
     """Of every family: log-probs, the norm of a step's gradient, and the weights: exported, saved and converted, converted and loaded."""
     import torch
 
-    from slime_opd.checkpoint.directory import publish
-    from slime_opd.checkpoint.formats import model_state as checkpoint, conversion, torch_dist
+    from slime_opd.checkpoint.publish import publish
+    from slime_opd.checkpoint.formats import hf_to_torch_dist, torch_dist, torch_dist_to_hf
     from slime_opd.model import parallel
     from slime_opd.checkpoint.formats.load_hugging_face import load_hugging_face
+    from slime_opd.checkpoint.formats.save import save
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.metrics import values
     from slime_opd.types import RolloutBatch, TrainBatch
@@ -124,15 +125,15 @@ def on_rank(rank, world_size, init_method, models: str, layout: str):
             split_weights = sum(getattr(weight, "tensor_model_parallel", False) for weight in trainer.model.parameters())
             num_exported = sum(1 for _ in trainer.exported_weights())
         found["calls", family] = loading, first_export, second_export, split_weights, num_exported
-        saved = checkpoint.save(f"{directory}_saved_{layout}", None, trainer.model, None, {})
+        saved = save(f"{directory}_saved_{layout}", None, trainer.model, None, {})
         converted = {}
         if rank == 0:
-            groups, _ = conversion.to_hugging_face(torch_dist.Reader(saved), directory)
+            groups, _ = torch_dist_to_hf.trained_weights(torch_dist.Reader(saved), directory)
             converted = {name: weight.clone().numpy() for group in groups for name, weight in group.read().items()}
         if world_size == 1:
             (made := Path(f"{directory}_torch_dist/release.partial")).mkdir(parents=True)
             with torch.no_grad():
-                conversion.to_torch_dist(trainer.config, made)
+                hf_to_torch_dist.convert(trainer.config, made)
             publish(made)
         norm = values(train_assembled(trainer, samples)).get("train/grad_norm")
         parallel.shut_down()

@@ -13,12 +13,13 @@ pytestmark = pytest.mark.dist
 def start_and_step(rank, world_size, init_method, model_dir):
     from slime_opd.config.kernels import Machine
     from slime_opd.model import builder as model, parallel
+    from slime_opd.model import parallel, transformer_config
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.metrics import values
 
     found = []
     for number, machine in enumerate((Machine(), Machine(has_cuda=True, compute_capability=(9, 0)))):
-        model.machine.of_this_process = lambda machine=machine: machine
+        transformer_config.machine.of_this_process = lambda machine=machine: machine
         config = make_config(model_dir, 1, 1, 1, opd_type="sglang")
         trainer = Trainer(config, rank=rank, world_size=world_size, init_method=f"{init_method}_{number}")
         loss = values(train_assembled(trainer, make_batch()))["train/loss"]

@@ -83,7 +83,9 @@ def build_on_meta(config: Any, rank: int) -> None:
     from megatron.core import parallel_state, tensor_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from slime_opd.model import device, builder as model, parallel
+    from slime_opd.model import device, parallel
+    from slime_opd.model.bridge import make_bridge
+    from slime_opd.model.builder import build_model
 
     device.install()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=RANKS)
@@ -97,18 +99,20 @@ def build_on_meta(config: Any, rank: int) -> None:
             create_gloo_process_groups=False,
         )
         tensor_parallel.model_parallel_cuda_manual_seed(0)
-        model.build_model(config, model.make_bridge(config), on_meta=True)
+        build_model(config, make_bridge(config), on_meta=True)
     finally:
         parallel.shut_down()
 
 
 def build_one_process(config: Any) -> None:
     """The model of a run of one process, its gradient buffers, its optimizer and its schedule."""
-    from slime_opd.model import builder as model, parallel
+    from slime_opd.model import parallel
+    from slime_opd.model.bridge import make_bridge
+    from slime_opd.model.builder import build_model
     from slime_opd.trainer import optimizer
 
     with parallel.tool_process(config.parallel):
-        wrapped = optimizer.wrap(config, model.build_model(config, model.make_bridge(config)))
+        wrapped = optimizer.wrap(config, build_model(config, make_bridge(config)))
         optimizer.make_scheduler(config, optimizer.make_optimizer(config, wrapped))
 
 

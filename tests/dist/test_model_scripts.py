@@ -43,7 +43,8 @@ def differences(rank, world_size, init_method, directory: str):
     """By script: the fields of Megatron's configuration, and of its embeddings, that differ between the two modes."""
     from slime_opd.config import parse
     from slime_opd.config.stages import ParallelConfig
-    from slime_opd.model import builder as model, parallel
+    from slime_opd.model import builder, parallel
+    from slime_opd.model.bridge import make_bridge
 
     parallel.initialize(
         ParallelConfig(), rank=rank, world_size=world_size, init_method=init_method, seed=0, timeout_minutes=5
@@ -57,22 +58,22 @@ def differences(rank, world_size, init_method, directory: str):
         sides = []
         for more in ([*words, "--megatron-to-hf-mode", "raw"], ["--megatron-to-hf-mode", "bridge"]):
             config = parse([*more, "--hf-checkpoint", place])
-            bridge = model.make_bridge(config)
+            bridge = make_bridge(config)
             values = {
                 field.name: getattr(one, field.name)
-                for one in [model.transformer_config(config, bridge)]
+                for one in [builder.transformer_config(config, bridge)]
                 for field in dataclasses.fields(one)
             }
             if values.get("multi_latent_attention"):
                 del values["kv_channels"]  # its heads have sizes of their own
-            embeddings = {"rotary_percent": 1.0} | model._embedding_settings(config, bridge)
+            embeddings = {"rotary_percent": 1.0} | builder.embedding_settings(config, bridge)
             compared = ("rotary_base", "rotary_percent", "max_sequence_length", "share_embeddings_and_output_weights")
             values |= {f"embeddings: {name}": embeddings[name] for name in compared}
             if "rope_scaling" in embeddings and embeddings["rope_scaling"]:
                 values["rotary frequencies"] = _frequencies_of_megatron(values["kv_channels"], embeddings)
             elif (getattr(bridge.hf_config, "rope_scaling", None) or {}).get("rope_type") == "llama3":
                 values["rotary frequencies"] = _frequencies_of_transformers(bridge.hf_config)
-            values["post norms"] = model._post_norms(config, bridge)
+            values["post norms"] = builder.post_norms(config, bridge)
             sides.append(values)
         raw, bridged = sides
         found[script.stem] = {

@@ -109,10 +109,10 @@ def convert(rank, world_size, init_method, source, target) -> None:
     """Save `source` as a Megatron checkpoint whose vocabulary is padded to a multiple of 224."""
     import dataclasses
 
-    from slime_opd.checkpoint.formats import model_state as checkpoint
+    from slime_opd.checkpoint.formats.save import save
     from slime_opd.trainer.trainer import Trainer
 
     config = make_config(source, source, world_size)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, make_vocab_size_divisible_by=112))
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
-    checkpoint.save(target, None, trainer.model, None, {})
+    save(target, None, trainer.model, None, {})

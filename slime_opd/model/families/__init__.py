@@ -13,11 +13,11 @@ from slime_opd.errors import ConfigError
 # Importing a file registers its family, in place of mbridge's where it has one.
 from slime_opd.model.families import deepseek_v3, glm4, glm4_moe, mimo, mixtral
 
-__all__ = ["bridge_of", "deepseek_v3", "glm4", "glm4_moe", "mimo", "mixtral"]
+__all__ = ["deepseek_v3", "glm4", "glm4_moe", "make_mbridge", "mimo", "mixtral"]
 
 
-def bridge_of(directory: str, dtype: torch.dtype, layout: ParallelStates | None = None) -> Bridge:
-    """The bridge between Megatron and the family of a Hugging Face directory, at a layout (by default this rank's).
+def make_mbridge(directory: str, dtype: torch.dtype, layout: ParallelStates | None = None) -> Bridge:
+    """mbridge's bridge for the family of a Hugging Face directory, at a parallel layout (default: this rank's).
 
     Raises ConfigError for a family that neither mbridge nor this package knows.
     """

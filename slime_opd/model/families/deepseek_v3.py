@@ -6,10 +6,8 @@ mbridge's configuration is for an older Megatron-core, leaves out the groups of 
 from __future__ import annotations
 
 from mbridge.core import register_model
-from mbridge.core.safetensor_io import SafeTensorIO
 from mbridge.models import DeepseekV3Bridge
 from megatron.core.transformer import MLATransformerConfig
-from torch import Tensor
 
 from slime_opd.errors import ConfigError
 from slime_opd.model.families.routing import deepseek_router
@@ -48,28 +46,3 @@ class DeepseekV3(DeepseekV3Bridge):
             ),
             **deepseek_router(hf_config),
         )
-
-    def _get_safetensor_io(self, weights_path: str) -> SafeTensorIO:
-        return BlockScaledWeights(self._get_actual_hf_path(weights_path))
-
-
-class BlockScaledWeights(SafeTensorIO):
-    """Weights of a Hugging Face directory; those in fp8 times the scales of their blocks, in bfloat16.
-
-    DeepSeek-V3 (arXiv 2412.19437), section 3.3.2: one float32 scale for each block of 128 rows and 128 columns, `NAME_scale_inv`.
-    mbridge reads them with a CUDA kernel.
-    """
-
-    def load_some_hf_weight(self, hf_weight_names: list[str]) -> dict[str, Tensor]:
-        """Weights by name."""
-        found = super().load_some_hf_weight(hf_weight_names)
-        scaled = [name for name, weight in found.items() if weight.dtype.itemsize == 1]
-        scales = super().load_some_hf_weight([f"{name}_scale_inv" for name in scaled]) if scaled else {}
-        return found | {name: _unscaled(found[name], scales[f"{name}_scale_inv"]) for name in scaled}
-
-
-def _unscaled(weight: Tensor, scales: Tensor, block: int = 128) -> Tensor:
-    """fp8 [M, N] and float32 [ceil(M/128), ceil(N/128)] -> bfloat16 [M, N]."""
-    rows, columns = weight.shape
-    scales = scales.repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
-    return (weight.float() * scales).bfloat16()

@@ -12,7 +12,8 @@ import pytest
 from tiny_checkpoint import write_checkpoint, write_run
 
 from slime_opd.checkpoint import directory
-from slime_opd.checkpoint.directory import Location, find, publish, read_run_state, remove_old, require, tokenizer_dir
+from slime_opd.checkpoint.directory import Location, find, read_run_state, require, tokenizer_dir
+from slime_opd.checkpoint.publish import publish, remove_old
 from slime_opd.checkpoint.whole import newest_whole, problems_of, require_whole
 from slime_opd.config.parser import parse
 from slime_opd.errors import CheckpointError
@@ -282,7 +283,7 @@ def test_a_kill_at_any_point_of_publishing_leaves_a_whole_checkpoint_to_find(run
         count = 0
         with monkeypatch.context() as patched:
             patched.setattr(directory.Path, "rename", counted(directory.Path.rename))
-            patched.setattr(directory.shutil, "rmtree", counted(shutil.rmtree))
+            patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
             with contextlib.suppress(Killed):
                 publish(written)
         found = find(str(root))

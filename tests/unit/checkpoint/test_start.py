@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slime_opd.checkpoint import aside, directory
@@ -311,6 +311,7 @@ def test_an_interrupted_set_aside_is_finished_by_the_next_start(tmp_path, monkey
     assert (steps_of(tmp_path), steps_of(moved)) == ([2], [4, 6])
 
 
+@settings(deadline=None)
 @given(
     held=st.sampled_from(("nothing", "own", "other", "old", "foreign", "weights", "aside")),
     load=st.sampled_from((None, "/save", "/load")),

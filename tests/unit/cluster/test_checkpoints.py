@@ -10,6 +10,7 @@ import pytest
 
 from slime_opd.checkpoint import directory, saves
 from slime_opd.checkpoint.aside import complete_steps
+from slime_opd.checkpoint.publish import publish
 from slime_opd.cluster.checkpoints import RunCheckpoints
 from slime_opd.config import Config
 from slime_opd.config.stages import CheckpointConfig, DebugConfig, ModelConfig, OptimizerConfig, RolloutConfig
@@ -46,7 +47,7 @@ class Trainers:
         partial.mkdir(parents=True)
         (partial / ".metadata").touch()
         (partial / directory.RUN_STATE).write_text(json.dumps(run_state))
-        return str(directory.publish(partial))
+        return str(publish(partial))
 
     def save_hugging_face(self, iteration_directory: str, path: str) -> None:
         assert Path(iteration_directory).is_dir()

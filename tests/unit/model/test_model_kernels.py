@@ -11,7 +11,8 @@ from model_families import FAMILIES, OF_TRANSFORMERS, SHAPE
 from slime_opd.config import parse
 from slime_opd.config.kernels import Machine
 from slime_opd.errors import ConfigError
-from slime_opd.model import builder as model
+from slime_opd.model import transformer_config
+from slime_opd.model.bridge import ModelBridge, make_bridge
 
 H100_TE = Machine(has_cuda=True, compute_capability=(9, 0), engine="2.11.0")
 # Latent attention's fused kernel takes powers of two, which the tiny models' 24 is not; GLM-4's pairs are interleaved.
@@ -25,7 +26,7 @@ def pretended(monkeypatch):
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
 
     def on(machine: Machine) -> None:
-        monkeypatch.setattr(model.machine, "of_this_process", lambda: machine)
+        monkeypatch.setattr(transformer_config.machine, "of_this_process", lambda: machine)
 
     return on
 
@@ -38,9 +39,9 @@ def directory_of(family: str, path, **more) -> str:
     return str(path)
 
 
-def bridge_of(directory: str, *flags: str):
+def bridge_of(directory: str, *flags: str) -> ModelBridge:
     config = parse(["--megatron-to-hf-mode", "bridge", "--hf-checkpoint", directory, *flags])
-    return model.make_bridge(config, ParallelStates())
+    return make_bridge(config, ParallelStates())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,8 +79,7 @@ def test_raw_mode_has_the_same_rules(family, flags, fused, pretended, tmp_path):
     pretended(H100_TE)
     flags = f"--hf-checkpoint {directory_of(family, tmp_path)} --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu {flags}"
     config = parse(flags.split())
-    made = model.transformer_config(config, model.make_bridge(config, ParallelStates()))
-    assert made.apply_rope_fusion is fused
+    assert transformer_config.config_from_flags(config).apply_rope_fusion is fused
 
 
 def test_fused_operations_come_with_transformer_engines_layers(pretended, tmp_path):

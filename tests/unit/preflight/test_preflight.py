@@ -10,7 +10,7 @@ import pytest
 from conftest import save_tiny_model
 
 from slime_opd import train
-from slime_opd.checkpoint.formats.model_state import shapes_at
+from slime_opd.checkpoint.formats.architecture import sizes_at
 from slime_opd.config import machine, parse
 from slime_opd.config.kernels import Machine
 from slime_opd.errors import ConfigError
@@ -113,7 +113,7 @@ def test_without_a_tokenizer_it_says_what_it_could_not_look_at(place):
 
 
 def test_a_place_without_a_checkpoint_has_no_shapes(tmp_path):
-    assert shapes_at(str(tmp_path)) == {}
+    assert sizes_at(str(tmp_path)) == {}
 
 
 def test_what_the_run_would_start_from_is_told_and_a_refused_start_is_a_problem(place, tmp_path):

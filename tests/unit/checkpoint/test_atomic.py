@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slime_opd.checkpoint import manifest
-from slime_opd.checkpoint.formats.export import replace_directory
+from slime_opd.checkpoint.atomic import replace_directory
 
 
 def maker(text: str):

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 _FileSystemWriter = filesystem_async.FileSystemWriterAsync
 
 
-def write_in_this_process() -> None:
+def write_with_threads() -> None:
     """Make Megatron's saves write with threads of this process, and pass the results through a queue of it.
 
     By default that queue is one more process, started by `spawn`: seconds of imports, 300 MB, and it outlives a killed rank.

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from slime_opd.checkpoint.formats.writer import write_in_this_process
+from slime_opd.checkpoint.formats.thread_writer import write_with_threads
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def write(monkeypatch):
     def no_process(*_: object) -> None:
         raise AssertionError("a process was to be started")
 
-    write_in_this_process()
+    write_with_threads()
     monkeypatch.setattr(filesystem_async.mp, "get_context", no_process)
     return lambda *arguments: writer.write_preloaded_data_multiproc(*arguments)
 

@@ -1,20 +1,19 @@
-"""Writing a Hugging Face directory shard by shard: interrupted, gone on with, refused, and read back."""
+"""Writing a Hugging Face directory shard by shard: interrupted, resumed, refused, and read back."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slime_opd.checkpoint.formats import hugging_face
-from slime_opd.checkpoint.formats.hugging_face import INDEX, Group, untrained, write
+from slime_opd.checkpoint.formats import hf_writer
+from slime_opd.checkpoint.formats.hf_writer import WeightGroup, write
 from slime_opd.checkpoint.manifest import MANIFEST
+from slime_opd.checkpoint.safetensors_index import INDEX
 from slime_opd.errors import CheckpointError
-from slime_opd.model.families.deepseek_v3 import BlockScaledWeights
 
 WEIGHTS = {f"model.layers.{n}.weight": torch.arange(16.0).reshape(4, 4) + n for n in range(5)}
 
@@ -29,7 +28,7 @@ def origin(tmp_path):
     return directory
 
 
-def groups(weights=WEIGHTS, *, fails_at: str | None = None, reads: list | None = None) -> list[Group]:
+def groups(weights=WEIGHTS, *, fails_at: str | None = None, reads: list | None = None) -> list[WeightGroup]:
     def reading(name):
         def read():
             if name == fails_at:
@@ -40,7 +39,7 @@ def groups(weights=WEIGHTS, *, fails_at: str | None = None, reads: list | None =
 
         return read
 
-    return [Group({name: (tuple(w.shape), w.dtype)}, reading(name)) for name, w in weights.items()]
+    return [WeightGroup({name: (tuple(w.shape), w.dtype)}, reading(name)) for name, w in weights.items()]
 
 
 def written(directory) -> dict[str, torch.Tensor]:
@@ -72,7 +71,7 @@ def test_one_shard_needs_no_index(origin, tmp_path):
     assert not (tmp_path / "output" / INDEX).exists()
 
 
-def test_an_interrupted_conversion_goes_on_where_it_stopped(origin, tmp_path):
+def test_an_interrupted_conversion_is_resumed(origin, tmp_path):
     output, reads = tmp_path / "output", []
     with pytest.raises(KeyboardInterrupt):
         convert(origin, output, fails_at="model.layers.3.weight")
@@ -92,11 +91,11 @@ def test_a_shard_that_changed_since_is_written_again(origin, tmp_path):
 
 
 @pytest.mark.parametrize("other", [{"source": "another"}, {"shard_bytes": 64}])
-def test_another_conversions_remains_are_refused_and_replaced_by_force(origin, tmp_path, other):
+def test_the_files_of_another_conversion_are_refused_and_replaced_with_force(origin, tmp_path, other):
     output = tmp_path / "output"
     with pytest.raises(KeyboardInterrupt):
         convert(origin, output, fails_at="model.layers.4.weight")
-    with pytest.raises(CheckpointError, match="is not empty; choose another --output-dir or say --force"):
+    with pytest.raises(CheckpointError, match="is not empty; choose another --output-dir or add --force"):
         convert(origin, output, **other)
     assert convert(origin, output, overwrite=True, **other) == []
     assert written(output).keys() == WEIGHTS.keys()
@@ -116,7 +115,7 @@ def test_a_shard_that_is_not_what_was_written_is_noticed(origin, tmp_path, monke
     def bad_disk(state, path, metadata):
         save_file({name: weight + (name == "model.layers.2.weight") for name, weight in state.items()}, path)
 
-    monkeypatch.setattr(hugging_face, "save_file", bad_disk)
+    monkeypatch.setattr(hf_writer, "save_file", bad_disk)
     with pytest.raises(CheckpointError, match=r"model\.layers\.2\.weight is not what was written; is the disk sound"):
         convert(origin, tmp_path / "output")
     assert not (tmp_path / "output" / "model-00002-of-00003.safetensors").exists()
@@ -130,89 +129,7 @@ def test_a_part_of_a_larger_tensor_is_written_alone(origin, tmp_path):
     assert (tmp_path / "output" / "model.safetensors").stat().st_size < 400
 
 
-OF_FOUR_LAYERS = SimpleNamespace(num_hidden_layers=4, tie_word_embeddings=False)
-
-
-def test_weights_that_training_leaves_alone_are_copied(origin):
-    save_file({**WEIGHTS, "model.mtp_layers.0.weight": torch.ones(2)}, origin / "model.safetensors")
-    trained = groups({name: w for name, w in WEIGHTS.items() if "layers.4" not in name})
-    copied = untrained(str(origin), trained, OF_FOUR_LAYERS)
-    read = {name: w for group in copied for name, w in group.read().items()}
-    assert sorted(read) == ["model.layers.4.weight", "model.mtp_layers.0.weight"]
-    assert read["model.layers.4.weight"].equal(WEIGHTS["model.layers.4.weight"])
-    in_fp8 = SimpleNamespace(**vars(OF_FOUR_LAYERS), quantization_config={"quant_method": "fp8"})
-    assert untrained(str(origin), trained, in_fp8) == []
-
-
-@pytest.mark.parametrize(
-    ("weights", "expected"),
-    [
-        ({**WEIGHTS, "model.norm.weight": torch.ones(4)}, "the checkpoint lacks model.norm.weight"),
-        (
-            WEIGHTS | {"model.layers.0.weight": torch.ones(2, 4)},
-            r"model.layers.0.weight is \[2, 4\] there and \[4, 4\]",
-        ),
-    ],
-)
-def test_an_origin_of_another_model_is_refused(origin, weights, expected):
-    save_file(weights, origin / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"--origin-hf-dir .* is of another model: {expected}"):
-        untrained(str(origin), groups(), SimpleNamespace(num_hidden_layers=9, tie_word_embeddings=False))
-
-
-def test_a_tied_output_layer_of_the_origin_is_not_copied(origin):
-    save_file({**WEIGHTS, "lm_head.weight": torch.ones(2)}, origin / "model.safetensors")
-    assert untrained(str(origin), groups(), SimpleNamespace(num_hidden_layers=9, tie_word_embeddings=True)) == []
-
-
-def test_half_a_download_is_named(origin):
-    save_file(WEIGHTS, origin / "model.safetensors")
-    (origin / "model.safetensors").write_bytes((origin / "model.safetensors").read_bytes()[:-40])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .*: is its download complete\?"):
-        hugging_face.weights_dtype(origin)
-
-
-def test_fp8_weights_are_read_times_the_scales_of_their_blocks(tmp_path):
-    torch.manual_seed(0)
-    weight, scales = torch.randn(200, 130).to(torch.float8_e4m3fn), torch.rand(2, 2) + 0.5
-    plain = torch.randn(3).bfloat16()
-    save_file({"w": weight, "w_scale_inv": scales, "plain": plain}, tmp_path / "model.safetensors")
-    read = BlockScaledWeights(str(tmp_path)).load_some_hf_weight(["w", "plain"])
-    expected = torch.stack([
-        torch.stack([weight[i, j].float() * scales[i // 128, j // 128] for j in range(130)]) for i in range(200)
-    ]).bfloat16()  # fmt: skip
-    assert read["w"].dtype is torch.bfloat16 and read["w"].equal(expected)
-    assert read["plain"].equal(plain)
-    assert hugging_face.weights_dtype(tmp_path) is torch.bfloat16
-
-
-def test_pickled_weights_are_not_read(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
-    for read in (hugging_face.weight_files, hugging_face.weights_dtype):
-        with pytest.raises(
-            CheckpointError, match=r"no \.safetensors file there; expected a Hugging Face model directory"
-        ):
-            read(tmp_path)
-
-
-def test_a_checkpoint_that_names_a_function_is_not_read_by_the_conversion(tmp_path):
-    import os
-    import pickle
-
-    from slime_opd.checkpoint.formats import torch_dist
-
-    class Payload:
-        def __reduce__(self):
-            return os.system, (f"touch {tmp_path / 'made'}",)
-
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(CheckpointError, match=r"\.metadata names posix\.system, which no checkpoint needs"):
-        torch_dist.Reader(tmp_path)
-    assert not (tmp_path / "made").exists()
-
-
-def test_a_full_disk_is_a_sentence_and_the_same_conversion_continues(origin, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_clear_error_and_the_same_conversion_is_resumed(origin, tmp_path, monkeypatch):
     output, written_shards = tmp_path / "output", []
 
     def full(state, path, metadata):
@@ -222,11 +139,11 @@ def test_a_full_disk_is_a_sentence_and_the_same_conversion_continues(origin, tmp
         save_file(state, path, metadata)
 
     with monkeypatch.context() as patched:
-        patched.setattr(hugging_face, "save_file", full)
+        patched.setattr(hf_writer, "save_file", full)
         with pytest.raises(CheckpointError) as refusal:
             convert(origin, output)
     sentence = str(refusal.value)
-    assert sentence.startswith(f"{output} was not written: No space left on device (all of it takes about 320 bytes, ")
+    assert sentence.startswith(f"{output} was not written: No space left on device (it needs about 320 bytes, ")
     assert sentence.endswith(
         "are free); once this is mended, the same command continues with the first shard that is missing"
     )
@@ -237,6 +154,6 @@ def test_another_failure_of_the_system_is_not_called_a_full_disk(origin, tmp_pat
     def broken(state, path, metadata):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(hugging_face, "save_file", broken)
+    monkeypatch.setattr(hf_writer, "save_file", broken)
     with pytest.raises(OSError, match="Input/output error"):
         convert(origin, tmp_path / "output")

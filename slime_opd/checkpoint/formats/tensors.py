@@ -1,0 +1,20 @@
+"""Small helpers for tensors on their way to and from files."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of a CPU tensor's bytes."""
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def own_storage(tensor: Tensor) -> Tensor:
+    """The tensor, contiguous and in a storage of its own size: a slice of a larger tensor is copied, others are returned unchanged."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
