@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     target = Path(config.checkpoint.save)
     left_behind = (".partial", LOCK)
     if target.is_dir() and any(p for p in target.iterdir() if not p.name.endswith(left_behind)) and not force:
-        raise ConfigError(f"--save {target} is not empty; choose another directory or say --force")
+        raise ConfigError(f"--save {target} is not empty; choose another directory or add --force")
     # Weights are moved from file to file; a GPU would only be in the way.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch

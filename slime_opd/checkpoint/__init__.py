@@ -1,1 +1,1 @@
-"""Checkpoints on disk: where they lie, which is meant, whether they are whole. Free of torch, Megatron and Ray."""
+"""Checkpoint directories: finding, verifying and publishing checkpoints, and where a run starts from. Without torch, but for `formats`."""

@@ -16,7 +16,7 @@ from slime_opd.config.resume import HONOURED
 
 @dataclass(frozen=True)
 class Difference:
-    """One option whose value differs. `effect`: what is done about it."""
+    """An option whose value differs. `effect`: how the resumed run treats it."""
 
     name: str
     saved: Any
@@ -26,7 +26,7 @@ class Difference:
 
     @property
     def flag(self) -> str:
-        """The option as a command line has it."""
+        """The option as on a command line."""
         return flag(self.name)
 
 
@@ -61,22 +61,22 @@ def effect_of(name: str, *, loads_optimizer: bool = True) -> tuple[str, bool]:
     return rule.effect, rule.is_refused
 
 
-def table(found: list[Difference]) -> list[str]:
+def table(differing: list[Difference]) -> list[str]:
     """The differences as aligned lines, with a heading."""
     rows = [("option", "saved", "now", "on resume")]
     rows += [
         (one.flag, _shown(one.saved), _shown(one.now), f"refused: {one.effect}" if one.is_refused else one.effect)
-        for one in found
+        for one in differing
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def refusals(found: list[Difference]) -> list[str]:
-    """A sentence for each option that may not change."""
+def refusals(differing: list[Difference]) -> list[str]:
+    """An error message for each option that may not change."""
     return [
-        f"{one.flag} is {_shown(one.now)}, the checkpoint was saved with {_shown(one.saved)}: {one.effect}"
-        for one in found
+        f"{one.flag} is {_shown(one.now)}, but the checkpoint was saved with {_shown(one.saved)}: {one.effect}"
+        for one in differing
         if one.is_refused
     ]
 

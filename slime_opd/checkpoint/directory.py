@@ -18,22 +18,22 @@ from slime_opd.config import Config
 from slime_opd.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# What a run leaves in a directory before its first checkpoint is complete. A directory that has none of it is not a run's.
+# Files of a run before its first checkpoint is complete. A directory with none of them is not a run's.
 _TRACES = ("run", "logs", "config.yaml", "metrics.jsonl", "*.log", "*.partial", "aside_*")
 
 
 def find(path: str, step: int | None = None, *, flag: str = "--load") -> Location | None:
-    """The checkpoint that `path` means, or None where there is none yet: no directory, an empty one, or a run's first.
+    """The checkpoint that `path` denotes; None if there is none yet: no directory, an empty one, or a run before its first checkpoint.
 
-    `path` may be a directory with a tracker file, one iteration's directory, or a Hugging Face directory. Raises CheckpointError
-    where `path` is a file or a directory of something else, a step is not there, the tracker file is missing beside checkpoints,
-    or it names one that is not there. `flag` is named in the message.
+    `path` may be a directory with a tracker file, one iteration's directory, or a Hugging Face directory; `flag` is the option that
+    errors name. Raises CheckpointError where `path` is a file or an unrelated directory, the step does not exist, or the tracker file
+    is missing beside checkpoints or names a missing one.
     """
     root = Path(path)
     try:
         is_there = root.exists()
     except OSError as error:  # a name that is too long
-        raise CheckpointError(f"{flag} {root} cannot be looked at: {error.strerror}") from None
+        raise CheckpointError(f"{flag} {root} cannot be read: {error.strerror}") from None
     if is_there and not root.is_dir():
         raise CheckpointError(f"{flag} {root} is a file, expected a directory of checkpoints")
     is_one = iteration_of(root.name) is not None or any(root.glob("*.distcp"))
@@ -41,7 +41,7 @@ def find(path: str, step: int | None = None, *, flag: str = "--load") -> Locatio
         location = Location(root, iteration_of(root.name))
         if step not in (None, location.iteration):
             raise CheckpointError(
-                f"{flag} {root} is one checkpoint, and step {step} another: give {flag} {root.parent}"
+                f"{flag} {root} is one checkpoint, but step {step} is another: give {flag} {root.parent}"
             )
         return _complete(location, flag)
     if step is not None:
@@ -60,17 +60,17 @@ def find(path: str, step: int | None = None, *, flag: str = "--load") -> Locatio
         raise CheckpointError(
             f"{flag} {root} holds checkpoints but no {TRACKER}, which names the one to load; {choice}: {way}"
         )
-    # A lock alone is no trace: a run takes it before it looks.
+    # The lock is no trace: a run takes it before it comes here.
     others = [path for path in root.iterdir() if path.name != LOCK] if root.is_dir() else []
     if others and not any(True for name in _TRACES for _ in root.glob(name)):
         raise CheckpointError(
-            f"{flag} {root} is not empty and holds no checkpoint, nor anything else of a run; give a directory of checkpoints, or a new one to start in"
+            f"{flag} {root} is not empty, but holds no checkpoint and no other file of a run; give a directory of checkpoints, or a new one to start in"
         )
     return None
 
 
 def require(path: str, flag: str, step: int | None = None) -> Location:
-    """`find`, where a missing checkpoint is an error that names the flag."""
+    """`find`, but raises CheckpointError where there is no checkpoint."""
     location = find(path, step, flag=flag)
     if location is None:
         raise CheckpointError(
@@ -80,16 +80,16 @@ def require(path: str, flag: str, step: int | None = None) -> Location:
 
 
 def problems(config: Config) -> list[str]:
-    """What a short look finds wrong with the checkpoints that a run would load, a sentence each."""
+    """Problems of the checkpoints that a run would load, as far as a quick check shows; one sentence each."""
     options, opd = config.checkpoint, config.opd
-    named = [
+    paths = [
         ("--load", options.load, options.ckpt_step),
         ("--ref-load", options.ref_load, options.ref_ckpt_step),
         ("--opd-teacher-load", opd.opd_teacher_load, opd.opd_teacher_ckpt_step),
         ("--hf-checkpoint", config.model.hf_checkpoint, None),
     ]
-    found = []
-    for flag, path, step in named:
+    sentences = []
+    for flag, path, step in paths:
         if path is None:
             continue
         try:
@@ -99,8 +99,8 @@ def problems(config: Config) -> list[str]:
                 if flag == "--load" and not options.finetune:
                     read_run_state(location)
         except CheckpointError as error:
-            found.append(str(error))
-    return found
+            sentences.append(str(error))
+    return sentences
 
 
 def read_tracker(root: Path, flag: str = "--load") -> int | None:
@@ -131,7 +131,7 @@ def read_run_state(location: Location) -> dict[str, Any]:
         return {}
     if not (location.directory / RUN_STATE).is_file():
         raise CheckpointError(
-            f"{location.directory}: {RUN_STATE} is missing, which has the step and the data order to continue with: --finetune takes its weights and starts at step 0; {alternative(location, '--load')}"
+            f"{location.directory}: {RUN_STATE} is missing, which has the step and the data order to resume from: add --finetune to start at step 0 with its weights; {alternative(location, '--load')}"
         )
     try:
         state = read_json(location.directory / RUN_STATE)
@@ -141,7 +141,7 @@ def read_run_state(location: Location) -> dict[str, Any]:
 
 
 def tokenizer_dir(location: Location) -> Path | None:
-    """Where the tokenizer of a checkpoint's model is; None where it has none."""
+    """Directory of the tokenizer of a checkpoint's model; None where it has none."""
     if location.is_hugging_face:
         return location.directory
     directory = location.directory / TOKENIZER
@@ -149,16 +149,17 @@ def tokenizer_dir(location: Location) -> Path | None:
 
 
 def _existing(root: Path, step: int, flag: str) -> Location:
-    location = next((found for found in iterations(root) if found.iteration == step), None)
+    locations = iterations(root)
+    location = locations.get(step)
     if location is None:
-        others = ", ".join(str(found.iteration) for found in iterations(root)) or "none"
+        others = ", ".join(map(str, locations)) or "none"
         newest = newest_whole(root)
         way = (
             ""
             if newest is None
             else f"; the newest whole one is step {newest.iteration}: give {flags_for(newest, flag)}"
         )
-        raise CheckpointError(f"{flag} {root}: step {step} is not there; steps there are {others}{way}")
+        raise CheckpointError(f"{flag} {root}: step {step} does not exist; existing steps: {others}{way}")
     return _complete(location, flag)
 
 

@@ -26,7 +26,7 @@ def check_free_space(root: Path, name: str, needed: int) -> None:
 
 
 def not_written(root: Path, name: str, needed: int, reason: str) -> str:
-    """The sentence for a checkpoint that could not be written: why, the bytes it needs and that are free, and what is left."""
+    """The error message for a checkpoint that could not be written: the reason, bytes needed and free, and the last checkpoint."""
     try:
         free = format_bytes(shutil.disk_usage(root).free)
     except OSError:

@@ -1,4 +1,4 @@
-"""One checkpoint on disk, and the names of the files in it."""
+"""The location of one checkpoint on disk, and the names of its files."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUN_STATE = "run_state.json"
-# The tokenizer and configuration of the model, beside the weights of a torch_dist checkpoint.
+# Directory of the model's tokenizer and config, beside the weights of a torch_dist checkpoint.
 TOKENIZER = "tokenizer"
-# A checkpoint that is written again keeps its old contents under this name until the new ones are complete.
+# Suffix of a checkpoint's old contents while the same step is written again.
 REPLACED = ".replaced"
 
 
@@ -27,11 +27,11 @@ def iteration_of(name: str) -> int | None:
     return int(digits) if name.startswith("iter_") and digits.isascii() and digits.isdigit() else None
 
 
-def iterations(root: Path) -> list[Location]:
-    """The checkpoints of runs in `root`, by step, complete or not. `iter_N.replaced` counts only where `iter_N` is gone."""
-    found: dict[int, Location] = {}
+def iterations(root: Path) -> dict[int, Location]:
+    """Checkpoints in `root` by step, in ascending order, complete or not. `iter_N.replaced` stands for step N if `iter_N` is gone."""
+    locations: dict[int, Location] = {}
     for path in sorted(root.glob("iter_*")):
         step = iteration_of(path.name)
         if step is not None and path.is_dir():
-            found.setdefault(step, Location(path, step))
-    return [found[step] for step in sorted(found)]
+            locations.setdefault(step, Location(path, step))
+    return dict(sorted(locations.items()))

@@ -1,4 +1,4 @@
-"""One run per directory: a lock that lives as long as the process that holds it, however that process ends.
+"""The lock that allows one run per directory. It ends with its process, however that process ends.
 
 The lock is the kernel's (flock), not the file's presence: a file that a dead run left behind locks nothing.
 """
@@ -20,9 +20,10 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class RunLock:
-    """Hold the lock of a directory, which is made if need be; `with` gives a warning where its file system has no locks.
+    """Context manager that holds the lock of a directory, and makes the directory if needed.
 
-    Raises ConfigError where another process holds it, with that process, and where the directory cannot be written.
+    Entering returns a warning where the file system has no locks, else None. It raises ConfigError where the directory cannot be
+    written, or another process, named in the message, holds the lock.
     """
 
     def __init__(self, directory: str | Path, flag: str = "--save") -> None:
@@ -33,7 +34,7 @@ class RunLock:
         path = self._directory / LOCK
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            # Closed in programs that this process starts; `_close_in_child` does so in a fork that starts none.
+            # O_CLOEXEC closes it in programs that this process starts, `_close_in_child` in plain forks.
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise ConfigError(
@@ -68,10 +69,10 @@ class RunLock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    # A fork shares the open file, and with it the lock, which would then outlive the run. Closing it here leaves the run's own.
+    # A fork shares the open file and so the lock, which would then outlive the run. Closing it in the fork keeps the run's own lock.
     _close_in_child = _close
 
 
 def _holder(descriptor: int) -> str:
-    found = os.pread(descriptor, 500, 0).decode(errors="replace").strip()
-    return found or "it has only just started"
+    text = os.pread(descriptor, 500, 0).decode(errors="replace").strip()
+    return text or "it has only just started"

@@ -6,8 +6,8 @@
     # bytes 16777216  __0_0.distcp
     02c1…  __0_0.distcp
 
-Lines that start with `#` are comments to sha256sum. They hold the sizes, so that a short look needs to read no file, and the
-number of files, so that a manifest that was cut off is noticed. Manifests of older versions have checksums alone.
+Lines that start with `#` are comments to sha256sum. They hold the sizes, which the quick check compares without reading a file, and
+the number of files, which shows whether the manifest was truncated. Manifests of older versions have checksums alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slime_opd.checkpoint.location import TOKENIZER
 from slime_opd.errors import CheckpointError
 
 MANIFEST = "manifest.sha256"
-# More threads than this do not read faster from one file system.
+# More threads do not read faster from one file system.
 _MAX_THREADS = 8
 
 
@@ -38,16 +38,17 @@ class Entry:
 
 
 def listed_files(directory: Path, ignored: Iterable[str] = ()) -> list[str]:
-    """Names of the files that belong into a manifest: those of the directory itself and of its tokenizer."""
+    """Names of the files that belong in a manifest: those of the directory itself and of its tokenizer."""
     skipped = {MANIFEST, *ignored}
-    found = [path for pattern in ("*", f"{TOKENIZER}/*") for path in directory.glob(pattern) if path.is_file()]
-    names = [path.relative_to(directory).as_posix() for path in found]
+    paths = [path for pattern in ("*", f"{TOKENIZER}/*") for path in directory.glob(pattern) if path.is_file()]
+    names = [path.relative_to(directory).as_posix() for path in paths]
     return sorted(name for name in names if name not in skipped and not name.endswith(".partial"))
 
 
 def share_of(names: Sequence[str], sizes: Sequence[int], rank: int, world_size: int) -> list[str]:
     """The files that one of `world_size` ranks reads, so that each reads about the same number of bytes."""
-    loads, shares = [0] * world_size, [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    shares: list[list[str]] = [[] for _ in range(world_size)]
     for size, name in sorted(zip(sizes, names, strict=True), key=lambda pair: (-pair[0], pair[1])):
         lightest = loads.index(min(loads))
         loads[lightest] += size
@@ -132,12 +133,12 @@ def content_problems(directory: Path, entries: Sequence[Entry], threads: int | N
     if problems:
         return problems
     try:
-        found = measure(directory, [entry.name for entry in entries], threads)
+        actual = measure(directory, [entry.name for entry in entries], threads)
     except OSError as error:
         return [f"{error.filename or directory} cannot be read ({error.strerror})"]
     return [
         f"{entry.name} is damaged: its contents differ from their checksum in {MANIFEST}"
-        for entry, now in zip(entries, found, strict=True)
+        for entry, now in zip(entries, actual, strict=True)
         if entry.sha256 != now.sha256
     ]
 

@@ -41,8 +41,9 @@ def remove_old(root: Path, keep: int) -> None:
     tracked = read_tracker(root, "--save") if (root / TRACKER).exists() else None
     if not keep or tracked is None:
         return
-    for location in [location for location in iterations(root) if location.iteration <= tracked][:-keep]:
-        shutil.rmtree(location.directory)
+    steps = {step: location for step, location in iterations(root).items() if step <= tracked}
+    for step in list(steps)[:-keep]:
+        shutil.rmtree(steps[step].directory)
 
 
 def synchronize(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint records of the run that wrote it, as JSON: the command's start, who the run is, and its options."""
+"""The record in a checkpoint of the run that wrote it, as JSON: the requested start, the run's identity, and its options."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from slime_opd.config.options import options_of
 from slime_opd.config.redact import redact_value
 from slime_opd.errors import ConfigError
 
-# Raised when the meaning of a recorded value changes.
+# Increased when the meaning of a recorded value changes.
 FORMAT = 1
 
 
 def identity_of(config: Config, prompts: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes two runs the same run: the model's architecture, the kind of loss, and the prompts.
+    """The identity of a run, as JSON values: architecture, loss type and prompts. Runs that differ here cannot resume from one another.
 
     `prompts`: `PromptSource.identity()`; {} where the prompts are not read.
     """
@@ -39,7 +39,7 @@ def _architecture(hf_checkpoint: str | None) -> dict[str, Any]:
 
 
 def public_values(config: Config) -> dict[str, Any]:
-    """Every option's value as JSON by its name, without passwords and keys. Unset options of Megatron and SGLang are left out."""
+    """JSON values of all options, by name, without passwords and keys, and without unset options of Megatron and SGLang."""
     values: dict[str, Any] = {}
     for option in options_of(Config).values():
         value = option.read(config)
@@ -50,7 +50,7 @@ def public_values(config: Config) -> dict[str, Any]:
 
 
 def run_record(config: Config, request: Request, identity: Mapping[str, Any], made_by: str) -> dict[str, Any]:
-    """The `run` section of run_state.json. `made_by`: why the checkpoint was written (see `saves.py`)."""
+    """The `run` section of run_state.json. `made_by`: the reason of the save, from `saves.py`."""
     return {
         "format": FORMAT,
         "made_by": made_by,

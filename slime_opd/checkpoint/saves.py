@@ -1,4 +1,4 @@
-"""When checkpoints are written, and which of them are kept. Pure: the clock and the disk are given."""
+"""The save policy: when checkpoints are written, and which are removed. Pure: time and steps are arguments."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 
 from slime_opd.config import Config
 
-# Why a checkpoint is written, as run_state.json keeps it.
+# Reasons to write a checkpoint, as run_state.json records them.
 BY_LAST_STEP = "last"
 BY_INTERVAL = "interval"
 BY_TIME = "time"
 BY_REQUEST = "request"
 
 DEFAULT_MINUTES = 30.0
-# Of the checkpoints written because time had passed; two, so that one is there while the next is found to be damaged.
+# Number of time-triggered checkpoints to keep: two, in case the newest turns out to be damaged.
 NEWEST_BY_TIME = 2
 
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """Every `rollouts` rollouts (None: never), every `minutes` (0: never), and after the last of `total` rollouts."""
+    """Saves every `rollouts` rollouts (None: never), every `minutes` (0: never), and after the last of `total` rollouts."""
 
     rollouts: int | None
     minutes: float
     total: int
 
     def reason(self, done: int, seconds: float) -> str | None:
-        """Why a checkpoint is due after `done` rollouts, `seconds` after the last one (or the start); None where none is."""
+        """Why a checkpoint is due after `done` rollouts, `seconds` after the last save (or the start); None if none is due."""
         if done == self.total:
             return BY_LAST_STEP
         if self.rollouts is not None and done % self.rollouts == 0:
@@ -43,7 +43,7 @@ class SavePolicy:
 
 
 def save_policy(config: Config) -> SavePolicy:
-    """The policy that the options give: --save-interval-minutes is 30 where --save-interval is unset, else 0."""
+    """The policy of the options. The default of --save-interval-minutes is 30, or 0 with --save-interval."""
     options = config.checkpoint
     minutes = options.save_interval_minutes
     if minutes is None:
@@ -52,10 +52,9 @@ def save_policy(config: Config) -> SavePolicy:
 
 
 def superfluous(checkpoints: Mapping[int, str | None], latest: int | None) -> list[int]:
-    """Steps of the checkpoints to remove, of `checkpoints` (why each was written, by step).
+    """Steps of the checkpoints to remove. `checkpoints`: the reason of each save, by step. `latest`: the step in the tracker file.
 
-    Only those that the clock alone asked for are removed, all but the newest NEWEST_BY_TIME of them, and never `latest`, the
-    one that the tracker file names.
+    Only time-triggered checkpoints are removed, all but the newest NEWEST_BY_TIME of them, and never `latest`.
     """
     by_time = sorted(step for step, made_by in checkpoints.items() if made_by == BY_TIME)
     return [step for step in by_time[:-NEWEST_BY_TIME] if step != latest]

@@ -1,6 +1,6 @@
-"""Where a run starts from, by the table of `start_table.py`.
+"""Chooses where a run starts from, by the table of `start_table.py`.
 
-`choose_start` is pure: it is given what the command line requests and what the directories hold. `read_facts` looks.
+`read_facts` reads the directories; `choose_start` is pure and decides from the command line's request and those facts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from slime_opd.checkpoint import aside, directory
+from slime_opd.checkpoint.location import RUN_STATE, Location
 from slime_opd.checkpoint.start_table import RULES, Loaded, Outcome, Saved
 from slime_opd.config import Config
 from slime_opd.errors import CheckpointError, ConfigError
@@ -32,7 +33,7 @@ class Request:
     hf_checkpoint: str | None
 
     def recorded(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, as JSON values. `--load SAVE` and no --load are the same start."""
+        """The request as a checkpoint records it, in JSON values. `--load SAVE` and no --load are the same start."""
         return {
             "load": None if self.loads_save else self.load,
             "ckpt_step": self.ckpt_step,
@@ -48,7 +49,7 @@ def request_of(config: Config) -> Request:
     options = config.checkpoint
     save, load, step = _absolute(options.save), _absolute(options.load), options.ckpt_step
     if save is not None and load is not None and os.path.dirname(load) == save:
-        # One checkpoint of --save, by its own directory.
+        # --load is the directory of one checkpoint of --save.
         name = os.path.basename(load)
         if name.startswith("iter_") and name.removeprefix("iter_").isdigit():
             load, step = save, int(name.removeprefix("iter_"))
@@ -72,26 +73,26 @@ def _absolute(path: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a directory of checkpoints holds.
+    """Contents of a directory of checkpoints.
 
-    `location`: the newest checkpoint, or the requested one; None where there is none. `run_state`: the driver's state beside
-    it; None where there is no such file. `aside`: the directory that was set aside last.
+    `location`: the newest or the requested checkpoint; None without one. `run_state`: the driver's state beside it; None without such a
+    file. `steps`: those of the complete checkpoints. `aside`: the directory that was set aside last.
     """
 
-    location: directory.Location | None = None
+    location: Location | None = None
     run_state: Mapping[str, Any] | None = None
     steps: tuple[int, ...] = ()
     aside: str | None = None
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """The run that wrote the checkpoint (see `record.py`); {} where none is recorded."""
+        """Record of the run that wrote the checkpoint (see `record.py`); {} without one."""
         return (self.run_state or {}).get("run", {})
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What --save and --load hold, and who this run is (`record.identity_of`)."""
+    """Contents of --save and --load, and the identity of this run (`record.identity_of`)."""
 
     save: Contents = Contents()
     load: Contents = Contents()
@@ -99,78 +100,82 @@ class Facts:
 
 
 def read_facts(request: Request, identity: Mapping[str, Any]) -> Facts:
-    """Look into --save and --load. Raises CheckpointError for a directory that contradicts itself."""
-    if request.load is not None and not request.loads_save:
-        save = Contents() if request.save is None else _contents(request.save, "--save")
-        return Facts(save, _contents(request.load, "--load", request.ckpt_step), identity)
-    return Facts(Contents() if request.save is None else _own_contents(request), Contents(), identity)
+    """Read --save and --load. Raises CheckpointError for a directory that contradicts itself."""
+    save = load = Contents()
+    loads_elsewhere = request.load is not None and not request.loads_save
+    if request.save is not None:
+        save = _contents_of_save(request.save, None if loads_elsewhere else request.ckpt_step)
+    if request.load is not None and loads_elsewhere:
+        load = _contents(request.load, "--load", request.ckpt_step)
+    return Facts(save, load, identity)
 
 
-def _own_contents(request: Request) -> Contents:
+def _contents_of_save(path: str, step: int | None) -> Contents:
     try:
-        return _contents(request.save, "--save")
+        return _contents(path, "--save")
     except CheckpointError:
-        # The newest is damaged: --ckpt-step is the way past it.
-        if request.ckpt_step is None:
+        # The newest checkpoint is damaged: the user may choose an earlier one with --ckpt-step.
+        if step is None:
             raise
-        return _contents(request.save, "--save", request.ckpt_step)
+        return _contents(path, "--save", step)
 
 
 def _contents(path: str, flag: str, step: int | None = None) -> Contents:
     root = Path(path)
     location = directory.find(path, step, flag=flag)
-    has_state = location is not None and (location.directory / directory.RUN_STATE).is_file()
-    run_state = directory.read_run_state(location) if has_state else None
+    run_state = None
+    if location is not None and (location.directory / RUN_STATE).is_file():
+        run_state = directory.read_run_state(location)
     moved = aside.aside_directories(root)
     return Contents(location, run_state, tuple(aside.complete_steps(root)), str(moved[-1]) if moved else None)
 
 
 def saved_kind(request: Request, facts: Facts) -> Saved:
-    """What --save holds."""
-    held = facts.save
-    if held.location is None:
-        return Saved.NOTHING if held.aside is None else Saved.ASIDE
-    if held.location.iteration is None:
+    """The kind of contents of --save."""
+    contents = facts.save
+    if contents.location is None:
+        return Saved.NOTHING if contents.aside is None else Saved.ASIDE
+    if contents.location.iteration is None:
         return Saved.WEIGHTS
-    if held.run_state is None:
+    if contents.run_state is None:
         return Saved.FOREIGN
-    if not held.record or not (request.loads_save or not differing_identity(held.record, facts.identity)):
+    if not contents.record or not (request.loads_save or not differing_identity(contents.record, facts.identity)):
         return Saved.OTHER
-    differing = differing_request(held.record, request)
+    differing = differing_request(contents.record, request)
     if not differing:
         return Saved.RESTART
     return Saved.OWN if set(differing) <= {"ckpt_step", "finetune"} else Saved.OTHER
 
 
 def loaded_kind(request: Request, facts: Facts) -> Loaded:
-    """What --load means."""
+    """The kind of contents of --load."""
     if request.load is None:
         return Loaded.NONE
     if request.loads_save:
         return Loaded.SAVE
-    held = facts.load
-    if held.location is None:
+    contents = facts.load
+    if contents.location is None:
         return Loaded.EMPTY
-    if held.location.iteration is None:
+    if contents.location.iteration is None:
         return Loaded.WEIGHTS
-    return Loaded.FOREIGN if held.run_state is None else Loaded.RUN
+    return Loaded.FOREIGN if contents.run_state is None else Loaded.RUN
 
 
 def differing_identity(record: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
-    """Names of what tells the recorded run from this one; only what both have is compared."""
+    """Parts of the identity in which the recorded run differs from this one; only parts that both have are compared."""
     saved = record.get("identity", {})
     return [name for name in identity if name in saved and saved[name] != identity[name]]
 
 
 def differing_request(record: Mapping[str, Any], request: Request) -> list[str]:
-    """Names of the options of the start that the recorded command gave otherwise."""
+    """Options of the start that the recorded command gave with other values."""
     now, saved = request.recorded(), record.get("request", {})
     return [name for name in now if now[name] != saved.get(name)]
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from: the checkpoint in `path`, which `flag` means; `step` rollouts of the run are done."""
+    """The start of a run: from the checkpoint in `path`, the directory of `flag`, after `step` rollouts of the run."""
 
     outcome: Outcome
     flag: str
@@ -179,11 +184,11 @@ class Start:
 
     @property
     def newest_kept(self) -> int | None:
-        """The step of --save after which checkpoints are set aside before the first new one; None: all are."""
+        """Checkpoints of --save after this step are set aside before the first new save; None: all are."""
         return self.step if self.outcome in (Outcome.CONTINUE_NEWEST, Outcome.CONTINUE_STEP) else None
 
     def resolve(self, config: Config) -> Config:
-        """The configuration of the trainers: --load is the one checkpoint to load, or None."""
+        """The trainers' configuration: its --load is the checkpoint to load, or None."""
         loads = self.flag in ("--save", "--load")
         resolved = dataclasses.replace(
             config.checkpoint,
@@ -195,37 +200,35 @@ class Start:
 
 
 def choose_start(request: Request, facts: Facts) -> Start:
-    """The start that the table gives.
-
-    Raises ConfigError where the table refuses, and where --ckpt-step is not among the checkpoints.
-    """
+    """The start by the table. Raises ConfigError where the table refuses, or --save has no checkpoint of --ckpt-step."""
     saved, loaded = saved_kind(request, facts), loaded_kind(request, facts)
     outcome = next(rule.outcome for rule in RULES if rule.matches(request, saved, loaded))
     if outcome.is_refusal:
         raise ConfigError(_refusal(outcome, saved, request, facts))
     if outcome in (Outcome.CONTINUE_STEP, Outcome.WEIGHTS_OF_SAVE) and request.ckpt_step is not None:
-        return Start(outcome, "--save", *_requested(request, facts, outcome))
+        return Start(outcome, "--save", *_requested_step(request, facts, outcome))
     if outcome in (Outcome.CONTINUE_NEWEST, Outcome.WEIGHTS_OF_SAVE):
-        return _from(outcome, "--save", facts.save)
+        return _start_from(outcome, "--save", facts.save.location)
     if outcome is Outcome.WEIGHTS_OF_ASIDE:
         return Start(outcome, "--save", facts.save.aside)
     if outcome in (Outcome.CONTINUE_LOAD, Outcome.WEIGHTS_OF_LOAD):
-        return _from(outcome, "--load", facts.save if request.loads_save else facts.load)
+        return _start_from(outcome, "--load", (facts.save if request.loads_save else facts.load).location)
     if outcome is Outcome.WEIGHTS_OF_REFERENCE:
         return Start(outcome, "--ref-load", request.ref_load)
     return Start(outcome, "--hf-checkpoint", request.hf_checkpoint)
 
 
-def _from(outcome: Outcome, flag: str, held: Contents) -> Start:
-    step = held.location.iteration if outcome.continues else 0
-    return Start(outcome, flag, str(held.location.directory), step or 0)
+def _start_from(outcome: Outcome, flag: str, location: Location | None) -> Start:
+    assert location is not None  # the table gives these outcomes only where there is a checkpoint
+    step = location.iteration if outcome.continues else 0
+    return Start(outcome, flag, str(location.directory), step or 0)
 
 
-def _requested(request: Request, facts: Facts, outcome: Outcome) -> tuple[str, int]:
+def _requested_step(request: Request, facts: Facts, outcome: Outcome) -> tuple[str, int]:
     step, steps = request.ckpt_step, facts.save.steps
-    if step not in steps:
+    if request.save is None or step not in steps:
         raise ConfigError(
-            f"--ckpt-step {step}: {request.save} holds no complete checkpoint of that step; found {', '.join(map(str, steps)) or 'none'}"
+            f"--ckpt-step {step}: {request.save} holds no complete checkpoint of that step; existing steps: {', '.join(map(str, steps)) or 'none'}"
         )
     return str(aside.iteration_path(Path(request.save), step)), step if outcome.continues else 0
 
@@ -234,8 +237,8 @@ def _refusal(outcome: Outcome, saved: Saved, request: Request, facts: Facts) -> 
     if outcome is Outcome.REFUSE_ASIDE:
         return f"--save {request.save} holds only checkpoints that were set aside: continue from them with --load {facts.save.aside}, start from their weights with --finetune, or give another --save"
     if outcome is Outcome.REFUSE_FOREIGN:
-        held = facts.save if request.loads_save else facts.load
-        return f"--load {held.location.directory} has no {directory.RUN_STATE}, so its step and place in the prompts are unknown: take its weights and start at step 0 with --finetune"
+        location = (facts.save if request.loads_save else facts.load).location
+        return f"--load {location and location.directory} has no {RUN_STATE}, so its step and its position in the prompts are unknown: add --finetune to start at step 0 with its weights"
     start_over = f"--load {request.save} --finetune to start at step 0 with its weights (its checkpoints are set aside)"
     if saved is Saved.WEIGHTS:
         return f"--save {request.save} holds weights that this command does not start from: give another --save, or --load {request.save} to start from them"

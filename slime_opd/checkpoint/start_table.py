@@ -1,6 +1,6 @@
-"""The table of starts: what --save holds, what --load means and which flag is given decide what a run does.
+"""The table of starts: the contents of --save and --load and the given flags decide what a run does.
 
-`start.py` reads it, and docs/checkpoints.md prints it.
+`start.py` applies it; docs/checkpoints.md shows it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Saved(Enum):
-    """What --save holds, under the table's names; MEANINGS explains them."""
+    """Kinds of contents of --save, under the table's names; MEANINGS explains them."""
 
     NOTHING = "nothing"
     RESTART = "this command's"
@@ -26,7 +26,7 @@ class Saved(Enum):
 
 
 class Loaded(Enum):
-    """What --load is, under the table's names."""
+    """Kinds of --load, under the table's names."""
 
     NONE = "not given"
     SAVE = "`--save`"
@@ -48,7 +48,7 @@ MEANINGS: dict[str, str] = {
 
 
 class Outcome(Enum):
-    """What the run does, as the table and the log say it."""
+    """What the run does, in the words of the table and the log."""
 
     CONTINUE_NEWEST = "continues from the newest checkpoint of `--save`"
     CONTINUE_STEP = "continues from that step of `--save`; later ones are set aside"
@@ -59,7 +59,7 @@ class Outcome(Enum):
     WEIGHTS_OF_REFERENCE = "starts at step 0 with the weights of `--ref-load`"
     WEIGHTS_OF_HUGGING_FACE = "starts at step 0 with the weights of `--hf-checkpoint`"
     REFUSE_OTHER = "is refused: give another `--save`, or `--load` that directory"
-    REFUSE_FOREIGN = "is refused: where it was in the prompts is unknown; `--finetune` takes the weights"
+    REFUSE_FOREIGN = "is refused: its position in the prompts is unknown; `--finetune` takes the weights"
     REFUSE_ASIDE = "is refused: `--load` the directory that was set aside, or give another `--save`"
 
     @property
@@ -69,13 +69,13 @@ class Outcome(Enum):
 
     @property
     def continues(self) -> bool:
-        """Whether step, data cursor and optimizer continue, beside the weights."""
+        """Whether step, position in the prompts and optimizer are resumed, not only the weights."""
         return self.name.startswith("CONTINUE")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: what --save holds, what --load means (empty: anything), a flag that is given (None: any), the outcome."""
+    """One row: kinds of --save and of --load (empty: any), a flag that must be given (None: none), the outcome."""
 
     saved: tuple[Saved, ...]
     loaded: tuple[Loaded, ...]
@@ -83,7 +83,7 @@ class Rule:
     outcome: Outcome
 
     def matches(self, request: Request, saved: Saved, loaded: Loaded) -> bool:
-        """Whether this row decides."""
+        """Whether this row applies."""
         value = True if self.flag is None else getattr(request, self.flag)
         is_given = value is not None and value is not False
         return is_given and (not self.saved or saved in self.saved) and (not self.loaded or loaded in self.loaded)
@@ -93,7 +93,7 @@ _HERE = (Loaded.SAVE, Loaded.NONE)
 _ELSEWHERE = (Loaded.EMPTY, Loaded.RUN, Loaded.FOREIGN, Loaded.WEIGHTS)
 _RUNS = (Saved.OWN, Saved.OTHER)
 
-# The first row that matches decides.
+# The first row that matches applies.
 RULES: tuple[Rule, ...] = (
     Rule((Saved.RESTART,), (), None, Outcome.CONTINUE_NEWEST),
     Rule((Saved.OTHER, Saved.FOREIGN, Saved.WEIGHTS), (Loaded.NONE,), None, Outcome.REFUSE_OTHER),
@@ -127,6 +127,6 @@ def rules_as_markdown() -> str:
 
 
 def meanings_as_markdown() -> str:
-    """What the names in the table mean, as docs/checkpoints.md shows it."""
+    """The meanings of the table's names, as docs/checkpoints.md shows them."""
     rows = [f"| {name} | {meaning} |" for name, meaning in MEANINGS.items()]
     return "\n".join(["| name | what the directory holds |", "| --- | --- |", *rows])

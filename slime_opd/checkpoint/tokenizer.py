@@ -1,4 +1,4 @@
-"""The tokenizer and configuration of a checkpoint's model, kept beside its weights, so that two models can be compared later."""
+"""Copies tokenizer and config of a model into its checkpoint, so that later runs can compare them with another model's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slime_opd.checkpoint.location import TOKENIZER
 
-# What AutoTokenizer and AutoConfig read. Python files are not among it: no code travels with a checkpoint.
+# Files that AutoTokenizer and AutoConfig read, except Python files: no code is copied into a checkpoint.
 _FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "chat_template.jinja",

@@ -1,7 +1,7 @@
-"""Whether a checkpoint is whole, as far as a short look shows, and the sentence for one that is not.
+"""The quick check of a checkpoint: is it whole? And the error message for one that is not.
 
-A short look reads small files and the sizes of large ones, and takes no longer for a large model. Reading everything is the work
-of the trainer's ranks, `slime_opd/checkpoint/formats/verification.py`.
+It reads small files and the sizes of large ones, so it takes no longer for a large model. The trainer's ranks read every file, in
+`slime_opd/checkpoint/formats/verification.py`.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from slime_opd.checkpoint import manifest, trusted
+from slime_opd.checkpoint import manifest, safe_metadata
 from slime_opd.checkpoint.location import RUN_STATE, Location, iterations
 from slime_opd.errors import CheckpointError
 
-# Files up to this size are compared with their checksum even in a short look.
+# Files up to this size are compared with their checksum even in the quick check.
 _SMALL_BYTES = 2**24
-# The flag that chooses another step, by the flag that names the directory.
+# Flags that choose a step, by the flag of the directory.
 _STEP_FLAGS = {
     "--load": "--ckpt-step",
     "--save": "--ckpt-step",
@@ -27,10 +27,10 @@ _STEP_FLAGS = {
 
 
 def problems_of(location: Location, *, verify: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, a sentence for each file; [] where a short look finds nothing.
+    """Problems of a checkpoint that the quick check finds, one sentence for each file; [] if it finds none.
 
-    Checks what its manifest lists (presence, sizes, checksums of files up to 16 MiB; not with `verify` False), and that the files
-    without which a torch_dist checkpoint cannot be loaded can be read.
+    Checks the files of its manifest (presence, sizes, checksums up to 16 MiB; not with `verify` False), and that the files without
+    which a torch_dist checkpoint cannot be loaded are readable.
     """
     directory = location.directory
     try:
@@ -52,9 +52,9 @@ def problems_of(location: Location, *, verify: bool = True) -> list[str]:
 
 
 def expected_files(location: Location) -> list[manifest.Entry] | None:
-    """What the manifest of a checkpoint lists; None where it has none. Raises CheckpointError where it is damaged.
+    """Entries of a checkpoint's manifest; None where it has none. Raises CheckpointError where it is damaged.
 
-    A missing run state is left to `directory.read_run_state`: --finetune, which needs none, may still take the weights.
+    Without a missing run state: --finetune, which needs none, may still load the weights; `directory.read_run_state` reports it.
     """
     entries = manifest.read(location.directory)
     if entries is None or (location.directory / RUN_STATE).is_file():
@@ -70,13 +70,13 @@ def _problems_of_torch_dist(directory: Path, *, must_have_manifest: bool) -> lis
     if backend != "torch_dist":
         return [f"metadata.json: the format is {backend!r}, expected 'torch_dist'"]
     if not zipfile.is_zipfile(directory / "common.pt"):
-        return ["common.pt is damaged: it is no archive of torch.save"]
-    # A checkpoint that was written with a manifest says so in its run state.
+        return ["common.pt is damaged: expected an archive of torch.save"]
+    # The run state records that a checkpoint was written with a manifest.
     has_state = must_have_manifest and (directory / RUN_STATE).is_file()
     if has_state and read_json(directory / RUN_STATE).get("manifest"):
-        return [f"{manifest.MANIFEST} is missing, with which this checkpoint was written"]
+        return [f"{manifest.MANIFEST} is missing, although this checkpoint was written with one"]
     problems = []
-    for name, least in sorted(trusted.check_metadata(directory).items()):
+    for name, least in sorted(safe_metadata.check_metadata(directory).items()):
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
         if size is None:
@@ -87,24 +87,24 @@ def _problems_of_torch_dist(directory: Path, *, must_have_manifest: bool) -> lis
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint. Raises CheckpointError where it is none."""
+    """A JSON file of a checkpoint. Raises CheckpointError where it is not a JSON object."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is damaged: it is not JSON ({' '.join(str(error).split())[:80]})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} is damaged: expected a JSON object")
-    return found
+    return content
 
 
 def refusal(location: Location, flag: str, problems: list[str]) -> str:
-    """The sentence for a checkpoint that cannot be loaded: which file, what is wrong with it, and what to load instead."""
+    """The error message for a checkpoint that cannot be loaded: which file, its problem, and what to load instead."""
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{flag} {location.directory}: {problems[0]}{more}; {alternative(location, flag)}"
 
 
 def alternative(location: Location, flag: str) -> str:
-    """What to do instead of loading a damaged checkpoint."""
+    """The end of an error message about a damaged checkpoint: what to do instead."""
     if location.iteration is None:
         return "copy or convert it again from its source"
     root = location.directory.parent
@@ -115,7 +115,7 @@ def alternative(location: Location, flag: str) -> str:
 
 
 def flags_for(location: Location, flag: str) -> str:
-    """The flags that load one of several checkpoints, where `flag` names the directory."""
+    """The flags that load this checkpoint, in place of the option `flag`."""
     step_flag = _STEP_FLAGS.get(flag)
     if step_flag is None:
         return f"{flag} {location.directory}"
@@ -123,14 +123,14 @@ def flags_for(location: Location, flag: str) -> str:
 
 
 def newest_whole(root: Path, before: int | None = None) -> Location | None:
-    """The checkpoint of the highest step (below `before`) in which a short look finds nothing wrong."""
-    for location in reversed(iterations(root)):
-        if (before is None or location.iteration < before) and not problems_of(location):
+    """The checkpoint of the highest step (below `before`) that passes the quick check; None if none does."""
+    for step, location in reversed(iterations(root).items()):
+        if (before is None or step < before) and not problems_of(location):
             return location
     return None
 
 
 def require_whole(location: Location, flag: str, *, verify: bool = True) -> None:
-    """Raise CheckpointError where a short look finds something wrong with a checkpoint."""
+    """Raise CheckpointError where the quick check finds a problem."""
     if problems := problems_of(location, verify=verify):
         raise CheckpointError(refusal(location, flag, problems))

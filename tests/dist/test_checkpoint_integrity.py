@@ -263,7 +263,7 @@ STEP_1 = "the newest earlier one that looks whole is step 1: --load ROOT --ckpt-
         ("a shard zeroed", ".distcp is damaged: its contents differ from their checksum"),
         ("a shard zeroed, checksums not compared", ": its contents are damaged; "),
         ("a shard deleted", ".distcp is missing"),
-        ("no manifest", "manifest.sha256 is missing, with which this checkpoint was written"),
+        ("no manifest", "manifest.sha256 is missing, although this checkpoint was written with one"),
         ("common.pt flipped", "common.pt is damaged"),
         ("common.pt flipped, checksums not compared", "common.pt"),
         ("code in .metadata", ".metadata names posix.system, which no checkpoint needs: reading it could run code"),

@@ -35,7 +35,7 @@ def test_two_processes_share_the_work_and_make_the_same_checkpoint(tiny_model_di
     kept = tmp_path / "out" / "release" / "tokenizer" / "tokenizer.json"
     assert kept.read_bytes() == (tiny_model_dir / "tokenizer.json").read_bytes()
     again = run(TOOLS / "convert_hf_to_torch_dist.py", "--hf-checkpoint", tiny_model_dir, "--save", tmp_path / "out")
-    assert again.returncode == 2 and "is not empty; choose another directory or say --force" in again.stderr
+    assert again.returncode == 2 and "is not empty; choose another directory or add --force" in again.stderr
     words = ["--input-dir", tmp_path / "out", "--output-dir", tmp_path / "back", "--origin-hf-dir", tiny_model_dir]
     back = run(TOOLS / "convert_torch_dist_to_hf.py", *words)
     assert back.returncode == 0, back.stderr[-2000:]
@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit_the_config_are_refused(tiny_model_dir, tmp_path
     lacks, has, shape = run_ranks(refusals, 1, rendezvous, str(tiny_model_dir), str(tmp_path))[0]
     norm = "model.layers.1.post_attention_layernorm.weight"
     assert lacks == f"--hf-checkpoint DIR lacks 1 of the weights that its config.json describes, first {norm}"
-    assert has.startswith("--hf-checkpoint DIR has 1 weights that the model has no place for, first model.layers.1.self_attn.sinks")
+    assert has.startswith("--hf-checkpoint DIR has 1 weights that its config.json does not describe, first model.layers.1.self_attn.sinks")
     assert shape.startswith(f"--hf-checkpoint DIR: {norm} make [9], expected [64] for decoder.layers.1.pre_mlp_layernorm.weight")
 
 

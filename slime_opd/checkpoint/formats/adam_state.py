@@ -1,4 +1,4 @@
-"""torch's own Adam in Megatron's optimizer: its kernel, and its state in checkpoints, whose loader expects Transformer Engine's."""
+"""torch's Adam in Megatron's optimizer: its fused kernel, and its state in checkpoints, whose loader expects Transformer Engine's Adam."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> list[Any]:
-    """Megatron's optimizers that run torch's own Adam, as they do where neither Transformer Engine nor Apex is."""
+    """Megatron's optimizers that run torch's Adam: all, where neither Transformer Engine nor Apex is installed."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [one for one in chained if isinstance(one.optimizer, torch.optim.Adam | torch.optim.AdamW)]
 
@@ -27,10 +27,10 @@ def use_fused_kernel(optimizer: MegatronOptimizer) -> None:
 
 
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
-    """Make Megatron able to load into torch's Adam, whose state holds a `step` that Megatron's loader does not expect.
+    """Make torch's Adam loadable by Megatron, whose loader does not expect the `step` in its state.
 
-    The state is made as Adam's first step would make it, because only state that is there can be described; and the
-    loader, which asks for every key of that state but is not given `step`, is handed the one that is there.
+    The state is created as by Adam's first step, because the loader describes the existing state; and as the loader requires every
+    key of it but provides no `step`, the existing `step` is added.
     """
     for one in _torch_adams(optimizer):
         for group in one.optimizer.param_groups:
@@ -50,9 +50,9 @@ def _set_states(one: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> No
 
 
 def separate_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter a `step` of its own, on its device, where the fused kernel reads it.
+    """Give every parameter its own `step`, on its device, where the fused kernel reads it.
 
-    Megatron loads one tensor into all, which Adam would then count up once for each.
+    Megatron loads one tensor into all of them, and Adam would then increase it once for each parameter.
     """
     for one in _torch_adams(optimizer):
         for state in one.optimizer.state.values():
@@ -60,10 +60,10 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
 
 
 def round_steps(optimizer: MegatronOptimizer) -> None:
-    """Make the steps of the parameter groups whole numbers, after a checkpoint was loaded.
+    """Make the steps of the parameter groups integers, after a checkpoint was loaded.
 
-    Transformer Engine's FusedAdam counts there, and its kernel takes an integer; torch's Adam, which counts in floating point, may
-    have written the checkpoint.
+    Transformer Engine's FusedAdam counts there and needs an integer, but the checkpoint may be from torch's Adam, whose steps are
+    floats.
     """
     for group in optimizer.param_groups:
         if "step" in group:

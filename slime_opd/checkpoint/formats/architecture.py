@@ -10,7 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from slime_opd.checkpoint import trusted
+from slime_opd.checkpoint import safe_metadata
 from slime_opd.checkpoint.directory import find
 from slime_opd.checkpoint.formats.failures import reason
 from slime_opd.checkpoint.location import Location
@@ -92,7 +92,7 @@ def _hf_config(location: Location) -> dict[str, Any]:
 
 def _tensor_metadata(location: Location) -> dict[str, Any]:
     """Every tensor of a torch_dist checkpoint, without its values. Raises CheckpointError where `.metadata` is not to be trusted."""
-    trusted.check_metadata(location.directory)
+    safe_metadata.check_metadata(location.directory)
     try:
         return dist_checkpointing.load_tensors_metadata(str(location.directory))
     except CheckpointingException as error:

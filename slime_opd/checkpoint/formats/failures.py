@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from slime_opd.checkpoint import disk, trusted
+from slime_opd.checkpoint import disk, safe_metadata
 from slime_opd.checkpoint.formats.verification import gather
 from slime_opd.checkpoint.location import Location
 from slime_opd.checkpoint.whole import refusal
@@ -32,7 +32,7 @@ def reading(location: Location, flag: str) -> Iterator[None]:
     os.environ[_SAFE_LOADS] = "1"
     try:
         with _quiet("torch.distributed.checkpoint"):
-            trusted.check_metadata(location.directory)
+            safe_metadata.check_metadata(location.directory)
             _check_common(location.directory)
             yield
     except CheckpointError as error:

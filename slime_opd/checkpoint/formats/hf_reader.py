@@ -36,7 +36,7 @@ class WeightReader:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all weights, by name."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for file, names in self._by_file(self._file_of).items():
             with open_weights(file) as weights:
                 shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in names}

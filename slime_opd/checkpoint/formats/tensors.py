@@ -10,7 +10,7 @@ from torch import Tensor
 
 def checksum(tensor: Tensor) -> int:
     """CRC-32 of a CPU tensor's bytes."""
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def own_storage(tensor: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""Writes a rank's files of a checkpoint in the rank's own process.
+"""Replaces Megatron-core's writer processes by threads of the rank.
 
-Megatron-core forks a process per file and waits until each has counted itself done. One that is killed (by the
-out-of-memory killer, say) never does, so its rank waits for ever; and a process with threads is not safely forked. They are for saves
-that go on in the background. A save that is waited for is written as well by threads: a file's bytes are written without
-the interpreter's lock.
+Megatron-core forks a process per file, for saves in the background, and waits until each reports. If one is killed (by the
+out-of-memory killer, say) its rank waits forever; and forking a process with threads is not safe. Saves here are not in the background,
+and threads write as fast, because writing a file's bytes releases the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -18,20 +17,21 @@ _FileSystemWriter = filesystem_async.FileSystemWriterAsync
 
 
 def write_with_threads() -> None:
-    """Make Megatron's saves write with threads of this process, and pass the results through a queue of it.
+    """Make Megatron's saves write with threads of this process, and pass their results through a queue in it.
 
-    By default that queue is one more process, started by `spawn`: seconds of imports, 300 MB, and it outlives a killed rank.
+    Megatron's default queue is another process, started by `spawn`: it costs seconds of imports and 300 MB, and outlives a killed rank.
     """
     _FileSystemWriter.write_preloaded_data_multiproc = staticmethod(_write_files)
     filesystem_async._results_queue = queue.SimpleQueue()
 
 
 def _write_files(transforms: list[Any], use_msc: bool, rank: int, files: list[Any], results_queue: Any) -> None:
-    """Write `files`, Megatron's buckets, and put {index: results} into the queue, or the exception of one that failed."""
+    """Write `files`, Megatron's buckets, and put {index: results} into the queue, or an exception if a file failed."""
 
     def write(index: int) -> Any:
-        # The count that each writer lowers; here the end of its thread says as much.
-        done, count = queue.SimpleQueue(), queue.Queue()
+        # Megatron's writer takes an item from `count` when it ends; here the end of its thread shows that already.
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        count: queue.Queue[int] = queue.Queue()
         count.put(index)
         _FileSystemWriter.write_preloaded_data(
             transforms, index, files[index], done, count, use_fsync=True, use_msc=use_msc

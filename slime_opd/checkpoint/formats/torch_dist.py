@@ -1,6 +1,6 @@
-"""torch_dist checkpoints a piece at a time: read and written without a model, and without all of it in memory.
+"""Reads and writes torch_dist checkpoints piece by piece: without a model, and without the whole checkpoint in memory.
 
-The format is torch.distributed.checkpoint's; Megatron adds two files that say so (`common.pt`, `metadata.json`).
+The format is torch.distributed.checkpoint's; Megatron adds `common.pt` and `metadata.json`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, Writ
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from slime_opd.checkpoint import trusted
+from slime_opd.checkpoint import safe_metadata
+from slime_opd.errors import CheckpointError
 
-# Of one file. What is written to a file stays in memory until the file is closed.
+# Size of one file. Its pieces stay in memory until it is closed.
 _FILE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of the tensor `key`: its place and shape in the whole, the shape of the whole, and the dtype."""
+    """A part of the tensor `key`: its offset and shape, the shape of the whole tensor, and the dtype."""
 
     key: str
     offset: tuple[int, ...]
@@ -58,7 +59,7 @@ class Reader:
     """Parts of the tensors of one checkpoint directory. Raises CheckpointError where its `.metadata` cannot be trusted."""
 
     def __init__(self, directory: str | Path) -> None:
-        trusted.check_metadata(Path(directory))
+        safe_metadata.check_metadata(Path(directory))
         self._files = FileSystemReader(directory)
         self._metadata = self._files.read_metadata()
         self._files.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -66,23 +67,25 @@ class Reader:
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor, by key."""
         return {
-            key: (tuple(found.size), found.properties.dtype)
-            for key, found in self._metadata.state_dict_metadata.items()
-            if isinstance(found, TensorStorageMetadata)
+            key: (tuple(stored.size), stored.properties.dtype)
+            for key, stored in self._metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
         }
 
     def read(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The part of a tensor that begins at `offset`."""
-        found = self._metadata.state_dict_metadata[key]
-        part = torch.empty(shape, dtype=found.properties.dtype)
-        wanted = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
-        items = create_read_items_for_chunk_list(key, found, [wanted])
-        self._files.read_data(LoadPlan(items), _Into(part)).wait()
+        """The part of the tensor `key` of this shape that begins at `offset`."""
+        stored = self._metadata.state_dict_metadata[key]
+        if not isinstance(stored, TensorStorageMetadata):
+            raise CheckpointError(f"{key} is no tensor in this checkpoint")
+        part = torch.empty(shape, dtype=stored.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+        items = create_read_items_for_chunk_list(key, stored, [chunk])
+        self._files.read_data(LoadPlan(items), _IntoTensor(part)).wait()
         return part
 
 
-class _Into(DefaultLoadPlanner):
-    """Reads into one tensor."""
+class _IntoTensor(DefaultLoadPlanner):
+    """A load planner that reads into one tensor."""
 
     def __init__(self, part: Tensor) -> None:
         super().__init__()
@@ -98,8 +101,8 @@ class _Into(DefaultLoadPlanner):
         pass
 
 
-class _AsAskedFor(DefaultSavePlanner):
-    """Makes each piece when its turn to be written has come."""
+class _LazyPieces(DefaultSavePlanner):
+    """A save planner that makes each piece when it is written."""
 
     def __init__(self, make: Callable[[Piece], Tensor], pieces: Mapping[MetadataIndex, Piece]) -> None:
         super().__init__()
@@ -120,8 +123,8 @@ def write(
 ) -> list[Piece]:
     """Write all pieces; returns those that this rank wrote.
 
-    `make` gives a piece's values when they are asked for. Of several ranks, which are given the same pieces, each makes and writes a
-    share of them; `gather` joins the ranks' lists on rank 0, which ends the checkpoint.
+    `make` returns a piece's values; it is called when the piece is written. With several ranks, all are given the same pieces and each
+    makes and writes a share of them; `gather` concatenates the ranks' lists on rank 0, which completes the checkpoint.
     """
     files = list(_files(pieces))
     plans, metadata = create_default_global_save_plan([SavePlan([_item(p) for p in file]) for file in files])
@@ -129,13 +132,13 @@ def write(
     writer.set_up_storage_writer(is_coordinator=rank == 0)
     plans = writer.prepare_global_plan(plans)
     by_index = {_item(piece).index: piece for file in files for piece in file}
-    planner = _AsAskedFor(make, by_index)
+    planner = _LazyPieces(make, by_index)
     results = [writer.write_data(plan, planner).wait() for plan in plans[rank::world_size]]
-    everyones = gather(results)
+    all_results = gather(results)
     if rank == 0:
         torch.save({"iteration": 0}, directory / "common.pt")
         save_config(CheckpointingConfig("torch_dist", 1), str(directory))
-        writer.finish(metadata, everyones)
+        writer.finish(metadata, all_results)
     return [piece for file in files[rank::world_size] for piece in file]
 
 
@@ -155,7 +158,7 @@ def _item(piece: Piece) -> WriteItem:
 def _files(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     file: list[Piece] = []
     for piece in pieces:
-        if file and sum(one.bytes for one in file) + piece.bytes > _FILE_BYTES:
+        if file and sum(other.bytes for other in file) + piece.bytes > _FILE_BYTES:
             yield file
             file = []
         file.append(piece)

@@ -1,10 +1,10 @@
-"""Reading every file of a checkpoint before any of it is loaded: all ranks together, each its share of the files."""
+"""Verifies every file of a checkpoint before any of it is loaded. All ranks take part, each with its share of the files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Verification:
-    """Checks each checkpoint of a start once. `warnings` are of those that could not be verified."""
+    """Verifies each checkpoint of a start once. `warnings`: about checkpoints that could not be verified."""
 
     def __init__(self, *, enabled: bool = True) -> None:
         self._enabled = enabled
@@ -28,8 +28,7 @@ class Verification:
         """Raise CheckpointError on every rank where any rank finds a file missing, damaged or not allowed."""
         if location.directory in self._done:
             return
-        everyones = gather(self._problems(location))
-        if problems := [problem for problems in everyones for problem in problems]:
+        if problems := [problem for problems in gather(self._problems(location)) for problem in problems]:
             raise CheckpointError(refusal(location, flag, list(dict.fromkeys(problems))))
         self._done.add(location.directory)
         if not self._enabled:
@@ -55,7 +54,8 @@ class Verification:
 def write_manifest(directory: Path) -> None:
     """Write the manifest of a directory that all ranks see; each reads its share of the files."""
     listed = on_first_rank(lambda: [(name, _size(directory / name)) for name in manifest.listed_files(directory)])
-    own = manifest.share_of(*zip(*listed, strict=True), dist.get_rank(), dist.get_world_size())
+    names, sizes = [name for name, _ in listed], [size for _, size in listed]
+    own = manifest.share_of(names, sizes, dist.get_rank(), dist.get_world_size())
     entries = [entry for share in run_together(lambda: manifest.measure(directory, own)) for entry in share]
     on_first_rank(lambda: manifest.write(directory, entries))
 
@@ -68,24 +68,27 @@ def gather(value: T) -> list[T]:
 
 
 def run_together(action: Callable[[], T]) -> list[T]:
-    """Run an action on every rank; returns every rank's result.
+    """Run an action on every rank; returns the results of all ranks.
 
-    Raises on every rank the OSError or CheckpointError that one of them raises, so that none waits for one that has stopped.
+    An OSError or CheckpointError of one rank is raised on every rank, so that none waits for a rank that has stopped.
     """
+    results: list[T] = []
+    failure = None
     try:
-        result, failure = action(), None
+        results.append(action())
     except (OSError, CheckpointError) as error:
-        result, failure = None, error
-    everyones = gather((result, failure))
-    for _, failed in everyones:
+        failure = error
+    outcomes = gather((results, failure))
+    for _, failed in outcomes:
         if failed is not None:
             raise failed from failure
-    return [result for result, _ in everyones]
+    return [result for results, _ in outcomes for result in results]
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Run an action on rank 0 and raise on every rank what it raises there; returns its result on every rank."""
-    return run_together(lambda: action() if dist.get_rank() == 0 else None)[0]
+    """Run an action on rank 0; returns its result, or raises its OSError or CheckpointError, on every rank."""
+    result = run_together(lambda: action() if dist.get_rank() == 0 else None)[0]
+    return cast("T", result)
 
 
 def _size(path: Path) -> int:

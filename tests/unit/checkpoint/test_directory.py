@@ -33,14 +33,14 @@ def run(written, tmp_path):
 
 
 def steps(root) -> list[int]:
-    return [location.iteration for location in directory.iterations(root)]
+    return list(directory.iterations(root))
 
 
 def test_the_tracker_a_step_or_the_directory_itself_name_a_checkpoint(run):
     assert find(str(run)) == Location(run / "iter_0000006", 6)
     assert find(str(run), 4) == Location(run / "iter_0000004", 4)
     assert find(str(run / "iter_0000002")) == Location(run / "iter_0000002", 2)
-    for location in directory.iterations(run):
+    for location in directory.iterations(run).values():
         assert problems_of(location) == []
     assert read_run_state(find(str(run))) == {"step": 6, "prompts": {}}
 
@@ -69,11 +69,11 @@ def tracker(content: bytes):
     ("harm", "step", "expected"),
     [
         (remove_tracker, None, "--load RUN holds checkpoints but no latest_checkpointed_iteration.txt, which names the one to load; the newest whole one is step 6: give --load RUN --ckpt-step 6 or write 6 into that file, or give another directory to start anew"),
-        (tracker(b"8"), None, "--load RUN: step 8 is not there; steps there are 2, 4, 6; the newest whole one is step 6: give --load RUN --ckpt-step 6"),
+        (tracker(b"8"), None, "--load RUN: step 8 does not exist; existing steps: 2, 4, 6; the newest whole one is step 6: give --load RUN --ckpt-step 6"),
         (tracker(b""), None, "--load RUN/latest_checkpointed_iteration.txt holds '', expected a step number or 'release'; the newest whole checkpoint is step 6: give --load RUN --ckpt-step 6"),
         (tracker(b"\xff\xfe"), None, "--load RUN/latest_checkpointed_iteration.txt holds 'no text (UnicodeDecodeError)', expected a step number or 'release'; the newest whole checkpoint is step 6: give --load RUN --ckpt-step 6"),
         (tracker(b"release"), None, "--load RUN/release: the directory that latest_checkpointed_iteration.txt names is not there"),
-        (lambda run: None, 5, "--load RUN: step 5 is not there; steps there are 2, 4, 6; the newest whole one is step 6: give --load RUN --ckpt-step 6"),
+        (lambda run: None, 5, "--load RUN: step 5 does not exist; existing steps: 2, 4, 6; the newest whole one is step 6: give --load RUN --ckpt-step 6"),
         (lambda run: (run / "iter_0000006/.metadata").unlink(), None, "--load RUN/iter_0000006: .metadata is missing; the newest earlier one that looks whole is step 4: --load RUN --ckpt-step 4"),
     ],
     ids=["no tracker", "absent step", "empty tracker", "no text", "absent release", "absent --ckpt-step", "no .metadata"],
@@ -96,7 +96,7 @@ def test_a_file_and_a_directory_of_something_else_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"--load .*file is a file, expected a directory of checkpoints"):
         find(str(tmp_path / "file"))
-    with pytest.raises(CheckpointError, match="is not empty and holds no checkpoint, nor anything else of a run"):
+    with pytest.raises(CheckpointError, match="is not empty, but holds no checkpoint and no other file of a run"):
         find("/etc")
 
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_in_the_older_format_is_named_as_such(tmp_path):
 
 
 def test_one_checkpoint_and_the_step_of_another_are_refused(run):
-    with pytest.raises(CheckpointError, match="is one checkpoint, and step 4 another"):
+    with pytest.raises(CheckpointError, match="is one checkpoint, but step 4 is another"):
         find(str(run / "iter_0000006"), 4)
     assert find(str(run / "iter_0000006"), 6) == Location(run / "iter_0000006", 6)
 
@@ -126,7 +126,7 @@ def harm_json(name, content):
         (lambda c: (c / "common.pt").unlink(), "common.pt is missing"),
         (lambda c: (c / "metadata.json").unlink(), "metadata.json is missing"),
         (harm_json("metadata.json", "{"), "metadata.json has 1 bytes, manifest.sha256 records"),
-        (lambda c: (c / "manifest.sha256").unlink(), "manifest.sha256 is missing, with which this checkpoint was written"),
+        (lambda c: (c / "manifest.sha256").unlink(), "manifest.sha256 is missing, although this checkpoint was written with one"),
         (lambda c: (c / "manifest.sha256").write_text(""), "manifest.sha256 is damaged"),
         (lambda c: shutil.rmtree(c), "the directory does not exist"),
     ],
@@ -199,8 +199,9 @@ def test_without_a_run_state_only_finetune_takes_the_weights(run):
     (run / "iter_0000006" / "run_state.json").unlink()
     with pytest.raises(CheckpointError) as refusal:
         read_run_state(find(str(run)))
-    assert "run_state.json is missing, which has the step and the data order to continue with: --finetune takes" in str(
-        refusal.value
+    assert (
+        "run_state.json is missing, which has the step and the data order to resume from: add --finetune to start"
+        in str(refusal.value)
     )
     assert str(refusal.value).endswith("--ckpt-step 4")
     assert problems_of(find(str(run))) == []

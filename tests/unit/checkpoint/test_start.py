@@ -243,7 +243,7 @@ def test_an_older_step_sets_later_ones_aside_and_continues_from_its_own(tmp_path
 
 def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
     write(tmp_path, 2, config_of(tmp_path))
-    with pytest.raises(ConfigError, match=r"--ckpt-step 3.*found 2"):
+    with pytest.raises(ConfigError, match=r"--ckpt-step 3.*existing steps: 2"):
         start(config_of(tmp_path, ckpt_step=3))
 
 

@@ -53,7 +53,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_with_the_flag_that_names_it(t
 
 
 def test_a_directory_of_something_else_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="--load /etc is not empty and holds no checkpoint"):
+    with pytest.raises(ConfigError, match="--load /etc is not empty, but holds no checkpoint"):
         start(tmp_path, "--load", "/etc")
 
 

@@ -1,8 +1,8 @@
-"""`.metadata` of a torch_dist checkpoint, read without running code that it may hold, and without torch.
+"""Reads `.metadata` of a torch_dist checkpoint without torch, and without running code that it may contain.
 
 `.metadata` is a pickle, and a pickle may call any function. It is read here with stand-ins for the few classes that
-torch.distributed.checkpoint and Megatron write into it; a file that names anything else is refused. What passes may be given to
-torch: the same bytes make the same calls there.
+torch.distributed.checkpoint and Megatron write into it; a file that names anything else is refused. A file that passes is safe for
+torch to load: the same bytes make the same calls there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DTYPES = """float32 float64 float16 bfloat16 complex32 complex64 complex128 uin
 int64 bool float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2"""
 _PATHS = frozenset({"Path", "PosixPath", "PurePath", "PurePosixPath"})
 _ENUM = ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING")
-# All that `.metadata` may name. None of these does anything but hold values.
+# Classes and functions that `.metadata` may name: all of them only hold values.
 ALLOWED: dict[str, frozenset[str]] = {
     "torch.distributed.checkpoint.metadata": frozenset({
         "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
@@ -47,16 +47,16 @@ class _StandIn:
         return instance
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        """Take any arguments; `__new__` has kept them."""
+        """Accept any arguments; `__new__` has stored them."""
 
     def __setstate__(self, state: Any) -> None:
         self.__dict__.update(state if isinstance(state, dict) else {"state": state})
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        """What an OrderedDict is filled with."""
+        """Ignore an item of an OrderedDict."""
 
     def update(self, *_: Any) -> None:
-        """What a set is filled with."""
+        """Ignore the items of a set."""
 
     add = update
 
@@ -77,30 +77,30 @@ class _Unpickler(pickle.Unpickler):
         return self._classes.setdefault((module, name), type(name, (_StandIn,), {}))
 
     def _enum_member(self, owner: Any, name: Any) -> Any:
-        """Some releases of Python 3.11 write a member of an enum as `getattr(the enum, its name)`; nothing else may be got so."""
+        """A member of the one allowed enum, which some releases of Python 3.11 write as `getattr(ENUM, name)`; any other call is refused."""
         if owner is not self._classes.get(_ENUM) or not (isinstance(name, str) and name.startswith("TORCH_")):
             raise CheckpointError(f"{self._path.name} calls getattr, which no checkpoint needs: it is refused")
         return owner(name)
 
 
 def check_metadata(directory: Path) -> dict[str, int]:
-    """Read a checkpoint's `.metadata` safely; returns the least size in bytes of each file that it refers to.
+    """Read a checkpoint's `.metadata` safely; returns the minimal size in bytes of each file that it refers to.
 
     Raises CheckpointError where it cannot be read, names a class that is not allowed, or a file outside of the directory.
     """
     path = directory / ".metadata"
-    # Of a large model it makes a million small objects, which the garbage collector would go through again and again.
+    # A large model's has a million small objects, which the garbage collector would scan again and again.
     collects = gc.isenabled()
     gc.disable()
     try:
         metadata = _Unpickler(io.BytesIO(path.read_bytes()), path).load()
         stored = metadata.storage_data.values()
         extents = [(str(info.relative_path), int(info.offset) + int(info.length)) for info in stored]
-        # Not read here, but by whoever loads it.
+        # torch reads it when it loads the checkpoint.
         metadata.state_dict_metadata.items()
     except CheckpointError:
         raise
-    # A damaged pickle raises what it likes: the exceptions of every function that it may call with wrong arguments.
+    # A damaged pickle may raise any exception: those of every function that it calls with wrong arguments.
     except Exception as error:
         raise CheckpointError(
             f".metadata cannot be read ({type(error).__name__}: {' '.join(str(error).split())[:80]})"

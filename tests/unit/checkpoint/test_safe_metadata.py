@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from slime_opd.checkpoint.trusted import check_metadata
+from slime_opd.checkpoint.safe_metadata import check_metadata
 from slime_opd.errors import CheckpointError
 
 
