@@ -1,6 +1,6 @@
-"""Megatron models: building one, its layers and attention, the families, the device layer, process groups.
+"""Megatron models: builder, layers, attention, model families, process groups, and the device layer for machines without CUDA.
 
-Importing it silences Megatron's notes about packages that are not installed, and hides a Transformer Engine that cannot be used.
+Importing it silences Megatron's warnings about packages that are not installed, and hides a Transformer Engine that cannot be used.
 """
 
 from slime_opd.config.machine import hide_unusable_engine

@@ -1,7 +1,7 @@
-"""Core attention over packed sequences, where Transformer Engine's is not used.
+"""Core attention over packed sequences, used instead of Transformer Engine's.
 
-Megatron's local DotProductAttention takes no packed sequences, and Transformer Engine's kernels do not take every head on every
-GPU. This module takes their place: it attends within each segment of a packed row, so no padding token is ever computed.
+Megatron's local DotProductAttention takes no packed sequences, and Transformer Engine's kernels do not support every head size on every
+GPU. This attention works within each segment of a packed row, so no padding token is ever computed.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from slime_opd.config.kernels import AttentionKernel
@@ -24,15 +27,15 @@ from slime_opd.errors import SlimeOPDError
 class PackedSequences(PackedSeqParams):
     """Megatron's packed-sequence parameters, and the segment lengths as Python integers.
 
-    `runs` lists (number of segments, length) for neighbours of equal length; a packed row sorted by length
-    has few runs, and each run is one batched attention call on a CPU.
+    `runs` lists (number of segments, length) of consecutive segments of equal length. A packed row sorted by length has few runs, and
+    each run is one batched attention call on a CPU.
     """
 
     runs: tuple[tuple[int, int], ...] = ()
 
 
 def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequences:
-    """Parameters of a packed row whose segments have `lengths`, in order."""
+    """Parameters of a packed row of segments of these `lengths`, in order."""
     cumulative = torch.zeros(len(lengths) + 1, dtype=torch.int32)
     cumulative[1:] = torch.cumsum(torch.tensor(lengths, dtype=torch.int32), dim=0)
     cumulative = cumulative.to(device, non_blocking=True)
@@ -50,29 +53,29 @@ def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequence
 class PackedCoreAttention(torch.nn.Module):
     """Causal self-attention within each segment of a packed row.
 
-    Built by Megatron's attention from a layer spec, with the arguments that it gives to any core attention. `kernel` and
-    `repeats_groups` are the layer spec's own, as `config/kernels.py` chose them for the machine.
+    Megatron's attention builds it from a layer spec, with the arguments of any core attention. `kernel` and `repeats_groups` (whether
+    keys and values are repeated for each query head) come from the layer spec; `config/kernels.py` chooses them for the machine.
     """
 
     def __init__(
         self,
-        config,
-        layer_number,
-        attn_mask_type,
-        attention_type,
-        softmax_scale=None,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
         *,
         kernel: AttentionKernel = "segments",
         repeats_groups: bool = False,
-        **unused,
+        **unused: Any,
     ) -> None:
         super().__init__()
         if config.context_parallel_size > 1:
             raise SlimeOPDError("--context-parallel-size: packed rows are not split over ranks; set it to 1")
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
-        # Tensor-parallel ranks have other heads, so they need other random numbers, which Megatron's tracker has for each of
-        # them. With sequence parallelism Megatron forks it around the whole block already.
+        # Tensor-parallel ranks have different heads, so they need different random numbers, from Megatron's tracker. With sequence
+        # parallelism Megatron forks the tracker around the whole block already.
         self.forks_generator = not config.sequence_parallel
         self.attend = _KERNELS[kernel]
         self.repeats_groups = repeats_groups
@@ -85,9 +88,9 @@ class PackedCoreAttention(torch.nn.Module):
         attention_mask: Tensor | None,
         *,
         packed_seq_params: PackedSequences,
-        **unused,
+        **unused: Any,
     ) -> Tensor:
-        """Attend. query [T, heads, width], key [T, groups, width], value [T, groups, value width] -> [T, heads * value width]."""
+        """query [T, heads, width], key [T, groups, width], value [T, groups, value width] -> [T, heads * value width]."""
         if self.repeats_groups:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         dropout = self.dropout if self.training else 0.0
@@ -117,11 +120,11 @@ def _segment_attention(
 def _varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences, scale: float | None, dropout: float
 ) -> Tensor:
-    """torch's own variable-length flash kernel, which has no dropout."""
+    """torch's variable-length flash kernel, which has no dropout."""
     from torch.nn.attention.varlen import varlen_attn
 
-    groups = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
-    # A window of (-1, 0) is torch's way to say causal.
+    groups: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+    # A window of (-1, 0) is causal attention.
     return varlen_attn(query, key, value, *_bounds(packed), scale=scale, window_size=(-1, 0), **groups)
 
 

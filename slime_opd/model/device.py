@@ -1,9 +1,8 @@
-"""The device layer: which device trains, and what Megatron-core needs where CUDA is not.
+"""The device layer: the device that trains, and replacements of CUDA functions that let Megatron-core run on a CPU.
 
-Megatron-core names CUDA in its own code (`device="cuda"`, `Tensor.cuda()`, `torch.cuda.current_device()`,
-the string "torch.cuda.FloatTensor"). On a machine without CUDA `install()` gives these
-their CPU meaning, once per process and before Megatron builds anything. Where CUDA is
-available it does nothing.
+Megatron-core names CUDA in its code (`device="cuda"`, `Tensor.cuda()`, `torch.cuda.current_device()`, the string
+"torch.cuda.FloatTensor"). On a machine without CUDA `install()` gives these a CPU meaning, once per process and before Megatron builds
+anything. Where CUDA is available it does nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def backend() -> str:
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a timer measures work and not its queueing."""
+    """Wait for the device, so that a timer measures the work and not its submission."""
     if has_cuda():
         torch.cuda.synchronize()
 
@@ -40,8 +39,8 @@ def synchronize() -> None:
 def choose_deterministic_kernels() -> None:
     """Keep torch, cuBLAS and Transformer Engine from kernels whose results differ from run to run.
 
-    Call it before layers are built. Where torch has no deterministic kernel it warns. Megatron refuses --deterministic-mode where
-    Transformer Engine's variable is not 0.
+    Call it before layers are built. torch warns where it has no deterministic kernel. Megatron refuses --deterministic-mode unless
+    Transformer Engine's variable is 0.
     """
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,17 +48,17 @@ def choose_deterministic_kernels() -> None:
 
 
 def install() -> None:
-    """Give Megatron-core's CUDA calls their CPU meaning; a second call does nothing."""
+    """Give Megatron-core's CUDA calls a CPU meaning; a second call does nothing."""
     if has_cuda() or _CPUMode.installed:
         return
     _replace_cuda_functions()
-    # Entered and never left: it must hold for the whole life of the process.
+    # Entered and never left: it must last as long as the process.
     _CPUMode().__enter__()
     _CPUMode.installed = True
 
 
 class _CPUMode(TorchFunctionMode):
-    """Turns what names CUDA in a torch call into the CPU."""
+    """Replaces CUDA by the CPU in the arguments of torch calls."""
 
     installed = False
 
@@ -82,13 +81,13 @@ class _CPUMode(TorchFunctionMode):
 
 
 class _Stream:
-    """A stream or event where everything happens in order."""
+    """A stream or event on a CPU, where everything runs in order: all its methods do nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
 
     def __getattr__(self, name: str) -> Any:
-        # wait_stream, wait_event, record_event (which gives an event), record, synchronize: what went before is done.
+        # wait_stream, wait_event, record_event (which returns an event), record, synchronize.
         return lambda *args, **kwargs: _Stream()
 
 
@@ -98,12 +97,12 @@ def _names_cuda(value: object) -> bool:
     )
 
 
-def _numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _replace(module: Any, name: str, value: Any) -> None:
-    """Replace a function of Megatron's that has to exist: under another name the replacement would do nothing."""
+    """Replace a function of Megatron; raises AttributeError if it does not exist, as the replacement would have no effect."""
     getattr(module, name)
     setattr(module, name, value)
 
@@ -112,20 +111,22 @@ def _replace_cuda_functions() -> None:
     from megatron.core.tensor_parallel import random as parallel_random
     from megatron.core.transformer.moe import token_dispatcher
 
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.set_device = lambda device: None
-    torch.cuda.synchronize = lambda device=None: None
-    # The token dispatcher of a mixture of experts overlaps copies and shared experts on streams.
-    torch.cuda.Stream = torch.cuda.Event = _Stream
-    torch.cuda.current_stream = torch.cuda.default_stream = lambda device=None: _Stream()
-    torch.cuda.stream = lambda stream: nullcontext()
-    # Where a tensor is on the CPU already, Megatron leaves it a tensor when all-to-all is to have a list of numbers.
-    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _numbers)
-    torch.cuda.empty_cache = lambda: None
-    torch.cuda.manual_seed = torch.random.default_generator.manual_seed
-    torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    torch.cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
-    torch.nn.Module.cuda = lambda self, device=None: self
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.set_device = lambda device: None
+    cuda.synchronize = lambda device=None: None
+    # The MoE token dispatcher overlaps copies and shared experts on streams.
+    cuda.Stream = cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda device=None: _Stream()
+    cuda.stream = lambda stream: nullcontext()
+    # Megatron converts a tensor to the numbers that all-to-all needs only while it moves it to the CPU.
+    _replace(token_dispatcher, "maybe_move_tensor_to_cpu", _to_numpy)
+    cuda.empty_cache = lambda: None
+    cuda.manual_seed = torch.random.default_generator.manual_seed
+    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    module_class: Any = torch.nn.Module
+    module_class.cuda = lambda self, device=None: self
     _replace(
         parallel_random,
         "_get_cuda_rng_state",

@@ -1,4 +1,4 @@
-"""The norms of layers without Transformer Engine."""
+"""The norm of layers without Transformer Engine."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from megatron.core.transformer import TransformerConfig
 
 
 class LocalNorm:
-    """Torch's RMSNorm or LayerNorm, marked for sequence parallelism, which Megatron's own refuses.
+    """Makes torch's RMSNorm or LayerNorm, marked for sequence parallelism, which Megatron's own wrapper refuses.
 
-    With sequence parallelism each tensor-parallel rank sees a part of the tokens; the mark has Megatron sum the gradients.
+    With sequence parallelism each tensor-parallel rank has a part of the tokens; the mark makes Megatron sum the gradients. It is a class
+    because layer specs take classes.
     """
 
-    def __new__(
+    def __new__(  # type: ignore[misc]  # as Megatron's WrappedTorchNorm: it makes an instance of another class
         cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object
     ) -> torch.nn.Module:
         kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm

@@ -1,4 +1,4 @@
-"""Options that a user gives to Megatron-core by its own names, as its dataclasses take them."""
+"""The user's Megatron options as arguments of Megatron-core's dataclasses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16, torch.
 
 
 def settings(config: Config, part: str) -> dict[str, Any]:
-    """What the user has set of the fields of a part: transformer, latent_attention, optimizer or gradients.
+    """Fields that the user has set, of a part: transformer, latent_attention, optimizer or gradients.
 
-    In bridge mode the Hugging Face config describes the model, and no flag does.
+    In bridge mode without those of the architecture, which comes from the Hugging Face config.
     """
     skip = NOT_PASSED | OF_MODEL if config.model.megatron_to_hf_mode == "bridge" else NOT_PASSED
     return {
-        # Megatron keeps an fp8 state as bytes with a scale.
+        # Megatron stores fp8 state as bytes with a scale.
         name: _DTYPES[value] if "torch.dtype" in megatron_fields()[name].annotation else value
         for name, value in values_for(config.megatron, part, skip).items()
     }

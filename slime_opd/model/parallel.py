@@ -1,4 +1,4 @@
-"""The process group of one trainer rank, and where the rank stands in the layout."""
+"""Process groups of a trainer rank, and its position in the parallel layout."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch.distributed import distributed_c10d
 from slime_opd.config.stages import ParallelConfig
 from slime_opd.model import device
 
-# For collectives that wait for a rank's files. The driver ends a run in which nothing advances much earlier.
+# Timeout of collectives that wait for a rank's files. The driver's watchdog ends a hanging run much earlier.
 FILE_TIMEOUT = datetime.timedelta(days=1)
 
 
 @dataclass(frozen=True)
 class RankLayout:
-    """Where one rank stands: its index and the size along each axis."""
+    """Position of one rank: its index and the size along each axis of the layout."""
 
     tensor_rank: int
     pipeline_rank: int
@@ -38,7 +38,7 @@ class RankLayout:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank speaks for its data-parallel group: one rank of the last stage does."""
+        """Whether this rank returns results for its model replica: one rank of the last stage does."""
         return self.is_last_stage and self.tensor_rank == 0
 
 
@@ -68,7 +68,7 @@ def initialize(
         expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
     )
-    # Megatron's rule: each pipeline stage draws its own numbers, tensor-parallel ranks share the seed they split.
+    # Megatron's rule: each pipeline stage has its own seed; tensor-parallel ranks share one.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     return RankLayout(
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -81,10 +81,10 @@ def initialize(
 
 @contextmanager
 def waiting_for_files(usual_minutes: float) -> Iterator[None]:
-    """While inside, collectives wait for a rank that reads or writes files as long as that takes; then `usual_minutes` again.
+    """Inside, collectives have no practical timeout, so that ranks can wait for others' files; afterwards it is `usual_minutes` again.
 
-    Ranks wait there for others whose disk is slower, or have more to write, in groups that Megatron and torch choose. It ends what hangs
-    after `--watchdog-timeout-s`. Needs no collective, so that it may be left by way of an exception of one rank.
+    Ranks with slower disks or more to write let others wait, in groups that Megatron and torch choose. A hang is ended by
+    `--watchdog-timeout-s`. Entering and leaving need no collective, so one rank may leave with an exception.
     """
     _set_timeout(FILE_TIMEOUT)
     try:
@@ -94,14 +94,14 @@ def waiting_for_files(usual_minutes: float) -> Iterator[None]:
 
 
 def _set_timeout(timeout: datetime.timedelta) -> None:
-    """Give every group of this rank another time limit, for collectives that begin from now on."""
-    # Of Megatron's groups, None is torch's default group. Megatron's own function for this begins with a barrier.
+    """Set the timeout of every process group of this rank, for later collectives."""
+    # None is torch's default group. Megatron's own function for this begins with a barrier.
     for group in dict.fromkeys([None, *(parallel_state._global_process_group_list or [])]):
         distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def shut_down() -> None:
-    """Leave the process group; a process may then initialise again (tests do)."""
+    """Destroy the process groups; the process may initialize again (tests do)."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -109,16 +109,16 @@ def shut_down() -> None:
 
 @contextmanager
 def tool_process(layout: ParallelConfig, seed: int = 1234) -> Iterator[RankLayout]:
-    """The process group of a command-line tool: torchrun's where it started this process, else one process alone."""
+    """Process groups of a command-line tool: torchrun's if it started this process, else of one process."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as directory:
         init_method = "env://" if "WORLD_SIZE" in os.environ else f"file://{directory}/rendezvous"
         try:
-            here = initialize(
+            rank_layout = initialize(
                 layout, rank=rank, world_size=world_size, init_method=init_method, seed=seed, timeout_minutes=30
             )
-            # What a tool does on several ranks is read and write.
+            # A tool's ranks only read and write files.
             with waiting_for_files(usual_minutes=30):
-                yield here
+                yield rank_layout
         finally:
             shut_down()

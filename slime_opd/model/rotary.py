@@ -1,9 +1,9 @@
-"""Rotary embedding of packed rows that never waits for the device.
+"""Rotary embedding of packed rows without waiting for the device.
 
-Where Transformer Engine's fused kernel is not used, Megatron-core rotates a packed row by reading the segment boundaries
-back from the device (`.tolist()`, a comparison, `.item()`) and slicing the frequencies once per segment. It does so for
-the queries and for the keys of every layer, and again when activations are recomputed; on CUDA each of these reads is a
-wait for all queued kernels. The positions of a row's tokens follow from its boundaries on the device itself, once per row.
+Without Transformer Engine's fused kernel, Megatron-core rotates a packed row by reading the segment boundaries back from the device
+(`.tolist()`, a comparison, `.item()`) and slicing the frequencies for each segment: for the queries and the keys of every layer, and again
+when activations are recomputed. On CUDA each of these reads waits for all queued kernels. Here the tokens' positions are computed from the
+boundaries on the device, once per row.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 _with_context_parallel = rope_utils._apply_rotary_pos_emb_thd
 
-# The positions of each row that is in use, by its boundaries: an entry lives as long as the row's micro-batch.
+# Positions of the rows in use, by their boundaries: an entry lives as long as the row's micro-batch.
 _positions_of_rows = WeakTensorKeyDictionary()
 
 
 def install() -> None:
-    """Put `rotate_packed` in the place of Megatron-core's function; a second call changes nothing.
+    """Replace Megatron-core's function by `rotate_packed`; a second call changes nothing.
 
-    This is safe: the function has one caller, `rope_utils.apply_rotary_pos_emb`, which looks it up by this name at each
-    call, and both give the same bits (a test compares them for every kind of rotation).
+    This is safe: its only caller, `rope_utils.apply_rotary_pos_emb`, looks it up by this name at each call, and both give the same bits
+    (a test compares them for every kind of rotation).
     """
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed
 
@@ -38,10 +38,10 @@ def rotate_packed(
     mscale: float = 1.0,
     cp_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Rotate `states` [T, heads, head_dim] by each token's position in its segment; takes and gives what Megatron's does.
+    """Rotate `states` [T, heads, head_dim] by each token's position in its segment, as Megatron's function does.
 
-    `cu_seqlens`: int32 [segments + 1], from 0 to T. `freqs`: float32 [longest segment or more, 1, 1, rotated width]; what
-    of head_dim is past the rotated width is left as it is.
+    `cu_seqlens`: int32 [segments + 1], from 0 to T. `freqs`: float32 [longest segment or more, 1, 1, rotated width]; dimensions past
+    the rotated width are not changed.
     """
     if cp_group is not None and cp_group.size() > 1:
         return _with_context_parallel(

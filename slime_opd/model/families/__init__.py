@@ -1,4 +1,4 @@
-"""Model families: mbridge's, and those that it does not have or whose configuration it gets wrong, in one small file each."""
+"""Model families: one file for each family that mbridge lacks or configures wrongly; all others are mbridge's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from slime_opd.errors import ConfigError
 
-# Importing a file registers its family, in place of mbridge's where it has one.
+# Importing a file registers its family, instead of mbridge's if there is one.
 from slime_opd.model.families import deepseek_v3, glm4, glm4_moe, mimo, mixtral
 
 __all__ = ["deepseek_v3", "glm4", "glm4_moe", "make_mbridge", "mimo", "mixtral"]
@@ -29,10 +29,10 @@ def make_mbridge(directory: str, dtype: torch.dtype, layout: ParallelStates | No
 
 
 def read_config(directory: str) -> PretrainedConfig:
-    """The config of a Hugging Face directory, with what families are read from under its names of transformers 4."""
-    # Where it is not refused, transformers asks at the terminal whether to run a directory's own code.
+    """The config of a Hugging Face directory, with rotary settings under the names of transformers 4, which mbridge reads."""
+    # By default transformers asks at the terminal whether to run a directory's own code: never run it.
     hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    # transformers 5 keeps all that is said of rotary embeddings in one place.
+    # transformers 5 moved all rotary settings into `rope_parameters`.
     rotary = getattr(hf_config, "rope_parameters", None) or {}
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in rotary and not hasattr(hf_config, name):

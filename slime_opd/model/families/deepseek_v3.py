@@ -1,6 +1,6 @@
-"""DeepSeek-V3, R1 and Moonlight: latent attention and a mixture of experts.
+"""DeepSeek-V3, R1 and Moonlight: MLA (multi-latent attention) and MoE.
 
-mbridge's configuration is for an older Megatron-core, leaves out the groups of the router, and reads weights on a GPU alone.
+mbridge's configuration is for an older Megatron-core and lacks the router's groups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from slime_opd.model.families.routing import deepseek_router
 
 @register_model("deepseek_v3")
 class DeepseekV3(DeepseekV3Bridge):
-    """DeepseekV3ForCausalLM without its multi-token prediction, which is not trained here."""
+    """DeepseekV3ForCausalLM without its layers for multi-token prediction, which are not trained here."""
 
     def _build_config(self) -> MLATransformerConfig:
         hf_config = self.hf_config

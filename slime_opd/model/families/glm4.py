@@ -1,6 +1,6 @@
-"""GLM-4 (0414) and GLM-Z1, dense: norms before and after attention and MLP, and rotary pairs that lie side by side.
+"""GLM-4 (0414) and GLM-Z1, dense: norms before and after attention and MLP, and interleaved rotary pairs.
 
-mbridge has the vision models of the family alone.
+mbridge has only the vision models of the family.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""GLM-4.5 and GLM-4.5-Air: mixtures of experts with DeepSeek-V3's router.
+"""GLM-4.5 and GLM-4.5-Air: MoE with DeepSeek-V3's router.
 
-mbridge's configuration takes the bias of the projections for given and moves the router's bias.
+mbridge's configuration assumes a bias in the projections, and updates the router's bias in training.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from slime_opd.model.families.routing import deepseek_router
 
 @register_model("glm4_moe")
 class Glm4Moe(GLM4MoEBridge):
-    """Glm4MoeForCausalLM without its multi-token prediction, which is not trained here."""
+    """Glm4MoeForCausalLM without its layers for multi-token prediction, which are not trained here."""
 
     def _build_config(self) -> TransformerConfig:
         return self._build_base_config(

@@ -1,6 +1,6 @@
 """MiMo: Qwen2 with layers for multi-token prediction, which are not trained here.
 
-Its config class lives beside its weights; reading it as Qwen2's runs no code of a checkpoint.
+Its config class is in a Python file beside its weights; reading the config as Qwen2's runs no code of a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,4 +21,4 @@ AutoConfig.register("mimo", MiMoConfig, exist_ok=True)
 
 @register_model("mimo")
 class MiMo(Qwen2Bridge):
-    """MiMoForCausalLM without its multi-token prediction."""
+    """MiMoForCausalLM without its layers for multi-token prediction."""

@@ -1,6 +1,6 @@
-"""Mixtral: a mixture of experts whose router's weights sum to one over the chosen experts.
+"""Mixtral: MoE whose router weights sum to one over the selected experts.
 
-mbridge takes the softmax over all experts and leaves it so.
+mbridge takes the softmax over all experts and does not normalize it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Mixtral(MixtralBridge):
             num_moe_experts=self.hf_config.num_local_experts,
             moe_ffn_hidden_size=self.hf_config.intermediate_size,
             moe_router_topk=self.hf_config.num_experts_per_tok,
-            # The softmax over the chosen is the softmax over all, divided by the sum of the chosen.
+            # Softmax over the selected experts: equal to the softmax over all, divided by its sum over the selected.
             moe_router_pre_softmax=False,
             moe_router_load_balancing_type="none",
             moe_grouped_gemm=True,
