@@ -77,7 +77,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["slime_opd", "slime_opd.*"]),
-    package_data={"slime_opd.rehearsal": ["pretend_cuda.cpp"]},
+    package_data={"slime_opd.rehearsal": ["simulated_cuda.cpp"]},
     install_requires=EVERYWHERE,
     entry_points={"console_scripts": ["slime_opd = slime_opd.__main__:entry"]},
     extras_require={

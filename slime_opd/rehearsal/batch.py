@@ -1,4 +1,4 @@
-"""A rollout made of nothing but lengths: full micro-batches, as heavy as the flags allow."""
+"""The rehearsal's rollout: equal samples that fill every micro-batch, as large as the flags allow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from slime_opd.types import Prompt, Sample, Status
 
 @dataclass(frozen=True)
 class Load:
-    """What each rank trains on in the rehearsed step: `micro_batches` rows of `sequences` samples, prompts of `prompt_tokens`."""
+    """Data of one rank in a rehearsed step: `micro_batches` rows of `sequences` samples, whose prompts have `prompt_tokens`."""
 
     micro_batches: int = 2
     sequences: int = 2
@@ -20,9 +20,9 @@ class Load:
 
 
 def tokens_per_micro_batch(config: Config) -> int:
-    """Tokens of a full micro-batch by the run's own flags."""
+    """Tokens of a full micro-batch by the run's flags."""
     training, rollout = config.training, config.rollout
-    if training.use_dynamic_batch_size:
+    if training.use_dynamic_batch_size and training.max_tokens_per_gpu is not None:
         return training.max_tokens_per_gpu
     return training.micro_batch_size * (rollout.rollout_max_response_len + 256)
 
@@ -38,7 +38,7 @@ def rehearsed_config(argv: list[str], load: Load) -> Config:
     config = parse(argv)
     samples = load.micro_batches * load.sequences * config.data_parallel_size
     sizes = {"rollout-batch-size": samples, "n-samples-per-prompt": 1, "global-batch-size": samples, "num-rollout": 1}
-    return parse([*argv, *(word for name, value in sizes.items() for word in (f"--{name}", str(value)))])
+    return parse([*argv, *(argument for name, value in sizes.items() for argument in (f"--{name}", str(value)))])
 
 
 def make_samples(config: Config, load: Load) -> list[Sample]:

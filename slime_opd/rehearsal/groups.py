@@ -1,6 +1,6 @@
-"""Process groups of one process: a rank among many that are not there.
+"""Simulated process groups: one process as a rank of many.
 
-torch's own "fake" backend takes every collective and moves nothing, so the rank goes its whole way alone.
+torch's "fake" backend accepts every collective and communicates nothing, so the rank needs no others.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-PRETENDED = (
-    "NCCL's and gloo's process groups: torch's fake backend, whose collectives move nothing",
-    "all_gather_object: every rank sends what this one sends",
+SIMULATED = (
+    "process groups of NCCL and gloo: torch's fake backend, whose collectives communicate nothing",
+    "all_gather_object: every rank sends the object of this rank",
 )
 
 
 @contextmanager
-def pretended() -> Iterator[None]:
-    """Every process group that is made inside is pretended, whatever backend is named."""
+def simulated() -> Iterator[None]:
+    """Inside, every new process group is simulated, whatever its backend."""
     init_process_group, new_group, all_gather_object = dist.init_process_group, dist.new_group, dist.all_gather_object
 
     def init(backend: str | None = None, *, rank: int, world_size: int, **options: Any) -> None:
@@ -37,12 +37,13 @@ def pretended() -> Iterator[None]:
     def gather(object_list: list, obj: Any, group: Any = None) -> None:
         object_list[:] = [obj] * len(object_list)
 
-    dist.init_process_group, dist.new_group, dist.all_gather_object = init, group, gather
+    distributed: Any = dist
+    distributed.init_process_group, distributed.new_group, distributed.all_gather_object = init, group, gather
     try:
         yield
     finally:
-        dist.init_process_group, dist.new_group = init_process_group, new_group
-        dist.all_gather_object = all_gather_object
+        distributed.init_process_group, distributed.new_group = init_process_group, new_group
+        distributed.all_gather_object = all_gather_object
 
 
 def is_coalesced(func: Any) -> bool:
@@ -51,6 +52,6 @@ def is_coalesced(func: Any) -> bool:
 
 
 def answer(func: Any, args: tuple) -> Any:
-    """What such a collective returns: the handle to wait for, of one over empty tensors, whose sizes suit any number of ranks."""
+    """The result of such a collective: the handle of one over empty tensors, whose sizes suit any number of ranks."""
     with _disable_current_modes():
         return func(*tree_map_only(torch.Tensor, lambda tensor: torch.zeros(0), args))

@@ -1,8 +1,8 @@
-"""Live memory of the pretended device: how much, when it is most, and which lines hold it then.
+"""Live memory of the simulated device: its size over time, its peak, and the lines of code that hold it at the peak.
 
-Storages are followed from the operation that makes them until Python lets go of them, so views, aliases and buffers that take
-turns are counted once. Sizes are rounded up to 512 bytes, as CUDA's caching allocator rounds them; what that allocator reserves
-beyond them, and loses to fragmentation, is not counted.
+Storages are followed from the operation that creates them until Python frees them, so views, aliases and reused buffers are counted
+once. Sizes are rounded up to 512 bytes, as in CUDA's caching allocator; memory that the allocator reserves beyond them or loses to
+fragmentation is not counted.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _GRANULE = 512
 
 @dataclass
 class Phase:
-    """What one phase of a step did; several visits of one name add up. Bytes are of the device.
+    """Measurements of one phase of a step; several entries of one phase add up. Bytes are on the device.
 
-    start, peak, end: live bytes; kernels: operations that the device would be sent; holders: live bytes by line, at the peak.
+    start, peak, end: live bytes. kernels: operations that would be sent to the device. holders: live bytes by line of code, at the peak.
     """
 
     name: str
@@ -40,9 +40,9 @@ class Phase:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Follows every storage that operations inside make, by phase. Enter it inside FakeTensorMode.
+    """Follows every storage that operations inside create, by phase. Enter it inside FakeTensorMode.
 
-    bytes, peak_bytes: live now, and at most, by type of device. kernels: how often each was sent to the device, by name.
+    bytes, peak_bytes: live now and at the peak, by device type. kernels: number of launches, by name.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class LiveMemory(TorchDispatchMode):
         self.bytes[device] -= size
 
     def _note_peak(self) -> None:
-        """Keep who holds the memory, now that it is about to fall from a peak."""
+        """Record the holders of the memory, which is about to fall from a peak."""
         if self._is_at_peak:
             self._phase.holders = +self._holders
             self._is_at_peak = False
@@ -141,23 +141,23 @@ _KINDS: dict[Any, str] = {}
 
 
 def _kind(func: Any) -> str:
-    """What an operation is to the device: a kernel, a collective, or nothing ("view")."""
+    """The kind of an operation for the device: "kernel", "collective" or "view" (no work)."""
     kind = _KINDS.get(func)
     if kind is None:
         name, schema = str(func), getattr(func, "_schema", None)
         aliases = schema is not None and any(
             value.alias_info is not None and not value.alias_info.is_write for value in schema.returns
         )
-        makes_none = name.split(".")[1] in _NO_KERNEL if name.count(".") else False
+        launches_none = name.split(".")[1] in _NO_KERNEL if name.count(".") else False
         if name.startswith(("c10d.", "_c10d_functional.")):
             kind = "collective"
         else:
-            kind = "view" if aliases or makes_none else "kernel"
+            kind = "view" if aliases or launches_none else "kernel"
         _KINDS[func] = kind
     return kind
 
 
-# Operations that make or describe tensors without work for the device.
+# Operations that create or describe tensors without work for the device.
 _NO_KERNEL = {
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "detach_", "set_", "resize_"),
     *("device", "is_pinned", "sym_size", "sym_numel", "sym_stride", "record_stream", "lift_fresh"),

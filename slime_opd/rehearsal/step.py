@@ -1,11 +1,11 @@
-"""One training step of one rank, on a pretended device: build, wrap, score, forward, backward, optimizer.
+"""One training step of one rank on the simulated device: build, wrap, score, forward, backward, optimizer.
 
-The trainer is the product's; only what would read files is left out.
+The trainer is the product's; only reading files is skipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from slime_opd.checkpoint.formats.state import state_to_save
 from slime_opd.config import Config
 from slime_opd.metrics import Metric
 from slime_opd.model import parallel
-from slime_opd.rehearsal import groups, pretend_cuda
+from slime_opd.rehearsal import groups, simulated_cuda
 from slime_opd.rehearsal.batch import Load, make_samples
 from slime_opd.rehearsal.memory import LiveMemory
 from slime_opd.rehearsal.syncs import FakeDevice, FakeTensors, HostSyncs
@@ -26,17 +26,17 @@ from slime_opd.rehearsal.where import Line
 from slime_opd.trainer.trainer import Trainer
 from slime_opd.types import StartReport, TrainBatch
 
-PRETENDED = (
-    *pretend_cuda.PRETENDED,
-    *groups.PRETENDED,
-    "tensors: FakeTensorMode's, with shapes and no numbers; numbers that the host reads are made up",
-    "checkpoints: nothing is loaded, the model keeps the weights it was built with",
+SIMULATED = (
+    *simulated_cuda.SIMULATED,
+    *groups.SIMULATED,
+    "tensors: FakeTensorMode's, with shapes but no values; values that the host reads are made up",
+    "checkpoints: nothing is loaded; the model keeps its initial weights",
     "the rollout: equal samples that fill every micro-batch",
 )
 
 NOT_COVERED = (
     "Transformer Engine's layers",
-    "scratch memory inside kernels (flash attention, matrix products)",
+    "scratch memory of kernels (flash attention, matrix products)",
     "memory of NCCL and of the CUDA context",
     "fragmentation of CUDA's allocator",
     "loading, the export of weights, SGLang",
@@ -49,9 +49,9 @@ PHASES = ("build", "teacher", "wrap", "score", "forward", "head", "backward", "o
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """What a step did.
+    """Measurements of a rehearsed step.
 
-    memory: live bytes and kernels by phase. syncs: waits of the host inside the step, by kind and line. setup_syncs: before it.
+    memory: live bytes and kernels by phase. syncs: number of waits of the host in one step, by kind and line; setup_syncs: before it.
     """
 
     memory: LiveMemory
@@ -61,17 +61,17 @@ class Rehearsed:
     steps: int
 
     def kernels(self, phase: str) -> int:
-        """Kernels of a phase of one step."""
+        """Number of kernels in one phase of one step."""
         return self.memory.phases[phase].kernels // self.steps
 
     @property
     def peak(self) -> int:
-        """Most bytes of the device that were live at one time, a save aside."""
+        """Peak of live bytes on the device, without the save."""
         return max(phase.peak for name, phase in self.memory.phases.items() if name != "save")
 
 
 class _RehearsedTrainer(Trainer):
-    """A trainer that starts from the weights it was built with, and marks the phases of its step."""
+    """A trainer that keeps its initial weights, and marks the phases of its step."""
 
     def __init__(self, config: Config, memory: LiveMemory, *, rank: int, world_size: int) -> None:
         self._memory = memory
@@ -94,7 +94,7 @@ class _RehearsedTrainer(Trainer):
         def measured(*args: Any) -> Any:
             with self._memory.phase("score" if forward_only else "head"):
                 result = head(*args)
-            # What the schedule does with a micro-batch's loss.
+            # After the loss of a micro-batch, the schedule runs its backward.
             self._memory.switch("score" if forward_only else "backward")
             return result
 
@@ -133,16 +133,15 @@ def rehearse(
     rank: int = 0,
     steps: int = 2,
     with_save: bool = False,
-    seen: Callable[[Trainer], None] | None = None,
 ) -> Rehearsed:
-    """Take `steps` optimizer steps as `rank`: Adam's state is made in the first, so only the second is as heavy as all others.
+    """Take `steps` optimizer steps as `rank`. Adam's state is created in the first, so the second is the first that is typical.
 
-    `pretend_cuda.load()` and `install()` have been called. `seen` is called with the trainer at the end, in the fake mode.
+    Needs `simulated_cuda.load()` and `install()` before.
     """
     samples = make_samples(config, load)
     memory, syncs = LiveMemory(), HostSyncs()
     fake = FakeTensors(allow_non_fake_inputs=True)
-    with groups.pretended(), FakeDevice(syncs), fake, syncs, memory:
+    with groups.simulated(), FakeDevice(syncs), fake, syncs, memory:
         with memory.phase("build"), torch.device("cuda", 0):
             trainer = _RehearsedTrainer(config, memory, rank=rank, world_size=config.world_size)
         setup = dict(syncs.counts)
@@ -152,14 +151,8 @@ def rehearse(
         waits = {key: count // steps for key, count in syncs.counts.items()}
         if with_save:
             with memory.phase("save"):
-                _sharded_state(trainer)
-        if seen is not None:
-            seen(trainer)
+                # What a save gathers before anything is written.
+                state_to_save(trainer.model, trainer._training_state(), 1)
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     parallel.shut_down()
     return Rehearsed(memory, waits, setup, parameters, steps)
-
-
-def _sharded_state(trainer: Trainer) -> None:
-    """What a save gathers of the optimizer's state, before anything is written."""
-    state_to_save(trainer.model, trainer._training_state(), 1)

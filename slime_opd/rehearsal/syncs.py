@@ -1,8 +1,8 @@
-"""Where the host waits for the device, found by doing without the device's answers.
+"""Finds the lines of code where the host waits for the device.
 
-A fake tensor has no numbers, so whoever reads one is met here: the line is recorded, and a made-up answer given. Copies to the
-device that block, and `torch.cuda.synchronize`, are recorded as well. A copy of pageable memory that is asked not to block is not:
-the host waits for its staging alone.
+A fake tensor has no values, so every read of one by the host ends up here: the line is recorded, and a made-up value returned. Blocking
+copies to the device and `torch.cuda.synchronize` are recorded as well. A non-blocking copy of pageable memory is not: the host only waits
+for its staging.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ READ, BLOCKING_COPY, SYNCHRONIZE = (
     "the host waits for all work",
 )
 
-# What the device would have answered, by the function that reads it; 1 for any other.
+# Made-up values of tensors that the host reads, by the reading function; 1 in any other.
 _ANSWERS: dict[str, list[float]] = {
-    # No loss is infinite, and the squared norm of the gradients.
+    # The number of infinite losses, and the squared norm of the gradients.
     "non_finite": [0.0, 1.0],
 }
 
-# Elements of a host tensor that is made for real.
+# Host tensors of up to this many elements are computed.
 _SMALL = 2**20
 
 _NATIVE = torch.device("cuda", 0)
 
 
 class FakeTensors(FakeTensorMode):
-    """FakeTensorMode that copies no numbers of the host to the device, as there is none."""
+    """FakeTensorMode that copies no values from the host to the device, which does not exist."""
 
     avoid_device_init = True
 
@@ -52,7 +52,7 @@ class HostSyncs(TorchDispatchMode):
         self.counts: Counter[tuple[str, where.Line]] = Counter()
 
     def note(self, kind: str) -> None:
-        """Record a wait of the line of the program that is running."""
+        """Record a wait at the running line of the program."""
         self.counts[kind, where.caller()] += 1
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -76,13 +76,13 @@ class HostSyncs(TorchDispatchMode):
         self.note(READ if source == "cuda" else BLOCKING_COPY)
 
     def number(self, tensor: torch.Tensor) -> bool | int | float:
-        """The made-up answer to `tensor.item()`."""
+        """A made-up value for `tensor.item()`."""
         if tensor.device.type == "cuda":
             self.note(READ)
         return 1.0 if tensor.is_floating_point() else _numpy_dtype(tensor)(1).item()
 
     def read(self, tensor: torch.Tensor) -> Any:
-        """The made-up answer to `tensor.tolist()`."""
+        """Made-up values for `tensor.tolist()`."""
         if tensor.device.type == "cuda":
             self.note(READ)
         answer = _ANSWERS.get(where.caller().function)
@@ -92,7 +92,7 @@ class HostSyncs(TorchDispatchMode):
 
 
 class FakeDevice(TorchFunctionMode):
-    """What FakeTensorMode leaves to be answered: devices by number, pinned memory, and tensors read as lists and arrays."""
+    """Calls that FakeTensorMode does not handle: device indices, pinned memory, and tensors read as lists and arrays."""
 
     def __init__(self, syncs: HostSyncs) -> None:
         super().__init__()
@@ -101,8 +101,9 @@ class FakeDevice(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         torch.cuda.synchronize = lambda device=None: self._syncs.note(SYNCHRONIZE)
-        # A fake tensor's own would read one element after the other.
-        FakeTensor.tolist = lambda tensor: self._syncs.read(tensor)
+        # The original method reads one element after the other.
+        fake_tensor: Any = FakeTensor
+        fake_tensor.tolist = lambda tensor: self._syncs.read(tensor)
         return super().__enter__()
 
     def __exit__(self, *error: object) -> None:
@@ -123,10 +124,10 @@ class FakeDevice(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1 and type(args[1]) is int:
             args = (args[0], _NATIVE, *args[2:])
         if func is torch.tensor:
-            # Each number that is on the device already is read first.
+            # Values that are on the device already are read first.
             args = (tree_map_only(FakeTensor, self._syncs.number, args[0]), *args[1:])
             if torch.device(kwargs.get("device") or "cpu").type == "cuda":
-                # Made on the host and copied with a wait; FakeTensorMode would try to copy the numbers.
+                # Created on the host and copied with a wait; FakeTensorMode would try to copy the values.
                 self._syncs.note(BLOCKING_COPY)
                 on_host = func(*args, **kwargs | {"device": "cpu"})
                 return torch.empty(on_host.shape, dtype=on_host.dtype, device=_NATIVE)
@@ -134,7 +135,7 @@ class FakeDevice(TorchFunctionMode):
 
 
 def _is_of_host(args: tuple, kwargs: dict) -> bool:
-    """Whether an operation makes small host tensors of host tensors alone: those have numbers, and are computed."""
+    """Whether an operation makes small host tensors from host tensors only: those have values, and are computed."""
     if torch.device(kwargs.get("device") or "cpu").type != "cpu":
         return False
     leaves = tree_leaves(args)

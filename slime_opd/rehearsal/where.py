@@ -1,13 +1,14 @@
-"""Which line of the program an operation comes from."""
+"""The line of the program that an operation comes from."""
 
 from __future__ import annotations
 
 import sys
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
-# Torch and Python call each other on the way down; the program is what these do not hold.
+# Files of the program; other frames of the stack are torch's and Python's.
 _PROGRAM = ("/slime_opd/", "/megatron/core/")
 _NOT_PROGRAM = ("/slime_opd/rehearsal/",)
 
@@ -24,11 +25,11 @@ class Line(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Without the number, which every edit changes: `megatron/finite.py non_finite`."""
+        """Without the line number, which every edit changes: `slime_opd/trainer/finite.py non_finite`."""
         return f"{self.file} {self.function}"
 
 
-# A backward runs in a thread of autograd's, where no line of the program is.
+# A backward runs in a thread of autograd, whose stack has no line of the program.
 AUTOGRAD = Line("autograd", "backward", 0)
 
 
@@ -44,7 +45,7 @@ def _relative(path: str) -> str | None:
 
 def caller() -> Line:
     """The innermost line of the program on this thread's stack."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = _relative(frame.f_code.co_filename)
         if file is not None:

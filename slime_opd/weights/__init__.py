@@ -1,1 +1,1 @@
-"""The student's weights from Megatron to the engines, and the proof that they arrived."""
+"""Weight updates: the student's weights from Megatron to the engines, and the check that they arrived."""

@@ -1,4 +1,4 @@
-"""Weights by broadcast: the trainer's first rank and all engines share a process group (NCCL; gloo on a CPU)."""
+"""Weight transport by broadcast, in a process group of the trainer's first rank and all engines (NCCL; gloo on a CPU)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GROUP = "slime_opd_weights"
 
 
 class BroadcastTransport:
-    """Sends each tensor of a bucket to all engines, wherever they run."""
+    """Broadcasts each tensor of a bucket to all engines, on any node."""
 
     def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:
         self._controls = controls
@@ -30,13 +30,13 @@ class BroadcastTransport:
             from slime_opd.engine.cpu_launcher import prepare_process
 
             prepare_process()
-        # The engines make their side of the group with this function, and both sides must agree on its store's prefixes.
+        # The engines join with this function, and both sides must use the same store prefixes.
         from sglang.srt.utils import init_custom_process_group
 
         store = listening_store(address_towards([control.url for control in self._controls]))
         world_size = 1 + self._per_engine * len(self._controls)
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        joining = [
+        join_requests = [
             self._threads.submit(
                 control.init_weights_update_group,
                 master_address=store.host,
@@ -51,13 +51,13 @@ class BroadcastTransport:
         group = init_custom_process_group(
             backend=backend, store=dist.PrefixStore(GROUP, store), world_size=world_size, rank=0, group_name=GROUP
         )
-        for request in joining:
+        for request in join_requests:
             request.result()
         return group
 
     def send(self, bucket: list[NamedTensor]) -> None:
-        """Announce one bucket to every engine, then broadcast its tensors in order."""
-        receiving = [
+        """Announce one bucket to every engine, then broadcast its tensors in order; returns when all have them."""
+        receive_requests = [
             self._threads.submit(
                 control.update_weights_from_distributed,
                 names=[name for name, _ in bucket],
@@ -70,29 +70,29 @@ class BroadcastTransport:
         ]
         for _, tensor in bucket:
             dist.broadcast(tensor, src=0, group=self._group)
-        for request in receiving:
+        for request in receive_requests:
             request.result()
 
     def finish(self, version: str) -> None:
-        """Drop prefixes cached under the old weights, and name the new ones."""
+        """Make the engines drop prefixes cached under the old weights, and set the version."""
         for control in self._controls:
             control.flush_cache()
             control.set_weight_version(version)
 
 
 def address_towards(urls: list[str]) -> str:
-    """The address of this node from which the servers at `urls` are reached, and so can reach it: loopback where all are there.
+    """The address of this node on the route to the servers at `urls`; loopback where all of them are on this node.
 
-    A node's name is no help: many resolve their own to a loopback address.
+    The node's name would not do: many nodes resolve their own name to a loopback address.
     """
     addresses = []
     for url in urls:
         split = urlsplit(url)
         family, kind, *_, target = socket.getaddrinfo(split.hostname, split.port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as route:
-            route.connect(target)  # of datagrams: looks the route up and sends nothing
+            route.connect(target)  # a datagram socket looks up the route and sends nothing
             addresses.append((route.getsockname()[0], target[0]))
-    # A server on this node reaches every address of it; one elsewhere that of its route.
+    # Servers on this node reach all its addresses; servers elsewhere reach the address of their route.
     return next((own for own, server in addresses if own != server), addresses[0][0])
 
 
@@ -101,5 +101,5 @@ def listening_store(address: str) -> dist.TCPStore:
     family = socket.getaddrinfo(address, None)[0][0]
     with socket.create_server((address, 0), family=family) as listener:
         port = listener.getsockname()[1]
-        # The store takes the open socket over: nobody else can get the port in between.
+        # The store takes over the open socket, so that no other process can get the port in between.
         return dist.TCPStore(address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())

@@ -1,4 +1,4 @@
-"""Weights by disk: a Hugging Face directory that the engines load again."""
+"""Weight transport by disk: a Hugging Face directory that the engines load."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from slime_opd.weights.buckets import NamedTensor
 
 
 class DiskTransport:
-    """Writes each bucket as one safetensors file; the engines read the directory when it is complete."""
+    """Writes each bucket as one safetensors file; the engines load the directory when it is complete."""
 
     def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:
         self._controls = controls
-        self._directory = Path(config.weights.update_weight_disk_dir)
-        self._origin = Path(config.model.hf_checkpoint)
+        self._directory = Path(str(config.weights.update_weight_disk_dir))
+        self._origin = Path(str(config.model.hf_checkpoint))
         self._files = 0
 
     def send(self, bucket: list[NamedTensor]) -> None:
@@ -35,7 +35,7 @@ class DiskTransport:
         self._files += 1
 
     def finish(self, version: str) -> None:
-        """Have every engine load the directory."""
+        """Make every engine load the directory, as weights `version`."""
         self._files = 0
         for control in self._controls:
             control.update_weights_from_disk(str(self._directory.resolve()), weight_version=version)

@@ -1,7 +1,7 @@
-"""A model's weights in Hugging Face's form, gathered whole on every rank.
+"""Exports a model's weights under Hugging Face's names, gathered whole on every rank.
 
-What there is to gather is exchanged once, when GatheredWeights is made. An export then moves tensors alone: over the
-pipeline stages, the expert-parallel ranks and the tensor-parallel ranks, and nothing at all where each of these is one rank.
+Names and shapes are exchanged once, when GatheredWeights is created. An export then communicates tensors only: over pipeline stages,
+expert-parallel and tensor-parallel ranks, and nothing where each of these is one rank.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _EXPERT = ".mlp.experts.linear_fc"
 
 @dataclass(frozen=True)
 class _Parameter:
-    """One parameter of one pipeline stage: its name there and in the whole model, and this stage's shard of it."""
+    """A parameter of one pipeline stage: its name there and in the whole model, and shape and dtype of a rank's shard."""
 
     stage: int
     local_name: str
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    # The axis that tensor parallelism splits; None where every tensor-parallel rank has all of it.
+    # The axis that tensor parallelism splits; None where every tensor-parallel rank has the whole parameter.
     split_axis: int | None
 
 
 class GatheredWeights:
-    """Iterates (Hugging Face name, tensor) over all weights of a model, one at a time, with their present values.
+    """Iterates over all weights of a model as (Hugging Face name, tensor) with their present values, gathering one at a time.
 
-    All ranks make it together and iterate it together, to the end: each weight is gathered when its turn comes.
+    Creating it and iterating over it, to the end, are collectives of all ranks.
     """
 
     def __init__(self, model: HiddenStatesModel, bridge: ModelBridge) -> None:
@@ -65,7 +65,7 @@ class GatheredWeights:
 
     def _own_parameters(self) -> list[_Parameter]:
         stage = parallel_state.get_pipeline_model_parallel_rank()
-        # Layers and experts count from 0 on each rank; experts get their number in the model when they are gathered.
+        # Local names count layers and experts from 0; experts get their global index when they are gathered.
         names = self._bridge.global_names(self._model, with_global_experts=False)
         return [
             _Parameter(
@@ -74,13 +74,13 @@ class GatheredWeights:
                 names[local_name],
                 tuple(tensor.shape),
                 tensor.dtype,
-                tensor.partition_dim if getattr(tensor, "tensor_model_parallel", False) else None,
+                getattr(tensor, "partition_dim", None) if getattr(tensor, "tensor_model_parallel", False) else None,
             )
             for local_name, tensor in _tensors(self._model).items()
         ]
 
     def _whole(self, parameter: _Parameter, own: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """A parameter with all its tensor-parallel shards, by its name in the whole model; of experts, those of all ranks."""
+        """The whole parameter with its name in the whole model; for an expert's, the experts of all ranks at the same local index."""
         is_gated = self._bridge.config.gated_linear_unit
         if parameter.stage == parallel_state.get_pipeline_model_parallel_rank():
             shard = own[parameter.local_name].detach()
@@ -95,37 +95,40 @@ class GatheredWeights:
                 shards = _all_gather(shard, parallel_state.get_tensor_model_parallel_group())
             yield parameter.name, merge_shards(parameter.name, shards, parameter.split_axis, is_gated=is_gated)
             return
-        prefix, _, number = parameter.name.rpartition("weight")
+        prefix, _, local_index = parameter.name.rpartition("weight")
         per_rank = _all_gather(shard, parallel_state.get_expert_model_parallel_group())
         experts = self._bridge.config.num_moe_experts // len(per_rank)
         for rank, expert in enumerate(per_rank):
             shards = _all_gather(expert, parallel_state.get_expert_tensor_parallel_group())
             yield (
-                f"{prefix}weight{experts * rank + int(number)}",
+                f"{prefix}weight{experts * rank + int(local_index)}",
                 merge_shards(parameter.name, shards, parameter.split_axis, is_gated=is_gated),
             )
 
 
 def merge_shards(name: str, shards: list[Tensor], split_axis: int | None, *, is_gated: bool) -> Tensor:
-    """A parameter from the shards of its tensor-parallel ranks, in rank order. `is_gated`: the first MLP matrix is two in one."""
+    """A parameter from its tensor-parallel shards, in rank order. `is_gated`: an MLP's first matrix holds gate and up projection."""
     if len(shards) == 1:
         return shards[0]
     if ".linear_fc1." in name and is_gated:
-        # Each rank has its part of the gate above its part of the other half.
+        # Each rank has its part of the gate above its part of the up projection.
         halves = zip(*(shard.chunk(2) for shard in shards), strict=True)
         return torch.cat([part for half in halves for part in half])
-    # Transformer Engine's experts do not name the axis that they are split on.
-    return torch.cat(shards, dim=int(".linear_fc2." in name) if _EXPERT in name else split_axis)
+    # Transformer Engine's experts are not marked with the axis that they are split on.
+    axis = int(".linear_fc2." in name) if _EXPERT in name else split_axis
+    if axis is None:
+        raise ValueError(f"{name} has {len(shards)} shards and no axis that it is split on")
+    return torch.cat(shards, dim=axis)
 
 
 def _tensors(model: HiddenStatesModel) -> dict[str, Tensor]:
-    """What is exported of a model: its parameters, and the routers' biases for the choice of experts, which are buffers."""
+    """The exported tensors of a model: its parameters, and the routers' selection biases, which are buffers."""
     biases = {name: buffer for name, buffer in model.named_buffers() if name.endswith(".expert_bias")}
     return dict(model.named_parameters()) | biases
 
 
 def _all_gather(tensor: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
-    """The tensors of all ranks of a group, in rank order; no communication where the group is this rank alone."""
+    """The tensors of all ranks of a group, in rank order; without communication in a group of one rank."""
     if group.size() == 1:
         return [tensor]
     gathered = [torch.empty_like(tensor) for _ in range(group.size())]

@@ -1,9 +1,8 @@
-"""Memory that the engines of this machine can open: shared memory, or CUDA memory through IPC.
+"""Memory that engines on this node can open: shared memory, or CUDA memory through IPC.
 
-Shared memory here has no name that somebody would have to unlink. It is an anonymous file of
-this process, and an engine opens it as /proc/PID/fd/N, which a process of the same user may.
-When this process ends, by whatever means, and the engines have let go of it, it is gone.
-torch's own ways either leave files in /dev/shm when a process is killed, or work between relatives only.
+The shared memory is an anonymous file of this process, which an engine of the same user opens as /proc/PID/fd/N. There is no name to
+unlink: the kernel frees the memory when this process and the engines have closed it, however they end. torch's own methods either leave
+files in /dev/shm when a process is killed, or work only between parent and child processes.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from slime_opd.weights.buckets import NamedTensor
 
 # SGLang's name for a bucket that is one tensor and a description of its parts.
 LOAD_FORMAT = "flattened_bucket"
-# Offsets of this many bytes suit every dtype.
+# Alignment of tensors in bytes, enough for every dtype.
 _ALIGNMENT = 16
 
 
 class SharedBucket:
-    """A copy of one bucket in a block of memory of its own, which is never written again.
+    """A copy of one bucket in its own block of memory, which is never written again.
 
-    An engine that answers may still be copying: SGLang's update ends with a barrier of CPU processes, not of GPUs. So a block is not
-    used twice. After `close` it lives on until its readers have let go of it: Linux counts the mappings of an anonymous file, and
-    torch counts the readers of CUDA memory, each of which waits for its stream before it counts itself out.
+    A block is not reused, because an engine that has answered may still be copying: SGLang's update ends with a barrier of CPU processes,
+    not of GPUs. After `close` the block lives until its readers have closed it: Linux counts the mappings of an anonymous file, and torch
+    counts the readers of CUDA memory, which wait for their streams.
     """
 
     def __init__(self, bucket: list[NamedTensor]) -> None:
@@ -61,7 +60,7 @@ class SharedBucket:
         ]
 
     def handle(self) -> str:
-        """What one reader opens the bucket with, for `LOAD_FORMAT`: base64 of a pickle. Each reader needs its own, as they are counted."""
+        """A handle for one reader, base64 of a pickle in `LOAD_FORMAT`. Each reader needs its own, because readers are counted."""
         pickled = io.BytesIO()
         pickler = ForkingPickler(pickled)
         if self._file is not None:
@@ -71,11 +70,10 @@ class SharedBucket:
         return base64.b64encode(pickled.getvalue()).decode()
 
     def close(self) -> None:
-        """Let go of the memory. Readers must have opened it by now; it is freed when the last of them has let go too."""
-        is_cuda = self._file is None
+        """Close the memory. All readers must have opened it; it is freed when the last of them closes it."""
         del self._memory
-        if is_cuda:
-            # Without it, memory that its readers have left is kept until an allocation fails.
+        if self._file is None:
+            # Otherwise memory without readers is kept until an allocation fails.
             torch.cuda.ipc_collect()
         else:
             os.close(self._file)

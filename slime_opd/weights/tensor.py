@@ -1,4 +1,4 @@
-"""Weights from tensors: the engines open memory of the trainer and copy from it."""
+"""Weight transport by shared tensors: the engines open memory of the trainer and copy from it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from slime_opd.weights.shared import LOAD_FORMAT, SharedBucket
 
 
 class TensorTransport:
-    """Shares each bucket with all engines at once; every trainer rank in `memory_sources` has one, and each call is made on all of them.
+    """Shares each bucket with all engines at once. Every trainer rank in `memory_sources` has one; calls are collectives of these ranks.
 
-    An engine takes the handles of all its ranks in one request, in their order. So the handles are gathered, and the trainer rank
-    that made the first of an engine's handles posts them.
+    An engine takes the handles of all its ranks in one request, in rank order. So the handles are gathered, and the trainer rank of
+    an engine's first handle posts them.
     """
 
     def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:
@@ -29,7 +29,7 @@ class TensorTransport:
         self._group: dist.ProcessGroup | None = None
         if len(ranks) > 1:
             timeout = datetime.timedelta(minutes=config.training.distributed_timeout_minutes)
-            # Handles are objects on the host, whatever device the weights are on.
+            # Handles are objects in host memory, whatever device the weights are on.
             self._group = dist.new_group(ranks, timeout, backend="gloo", use_local_synchronization=True)
 
     def send(self, bucket: list[NamedTensor]) -> None:
@@ -37,14 +37,14 @@ class TensorTransport:
         shared = SharedBucket(bucket)
         own = [[shared.handle() if source == self._rank else None for source in sources] for sources in self._sources]
         handles = self._from_all_ranks(own)
-        sending = [
+        requests = [
             self._threads.submit(
                 control.update_weights_from_tensor, handles[engine], load_format=LOAD_FORMAT, flush_cache=False
             )
             for engine, control in enumerate(self._controls)
             if self._sources[engine][0] == self._rank
         ]
-        for request in sending:
+        for request in requests:
             request.result()
         if self._group is not None:
             # An engine rank whose handles another trainer rank posted has opened this rank's memory too.
@@ -52,7 +52,7 @@ class TensorTransport:
         shared.close()
 
     def finish(self, version: str) -> None:
-        """Drop prefixes cached under the old weights, and name the new ones."""
+        """Make the engines drop prefixes cached under the old weights, and set the version."""
         if self._rank != 0:
             return
         for control in self._controls:
@@ -60,11 +60,11 @@ class TensorTransport:
             control.set_weight_version(version)
 
     def _from_all_ranks(self, own: list[list[str | None]]) -> list[list[str]]:
-        """The handles by engine and engine rank, of which `own` has this trainer rank's."""
-        if self._group is None:
-            return own
-        per_rank = [own] * self._group.size()
-        dist.all_gather_object(per_rank, own, group=self._group)
+        """All handles, by engine and engine rank. `own` has those of this trainer rank, and None for others."""
+        per_rank = [own]
+        if self._group is not None:
+            per_rank *= self._group.size()
+            dist.all_gather_object(per_rank, own, group=self._group)
         return [
             [next(filter(None, handles)) for handles in zip(*engine, strict=True)]
             for engine in zip(*per_rank, strict=True)

@@ -1,7 +1,4 @@
-"""Bringing the engines to the trainer's weights: gather, cut into buckets, send, and prove that they arrived.
-
-How they travel is a WeightTransport.
-"""
+"""Updates the engines to the trainer's weights: gathers them, sends them in buckets by a WeightTransport, and checks that they arrived."""
 
 from __future__ import annotations
 
@@ -23,13 +20,13 @@ from slime_opd.weights.tensor import TensorTransport
 
 
 class WeightTransport(Protocol):
-    """One way for weights to reach the engines."""
+    """A transport of weights to the engines."""
 
     def send(self, bucket: list[NamedTensor]) -> None:
-        """Send one bucket; when it returns the tensors may be overwritten."""
+        """Send one bucket; afterwards the tensors may be overwritten."""
 
     def finish(self, version: str) -> None:
-        """Make the engines serve what was sent, as weights `version`."""
+        """Make the engines serve the sent weights, as `version`."""
 
 
 TRANSPORTS: dict[str, Callable[[Config, int, list[EngineControl]], WeightTransport]] = {
@@ -40,13 +37,13 @@ TRANSPORTS: dict[str, Callable[[Config, int, list[EngineControl]], WeightTranspo
 
 
 class WeightSender:
-    """Sends weights to the engines at `urls`, whose API key is `key`; every trainer rank has one, and calls it with the others.
+    """Sends weights to the engines at `urls`, whose API key is `key`. Every trainer rank has one; calls are collectives of all ranks.
 
-    All ranks gather each weight together. The first rank sends it, and with the transport "tensor" others may have a part in that.
+    The first rank sends; with the transport "tensor", other ranks may send too.
     """
 
     def __init__(self, config: Config, rank: int, urls: list[str], key: str | None = None) -> None:
-        self._limit = config.weights.update_weight_buffer_size
+        self._bucket_bytes = config.weights.update_weight_buffer_size
         self._ranks_per_engine = config.cluster.rollout_num_gpus_per_engine
         self._controls = [EngineControl(url, api_key=key) for url in urls]
         self._is_first = rank == 0
@@ -55,9 +52,9 @@ class WeightSender:
         self._transport = TRANSPORTS[transport](config, rank, self._controls) if rank in senders else None
 
     def send(self, weights: Callable[[], Iterator[NamedTensor]], version: int, *, check: bool) -> None:
-        """Update every engine to `weights()`, which all ranks iterate together.
+        """Update every engine to `weights()`, an iteration that is a collective of all ranks.
 
-        With `check` they are sent a second time, and WeightSyncError is raised where an engine does not serve exactly these.
+        With `check` they are sent a second time; raises WeightSyncError where an engine does not serve exactly these weights.
         """
         checksums = self._send_all(weights, version, with_checksums=check)
         if not check:
@@ -74,9 +71,9 @@ class WeightSender:
     def _send_all(
         self, weights: Callable[[], Iterator[NamedTensor]], version: int, *, with_checksums: bool = False
     ) -> dict[str, Tensor]:
-        """Send all weights; returns their checksums by name, if requested, on the first rank."""
+        """Send all weights; returns their checksums by name, on the first rank and only `with_checksums`."""
         checksums: dict[str, Tensor] = {}
-        for bucket in buckets(weights(), self._limit):
+        for bucket in buckets(weights(), self._bucket_bytes):
             if with_checksums and self._is_first:
                 checksums |= {name: weight_proof.checksum(tensor) for name, tensor in bucket}
             if self._transport is not None:

@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from slime_opd.rehearsal import pretend_cuda
+from slime_opd.rehearsal import simulated_cuda
 
 QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "attention_dropout": 0.0, "head_dim": 128,
@@ -63,8 +63,8 @@ def known() -> dict:
 
 def main(directory: Path) -> None:
     """Rehearse every case."""
-    pretend_cuda.load()
-    pretend_cuda.install()
+    simulated_cuda.load()
+    simulated_cuda.install()
     from slime_opd.memory_estimate import size_of, step_bytes
     from slime_opd.rehearsal.batch import Load, rehearsed_config, rollout_tokens
     from slime_opd.rehearsal.step import rehearse

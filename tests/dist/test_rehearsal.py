@@ -1,4 +1,4 @@
-"""One training step of a shallow model with Qwen3-8B's widths, on pretended CUDA: waits, memory and kernels.
+"""One training step of a shallow model with Qwen3-8B's widths, on simulated CUDA: waits, memory and kernels.
 
 Not run here, as in every rehearsal: Transformer Engine's layers, kernels and their scratch memory, NCCL.
 """

@@ -1,5 +1,5 @@
 // A CUDA device that does nothing, for torch's CPU build: with FakeTensorMode, whose tensors have no memory, this is enough for
-// autograd to run a backward on "cuda". Loaded before torch is imported; see pretend_cuda.py.
+// autograd to run a backward on "cuda". Loaded before torch is imported; see simulated_cuda.py.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -12,7 +12,7 @@ c10::Stream stream() {
 }
 
 // Streams and events: one device, one stream, and all work is done as soon as it is queued.
-struct PretendedGuard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
+struct SimulatedGuard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   c10::Device exchangeDevice(c10::Device) const override { return kDevice; }
   c10::Device getDevice() const override { return kDevice; }
   c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
@@ -35,7 +35,7 @@ struct PretendedGuard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CU
 
 }  // namespace
 
-C10_REGISTER_GUARD_IMPL(CUDA, PretendedGuard)
+C10_REGISTER_GUARD_IMPL(CUDA, SimulatedGuard)
 
 namespace at {
 

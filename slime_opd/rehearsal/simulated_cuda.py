@@ -1,10 +1,10 @@
-"""A CUDA device for torch's CPU build: native hooks, and the functions of `torch.cuda` that training calls.
+"""Simulates a CUDA device in torch's CPU build: native hooks, and the functions of `torch.cuda` that training calls.
 
-    pretend_cuda.load()          # before torch is imported
+    simulated_cuda.load()          # before torch is imported
     import torch
-    pretend_cuda.install()
+    simulated_cuda.install()
 
-Nothing runs on the device: it is for tensors of FakeTensorMode alone.
+Nothing runs on the device: it is only for tensors of FakeTensorMode.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from slime_opd.errors import RehearsalError
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
-# What stands in for the device: shown with every result.
-PRETENDED = (
-    "torch.cuda's devices, streams, events and memory: they exist, and do nothing",
+# Simulated parts of the device, which every report lists.
+SIMULATED = (
+    "torch.cuda's devices, streams, events and memory: they exist, but do nothing",
     "CUDA's random states: a CPU generator's",
     "pinned host memory: counted as host memory",
-    "Module.to(device): weights are on the device from the start, and it is checked that nothing is left to move",
+    "Module.to(device): weights are created on the device, and it is checked that nothing has to be moved",
 )
 
 
 def load() -> None:
-    """Compile the hooks (two seconds) and load them. Before torch is imported, in a process of its own: there is no way back.
+    """Compile the hooks (two seconds) and load them into this process, which must not have imported torch yet. It cannot be undone.
 
-    Raises RehearsalError where that cannot be: torch is there already or is a CUDA build, or there is no C++ compiler.
+    Raises RehearsalError where torch is imported already or is a CUDA build, or there is no C++ compiler.
     """
     if "torch" in sys.modules:
         raise RehearsalError(
-            "a CUDA device is pretended before torch is imported: start the rehearsal in its own process"
+            "the CUDA device must be simulated before torch is imported: start the rehearsal in its own process"
         )
-    found = importlib.util.find_spec("torch")
-    if found is None:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
         raise RehearsalError("the rehearsal needs torch, which is not installed: see tools/setup_cpu.sh")
-    torch_directory = Path(found.origin).parent
+    torch_directory = Path(spec.origin).parent
     if (torch_directory / "lib" / "libtorch_cuda.so").exists():
         raise RehearsalError(
-            f"the torch in {torch_directory} is a CUDA build, on which no device can be pretended: rehearse in an environment with torch's CPU build (tools/setup_cpu.sh makes one)"
+            f"the torch in {torch_directory} is a CUDA build, which the rehearsal cannot use: rehearse in an environment with torch's CPU build (tools/setup_cpu.sh makes one)"
         )
     with tempfile.TemporaryDirectory() as directory:
-        library = Path(directory) / "pretend_cuda.so"
+        library = Path(directory) / "simulated_cuda.so"
         _compile(torch_directory, library)
         for path in (torch_directory / "lib" / "libc10.so", torch_directory / "lib" / "libtorch_cpu.so", library):
             ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
@@ -62,7 +62,7 @@ def _compile(torch_directory: Path, library: Path) -> None:
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise RehearsalError(
-            f"the rehearsal compiles 60 lines of C++ and found no {compiler} on PATH: install g++ (Debian: apt-get install g++), or set CXX to a C++20 compiler"
+            f"the rehearsal compiles 60 lines of C++, but there is no {compiler} on PATH: install g++ (Debian: apt-get install g++), or set CXX to a C++20 compiler"
         )
     include = torch_directory / "include"
     command = [
@@ -74,12 +74,12 @@ def _compile(torch_directory: Path, library: Path) -> None:
     if finished.returncode:
         lines = [line for line in finished.stderr.splitlines() if "error" in line] or finished.stderr.splitlines()
         raise RehearsalError(
-            f"{compiler} could not compile {_SOURCE} against torch's headers: {lines[0].strip() if lines else 'it gave no reason'}; GCC 11 or newer is needed"
+            f"{compiler} could not compile {_SOURCE} against torch's headers: {lines[0].strip() if lines else 'no error message'}; GCC 11 or newer is needed"
         )
 
 
 class _Stream:
-    """A stream or event on which everything is done at once."""
+    """A stream or event whose methods do nothing."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
@@ -94,15 +94,16 @@ def install(total_memory: int = 80 * 10**9) -> None:
 
     cuda: Any = torch.cuda
     properties = SimpleNamespace(
-        name="pretended CUDA", major=9, minor=0, total_memory=total_memory, multi_processor_count=132
+        name="simulated CUDA", major=9, minor=0, total_memory=total_memory, multi_processor_count=132
     )
     generator = torch.Generator()
-    # torch's optimizers choose their many-tensor kernels by the exact type of a parameter.
+    # torch's optimizers use their foreach kernels only for listed parameter types.
     from torch._subclasses.fake_tensor import FakeTensor
     from torch.optim.optimizer import _foreach_supported_types
 
     _foreach_supported_types.append(FakeTensor)
-    torch.nn.Module._apply = _apply
+    module_class: Any = torch.nn.Module
+    module_class._apply = _apply
     _register_fused_norm(torch)
     cuda._lazy_init = cuda.init = lambda: None
     cuda._lazy_call = lambda call, **options: call()
@@ -125,9 +126,9 @@ def install(total_memory: int = 80 * 10**9) -> None:
 
 
 def _register_fused_norm(torch: Any) -> None:
-    """Let RMSNorm be one kernel that keeps its input, as in CUDA builds; a CPU build would keep float32 copies.
+    """Make RMSNorm one kernel that saves its input, as in CUDA builds; a CPU build would save float32 copies.
 
-    The kernel is never called: FakeTensorMode answers for it.
+    The kernel is never called: FakeTensorMode replaces it.
     """
     global _library
     _library = torch.library.Library("aten", "IMPL")
@@ -135,18 +136,18 @@ def _register_fused_norm(torch: Any) -> None:
         _library.impl(name, lambda *args: NotImplemented, "CUDA")
 
 
-# Registrations last as long as this object.
+# Registrations last only as long as this object.
 _library: Any = None
 
 
 def _apply(module: Any, convert: Any, recurse: bool = True) -> Any:
-    """`torch.nn.Module._apply`, which cannot exchange fake parameters: raises where there is anything to exchange."""
+    """`torch.nn.Module._apply` for fake parameters, which cannot be replaced: raises RehearsalError where one would have to be."""
     for child in module.children() if recurse else ():
         child._apply(convert)
     for name, parameter in module._parameters.items():
         if parameter is not None and convert(parameter) is not parameter:
             raise RehearsalError(
-                f"{type(module).__name__}.{name} is {parameter.dtype} on {parameter.device} and would be moved: make it where it belongs"
+                f"{type(module).__name__}.{name} is {parameter.dtype} on {parameter.device} and would be moved: create it there"
             )
     for name, buffer in module._buffers.items():
         module._buffers[name] = None if buffer is None else convert(buffer)

@@ -1,4 +1,4 @@
-"""A rehearsal that cannot be held says why, and what to do."""
+"""A rehearsal that is not possible is refused with the reason and what to do."""
 
 import importlib.util
 import sys
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from slime_opd.errors import RehearsalError
-from slime_opd.rehearsal import pretend_cuda
+from slime_opd.rehearsal import simulated_cuda
 
 
 @pytest.fixture
@@ -19,22 +19,22 @@ def without_torch(monkeypatch, tmp_path):
     return tmp_path
 
 
-def test_a_process_that_has_torch_already_cannot_pretend(monkeypatch):
+def test_a_process_that_has_imported_torch_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
     with pytest.raises(RehearsalError, match="in its own process"):
-        pretend_cuda.load()
+        simulated_cuda.load()
 
 
-def test_a_cuda_build_of_torch_is_named(without_torch):
+def test_a_cuda_build_of_torch_is_refused(without_torch):
     (without_torch / "lib" / "libtorch_cuda.so").touch()
     with pytest.raises(RehearsalError, match=f"{without_torch} is a CUDA build.*setup_cpu.sh"):
-        pretend_cuda.load()
+        simulated_cuda.load()
 
 
-def test_without_a_compiler_one_is_asked_for(without_torch, monkeypatch):
+def test_a_missing_compiler_is_named_and_how_to_install_one(without_torch, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RehearsalError, match="no no-such-compiler on PATH: install g\\+\\+"):
-        pretend_cuda.load()
+        simulated_cuda.load()
 
 
 def test_a_compiler_that_fails_is_quoted(without_torch, monkeypatch, tmp_path):
@@ -43,4 +43,4 @@ def test_a_compiler_that_fails_is_quoted(without_torch, monkeypatch, tmp_path):
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(RehearsalError, match="error: no such header"):
-        pretend_cuda.load()
+        simulated_cuda.load()
