@@ -52,7 +52,7 @@ class Maximum:
 
 
 @dataclass(frozen=True)
-class Last:
+class Replicated:
     """A value that is the same on every rank, such as the learning rate; NaN where ranks disagree.
 
     Ranks that disagree train different models; one rank's number would hide it.
@@ -60,8 +60,8 @@ class Last:
 
     latest: float
 
-    def merge(self, other: Last) -> Last:
-        return self if self.latest == other.latest else Last(math.nan)
+    def merge(self, other: Replicated) -> Replicated:
+        return self if self.latest == other.latest else Replicated(math.nan)
 
     @property
     def value(self) -> float | None:
@@ -96,7 +96,7 @@ class Concentration:
         return 1.0
 
 
-Metric = Mean | Total | Maximum | Last | Concentration
+Metric = Mean | Total | Maximum | Replicated | Concentration
 
 
 def merge(parts: Iterable[Mapping[str, Metric]]) -> dict[str, Metric]:
@@ -113,7 +113,7 @@ def values(metrics: Mapping[str, Metric]) -> dict[str, float]:
     return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
 
 
-_TYPES: Mapping[str, type[Metric]] = {kind.__name__: kind for kind in (Mean, Total, Maximum, Last, Concentration)}
+_TYPES: Mapping[str, type[Metric]] = {kind.__name__: kind for kind in (Mean, Total, Maximum, Replicated, Concentration)}
 
 
 def to_json(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:

@@ -12,7 +12,7 @@ from slime_opd.batch.scores import columns_for_assembly
 from slime_opd.batch.shares import plan_shares
 from slime_opd.batch.weights import weight_statistics
 from slime_opd.config import Config
-from slime_opd.metrics import Last, Metric
+from slime_opd.metrics import Metric, Replicated
 from slime_opd.objective.options import objective_options
 from slime_opd.types import RolloutBatch, Sample, TrainBatch
 
@@ -54,11 +54,11 @@ def weight_metrics(batch: RolloutBatch, config: Config) -> dict[str, Metric]:
     """The spread of the distillation weights in the rollout's last step, by stream; none without distillation."""
     spreads, metrics = weight_statistics(batch, config), {}
     if (penalty := spreads.get("penalty")) is not None:
-        metrics["opd/penalty_weight_min"] = Last(penalty.minimum)
-        metrics["opd/penalty_weight_max"] = Last(penalty.maximum)
-        metrics["opd/penalty_weight_effective_share"] = Last(penalty.effective_share)
+        metrics["opd/penalty_weight_min"] = Replicated(penalty.minimum)
+        metrics["opd/penalty_weight_max"] = Replicated(penalty.maximum)
+        metrics["opd/penalty_weight_effective_share"] = Replicated(penalty.effective_share)
     if (divergence := spreads.get("divergence")) is not None:
-        metrics["opd/divergence_weight_min"] = Last(divergence.minimum)
-        metrics["opd/divergence_weight_max"] = Last(divergence.maximum)
-        metrics["opd/divergence_weight_effective_share"] = Last(divergence.effective_share)
+        metrics["opd/divergence_weight_min"] = Replicated(divergence.minimum)
+        metrics["opd/divergence_weight_max"] = Replicated(divergence.maximum)
+        metrics["opd/divergence_weight_effective_share"] = Replicated(divergence.effective_share)
     return metrics

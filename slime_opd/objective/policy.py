@@ -85,7 +85,7 @@ def divergence_stream(columns: TokenColumns, terms: Terms, options: DivergenceOp
         options.coefficient * divergence,
         {"train/divergence_loss": total(divergence)},
         dynamics.compared(comparison, divergences, terms.entropies, scored, columns.kinds),
-        {"opd/tokens_with_80_percent": dynamics.histogram(comparison.reverse_kl, scored)},
+        {"opd/kl_top80_token_fraction": dynamics.histogram(comparison.reverse_kl, scored)},
     )
 
 
@@ -112,7 +112,7 @@ def _penalised_advantages(columns: TokenColumns, terms: Terms, options: PolicyOp
                 weights=columns.penalty_weights,
             )
     if terms.comparison is None:
-        metrics.histograms["opd/tokens_with_80_percent"] = dynamics.histogram(signal.abs(), weights)
+        metrics.histograms["opd/kl_top80_token_fraction"] = dynamics.histogram(signal.abs(), weights)
     return advantages, metrics
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from slime_opd import fields
-from slime_opd.metrics import Last, Maximum, Mean, Metric, Total
+from slime_opd.metrics import Maximum, Mean, Metric, Replicated, Total
 from slime_opd.types import RolloutBatch
 
 
@@ -56,11 +56,11 @@ _TIME_METRICS = {
 
 def time_metrics(timings: Mapping[str, float]) -> dict[str, Metric]:
     """Seconds of each stage, by its metric's name."""
-    return {_TIME_METRICS[stage]: Last(seconds) for stage, seconds in timings.items()}
+    return {_TIME_METRICS[stage]: Replicated(seconds) for stage, seconds in timings.items()}
 
 
 def speed_metrics(timings: Mapping[str, float], num_tokens: int) -> dict[str, Metric]:
     """Seconds of each stage of a step and of all of them, and the step's tokens per second."""
     seconds = sum(timings.values())
-    speed = {"perf/step_time": Last(seconds), "perf/tokens_per_second": Last(num_tokens / seconds)}
+    speed = {"perf/step_time": Replicated(seconds), "perf/tokens_per_second": Replicated(num_tokens / seconds)}
     return time_metrics(timings) | speed

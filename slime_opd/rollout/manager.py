@@ -10,7 +10,7 @@ from slime_opd.config import Config
 from slime_opd.config.hf_config import language_model, read_hf_config
 from slime_opd.data.source import PromptSource
 from slime_opd.engine.client import EngineClient
-from slime_opd.metrics import Last, Mean, Metric
+from slime_opd.metrics import Mean, Metric, Replicated
 from slime_opd.observe.progress import Progress
 from slime_opd.reward.reward import make_eval_reward, make_reward
 from slime_opd.rollout.dataset import dataset_groups
@@ -74,7 +74,7 @@ class RolloutManager:
         with Progress(label, self._config.samples_per_rollout, unit="samples") as progress:
             groups, num_rejected = self._groups(self._count(progress))
         if num_rejected is not None:
-            metrics["rollout/groups_left_out"] = Last(num_rejected)
+            metrics["rollout/groups_left_out"] = Replicated(num_rejected)
         samples = [sample for group in groups for sample in group.samples]
         num_failed = sum(bool(sample.values.get("teacher_failed", [0.0])[0]) for sample in samples)
         reason = None if self._teacher is None else self._teacher.teacher.latest_failure

@@ -6,7 +6,7 @@ from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from slime_opd.metrics import Last, Mean, Metric
+from slime_opd.metrics import Mean, Metric, Replicated
 from slime_opd.observe import console
 from slime_opd.teacher.recheck import TeacherRecheck
 from slime_opd.teacher.teacher import Teacher
@@ -53,7 +53,7 @@ class TeacherSession:
         metrics: dict[str, Metric] = {"perf/teacher_bytes_per_token": Mean(num_bytes, num_tokens)}
         self._recheck.finish()
         if self._recheck.drift is not None:
-            metrics["opd/teacher_drift"] = Last(self._recheck.drift)
+            metrics["opd/teacher_drift"] = Replicated(self._recheck.drift)
         return metrics
 
     def state(self) -> dict[str, Any] | None:

@@ -31,10 +31,16 @@ from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.settings import HeadSettings
 from slime_opd.head.teacher_comparison import TeacherStates
 from slime_opd.head.vocabulary import VocabularyShard
-from slime_opd.metrics import Concentration, Last, Mean, Metric, Total
+from slime_opd.metrics import Concentration, Mean, Metric, Replicated, Total
 from slime_opd.model import parallel
 from slime_opd.model.bridge import make_bridge
-from slime_opd.model.builder import build_model
+from slime_opd.model.builder import (
+    HiddenStatesModel,
+    build_model,
+    kernels,
+    make_bridge,
+    vocabulary_shard,
+)
 from slime_opd.model.hidden_states import HiddenStatesModel
 from slime_opd.model.transformer_config import kernels
 from slime_opd.model.vocabulary import vocabulary_shard
@@ -194,7 +200,7 @@ class Trainer:
             metrics = self._step(batch, step, settings)
         self._teacher_states = None
         finish_gathering_weights(self.wrapped)
-        metrics |= {name: Last(count) for name, count in self.skipped.counts().items()}
+        metrics |= {name: Replicated(count) for name, count in self.skipped.counts().items()}
         return metrics if self.layout.reports else {}
 
     def _step(self, batch: TrainBatch, step: int, settings: HeadSettings) -> dict[str, Metric]:
@@ -216,8 +222,8 @@ class Trainer:
         return {
             **_collect(objectives),
             # A skipped step has none.
-            **({} if grad_norm is None else {"train/grad_norm": Last(grad_norm)}),
-            "train/lr": Last(float(learning_rate)),
+            **({} if grad_norm is None else {"train/grad_norm": Replicated(grad_norm)}),
+            "train/lr": Replicated(float(learning_rate)),
         }
 
     def _take_step(self, losses: list[Tensor]) -> tuple[finite.Cause | None, float | None]:

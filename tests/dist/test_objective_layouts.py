@@ -159,7 +159,7 @@ def test_every_metric_is_that_of_one_process(outcomes, layout, name):
     assert got.keys() == expected.keys()
     for metric, value in expected.items():
         # The one metric that jumps: which tokens reach 80 percent is read off a histogram.
-        tolerance = {"rel": 1e-2} if metric == "opd/tokens_with_80_percent" else {"rel": 1e-4, "abs": 1e-5}
+        tolerance = {"rel": 1e-2} if metric == "opd/kl_top80_token_fraction" else {"rel": 1e-4, "abs": 1e-5}
         assert got[metric] == pytest.approx(value, nan_ok=False, **tolerance), metric
 
 

@@ -17,7 +17,7 @@ from slime_opd.config.stages import (
     RolloutConfig,
     TrainingConfig,
 )
-from slime_opd.metrics import Last
+from slime_opd.metrics import Replicated
 from slime_opd.types import Prompt, Rollout, Sample, SampleGroup, Status
 
 
@@ -28,7 +28,9 @@ def a_rollout(step: int, weights_version: int) -> Rollout:
     sample.set("group", step)
     group = SampleGroup(prompt, [sample])
     cursor = {"offset": step + 1}
-    return Rollout([group], weights_version, cursor, {"rollout/groups_left_out": Last(step)}, {"rollout": 10.0 + step})
+    return Rollout(
+        [group], weights_version, cursor, {"rollout/groups_left_out": Replicated(step)}, {"rollout": 10.0 + step}
+    )
 
 
 class Trainers:
@@ -38,7 +40,7 @@ class Trainers:
         self.updates: list[int] = []
 
     def train(self, shares: list, progress: float) -> dict:
-        return {"train/loss": Last(1.0)}
+        return {"train/loss": Replicated(1.0)}
 
     def update_weights(self, urls: list[str], version: int, *, key: str | None, check: bool) -> None:
         self.updates.append(version)
@@ -57,7 +59,7 @@ class SmallRun(Run):
         self._sinks = SimpleNamespace(log=lambda step, values: None)
         self._rollouts = SimpleNamespace(
             generate=lambda step, label, weights_version: a_rollout(step, weights_version),
-            evaluate=lambda label: {"eval/a/accuracy": Last(0.5)},
+            evaluate=lambda label: {"eval/a/accuracy": Replicated(0.5)},
         )
 
 

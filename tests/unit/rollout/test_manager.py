@@ -9,7 +9,7 @@ from rollout_fakes import EOS, FakeClient, FakeTeacher, LetterTokenizer, config,
 
 from slime_opd.config.stages import OPDConfig, RewardConfig, TrainingConfig
 from slime_opd.errors import TooManyFallbacks
-from slime_opd.metrics import Last, Mean
+from slime_opd.metrics import Mean, Replicated
 from slime_opd.rollout.loop import BackgroundLoop
 from slime_opd.rollout.manager import RolloutManager
 
@@ -97,7 +97,7 @@ def test_dynamic_sampling_reports_the_groups_that_it_rejected(loop):
     rollout = rollouts.generate(0, "rollout", weights_version=1)
     assert [group.prompt.index for group in rollout.groups] == [0, 2]
     # Two of four prompts were rejected, the second of them perhaps after there were enough groups.
-    assert rollout.metrics["rollout/groups_left_out"] in (Last(1), Last(2))
+    assert rollout.metrics["rollout/groups_left_out"] in (Replicated(1), Replicated(2))
     assert rollout.prompt_cursor == {"offset": 4}
 
 

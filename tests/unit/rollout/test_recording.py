@@ -14,7 +14,7 @@ from slime_opd import fields
 from slime_opd.config import Config
 from slime_opd.config.stages import DivergenceConfig, OPDConfig, RewardConfig, RolloutConfig
 from slime_opd.errors import ConfigError, DataError
-from slime_opd.metrics import Concentration, Last, Maximum, Mean, Total
+from slime_opd.metrics import Concentration, Maximum, Mean, Replicated, Total
 from slime_opd.rollout.recording import Recordings, require_trainable
 from slime_opd.types import Prompt, Rollout, RolloutBatch, Sample, SampleGroup, Status
 
@@ -22,7 +22,7 @@ VOCABULARY = 50
 PROMPTS_STATE = {"epoch": 1, "offset": 3, "rows": 7, "fingerprint": "abc", "rollout_shuffle": True, "rollout_seed": 4}
 METRICS = {
     "perf/teacher_bytes_per_token": Mean(30.0, 7),
-    "rollout/groups_left_out": Last(2),
+    "rollout/groups_left_out": Replicated(2),
     "a/total": Total(1.5),
     "a/maximum": Maximum(-1.0),
     "a/concentration": Concentration((1.0, 2.0), (0.5, 4.0)),
