@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from slime_opd.engine import protocol, top_k
 from slime_opd.engine.client import EngineClient
+from slime_opd.engine.ports import free_port
 from slime_opd.engine.protocol import meta_info
-from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.engine.server import EngineProcess
 
 PROMPT = 32
 

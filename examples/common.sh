@@ -38,7 +38,7 @@ count_of() { # a comma-separated list
 }
 
 free_port() {
-   "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+   PYTHONPATH="$ROOT" "$PYTHON" -m slime_opd.engine.ports
 }
 
 # Run a command to its end in a process group of its own: a signal to this script then stops it at

@@ -58,14 +58,14 @@ class Replicated:
     Ranks that disagree train different models; one rank's number would hide it.
     """
 
-    latest: float
+    replica: float
 
     def merge(self, other: Replicated) -> Replicated:
-        return self if self.latest == other.latest else Replicated(math.nan)
+        return self if self.replica == other.replica else Replicated(math.nan)
 
     @property
     def value(self) -> float | None:
-        return self.latest
+        return self.replica
 
 
 @dataclass(frozen=True)

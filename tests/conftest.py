@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# A test may make this process the owner of a scope (slime_opd/lifetimes.py), whose temporary directory goes with it.
+# A test may make this process the owner of a scope (slime_opd/lifetimes/), whose temporary directory goes with it.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
 
 # One character, one token; 64 of them, so that the tokenizer fills the model's vocabulary.
@@ -69,7 +69,8 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def engine_server(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     """An `EngineProcess` that serves `tiny_model_dir`, ready; a test that changes its weights puts them back."""
-    from slime_opd.engine.server import EngineProcess, free_port
+    from slime_opd.engine.ports import free_port
+    from slime_opd.engine.server import EngineProcess
 
     log_path = tmp_path_factory.mktemp("engine_server") / "server.log"
     with EngineProcess(tiny_model_dir, port=free_port(), log_path=log_path) as server:

@@ -16,8 +16,9 @@ from slime_opd.cluster.session import Slot, server_access
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
 from slime_opd.engine.health import unhealthy, workers_of
+from slime_opd.engine.ports import free_port
 from slime_opd.engine.router import RouterProcess
-from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.engine.server import EngineProcess
 from slime_opd.observe.watch import ProcessView, Status
 
 START_TIMEOUT_S = 1800

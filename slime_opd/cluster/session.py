@@ -32,7 +32,7 @@ class Slot:
 
     def options_in(self, name: str, variables: Mapping[str, str] | None = None) -> dict:
         """These options for an actor with environment variables of its own and the scope `name` below this run's."""
-        scope = lifetimes.environment_of(f"{lifetimes.own()}/{name}")
+        scope = lifetimes.scope_environment(f"{lifetimes.own()}/{name}")
         return {**self.options, "runtime_env": {"env_vars": {**(variables or {}), **scope}}}
 
 

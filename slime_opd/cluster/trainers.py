@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -21,6 +20,8 @@ from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
 from slime_opd.config.weight_transport import weight_transport
 from slime_opd.engine.health import process_status
+from slime_opd.engine.ports import free_port
+from slime_opd.observe import metrics
 from slime_opd.observe.watch import ProcessView, Status
 from slime_opd.types import StartReport, TrainBatch
 
@@ -56,9 +57,7 @@ class TrainerActor:
 
     def address(self) -> str:
         """A rendezvous address on this actor's node."""
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{listener.getsockname()[1]}"
+        return f"tcp://{ray.util.get_node_ip_address()}:{free_port('')}"
 
     def gpu_ids(self) -> list[str]:
         """The GPUs that Ray gave this rank."""

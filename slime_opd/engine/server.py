@@ -12,10 +12,8 @@ import torch
 import slime_opd
 from slime_opd.engine import weight_proof
 from slime_opd.engine.health import Worker, unhealthy, workers_of
-from slime_opd.engine.process import OwnedProcess, free_port
+from slime_opd.engine.process import OwnedProcess
 from slime_opd.engine.with_key import command_with_key, key_environment
-
-__all__ = ["EngineProcess", "engine_command", "free_port"]
 
 
 def engine_command(

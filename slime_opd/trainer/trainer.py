@@ -34,13 +34,7 @@ from slime_opd.head.vocabulary import VocabularyShard
 from slime_opd.metrics import Concentration, Mean, Metric, Replicated, Total
 from slime_opd.model import parallel
 from slime_opd.model.bridge import make_bridge
-from slime_opd.model.builder import (
-    HiddenStatesModel,
-    build_model,
-    kernels,
-    make_bridge,
-    vocabulary_shard,
-)
+from slime_opd.model.builder import build_model
 from slime_opd.model.hidden_states import HiddenStatesModel
 from slime_opd.model.transformer_config import kernels
 from slime_opd.model.vocabulary import vocabulary_shard

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slime_opd.engine.control import EngineControl, serialize_by_value
-from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.engine.ports import free_port
+from slime_opd.engine.server import EngineProcess
 from slime_opd.engine.weight_proof import checksum
 
 pytestmark = pytest.mark.e2e

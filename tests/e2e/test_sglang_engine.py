@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from slime_opd.engine import weight_proof
 from slime_opd.engine.client import EngineClient
 from slime_opd.engine.control import EngineControl, serialize_by_value
+from slime_opd.engine.ports import free_port
 from slime_opd.engine.protocol import SamplingParams
 from slime_opd.engine.router import RouterProcess
-from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.engine.server import EngineProcess
 from slime_opd.engine.top_k import parse_rows
 from slime_opd.errors import EngineError, EngineTimeout, TeacherMismatch
 from slime_opd.teacher.fingerprint import distance, read
@@ -231,7 +232,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _new_process_group_h
 from concurrent.futures import ThreadPoolExecutor
 from safetensors.torch import load_file
 from slime_opd.engine.control import EngineControl
-from slime_opd.engine.process import free_port
+from slime_opd.engine.ports import free_port
 url, path = sys.argv[1:]
 name, port = "weights", free_port()
 tensors = load_file(path)

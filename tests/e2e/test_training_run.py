@@ -16,7 +16,8 @@ from conftest import save_tiny_tokenizer
 from model_families import save_model
 
 from slime_opd import lifetimes
-from slime_opd.engine.server import EngineProcess, free_port
+from slime_opd.engine.ports import free_port
+from slime_opd.engine.server import EngineProcess
 from slime_opd.observe.report import read_metrics
 
 pytestmark = pytest.mark.e2e
@@ -238,7 +239,7 @@ def test_a_mixture_of_experts_is_distilled_over_two_ranks(prompts, tmp_path):
 def wait_until_nothing_is_left_of(scope: str) -> None:
     """Wait until no process of a run is left; it is killed from outside, so nothing but its warden can end them."""
     deadline = time.monotonic() + 30
-    while (left := lifetimes.processes_of_run(scope)) and time.monotonic() < deadline:
+    while (left := lifetimes.processes_in_scope(scope)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
 
@@ -264,7 +265,7 @@ def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, pro
     try:
         wait_for_step(process, tmp_path / "killed_run", 5)
         scope = lifetimes.scope_of_process(process.pid)
-        assert len(lifetimes.processes_of_run(scope)) > 4  # the driver, its warden, a trainer, Ray's own
+        assert len(lifetimes.processes_in_scope(scope)) > 4  # the driver, its warden, a trainer, Ray's own
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -298,7 +299,7 @@ def test_a_run_that_is_ended_while_its_engine_starts_leaves_nothing(number, code
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
             time.sleep(0.02)
         scope = lifetimes.scope_of_process(process.pid)
-        assert lifetimes.processes_of_run(f"{scope}/engine-0")
+        assert lifetimes.processes_in_scope(f"{scope}/engine-0")
         process.send_signal(number)
         assert process.wait(timeout=TIMEOUT_S) == code
     finally:

@@ -19,7 +19,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from conftest import save_tiny_model  # noqa: E402
 from kinds import RECORDINGS, ROLLOUTS, STUDENT_SEED, TEACHER_SEED, flags  # noqa: E402
 
-from slime_opd.engine.server import EngineProcess, free_port  # noqa: E402
+from slime_opd.engine.ports import free_port  # noqa: E402
+from slime_opd.engine.server import EngineProcess  # noqa: E402
 
 
 def record(name: str, directory: Path, teacher_url: str) -> None:

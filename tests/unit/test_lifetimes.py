@@ -36,7 +36,7 @@ if __name__ == "__main__":
     # One whose parent has ended already.
     subprocess.run([sys.executable, "-S", "-c", "import subprocess; subprocess.Popen(%r)" % sleep])
     multiprocessing.get_context("fork").Process(target=wait, daemon=True).start()
-    inner = lifetimes.environment_of(scope + "/engine-0")
+    inner = lifetimes.scope_environment(scope + "/engine-0")
     subprocess.Popen(sleep, env={{**os.environ, **inner}})
     open("/dev/shm/torch_%d_0_0" % os.getpid(), "w").close()
     print(scope, flush=True)
@@ -108,12 +108,12 @@ def shared_memory(pid: int) -> list[Path]:
 def test_an_owner_killed_without_warning_leaves_no_process_and_no_shared_memory():
     owner = start(OWNER, "wait")
     scope = owner.stdout.readline().strip()
-    assert len(lifetimes.processes_of_run(scope)) == STARTED + 1
-    assert len(lifetimes.processes_of_run(f"{scope}/engine-0")) == 1
+    assert len(lifetimes.processes_in_scope(scope)) == STARTED + 1
+    assert len(lifetimes.processes_in_scope(f"{scope}/engine-0")) == 1
     assert lifetimes.scope_of_process(owner.pid) == scope and scope.startswith("outer/")
     assert shared_memory(owner.pid)
     owner.kill()
-    assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
+    assert wait_until(lambda: not lifetimes.processes_in_scope(scope)), lifetimes.processes_in_scope(scope)
     assert not shared_memory(owner.pid)
     _, message = owner.communicate(timeout=20)
     assert f"slime_opd: process {owner.pid} died; ended what it had started: " in message
@@ -125,7 +125,7 @@ def test_an_owner_killed_without_warning_leaves_no_process_and_no_shared_memory(
 def test_every_other_end_leaves_nothing_either(how, code):
     owner = start(OWNER, how)
     scope = owner.stdout.readline().strip()
-    assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
+    assert wait_until(lambda: not lifetimes.processes_in_scope(scope)), lifetimes.processes_in_scope(scope)
     _, message = owner.communicate(timeout=20)
     assert owner.returncode == code
     # An end by itself is no news; only a death is reported.
@@ -139,7 +139,7 @@ def test_signals_to_the_owners_group_do_not_end_its_warden():
     scope = owner.stdout.readline().decode().strip()
     os.killpg(owner.pid, signal.SIGKILL)
     owner.wait()
-    assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
+    assert wait_until(lambda: not lifetimes.processes_in_scope(scope)), lifetimes.processes_in_scope(scope)
     owner.stdin.close()
     owner.stdout.close()
 
@@ -156,7 +156,7 @@ def test_killed_processes_leave_no_semaphore_no_socket_and_no_directory(tmp_path
     assert seen_by_child == directory == str(Path(socket_path).parent) != tempfile.gettempdir()
     assert all(path.exists() for path in semaphores) and Path(socket_path).is_socket()
     owner.kill()
-    assert wait_until(lambda: not lifetimes.processes_of_run(scope)), lifetimes.processes_of_run(scope)
+    assert wait_until(lambda: not lifetimes.processes_in_scope(scope)), lifetimes.processes_in_scope(scope)
     assert not any(path.exists() for path in semaphores)
     assert wait_until(lambda: not Path(directory).exists())
     owner.communicate(timeout=20)
@@ -171,10 +171,10 @@ def test_shared_memory_that_a_living_process_has_mapped_stays(tmp_path):
             path.write_bytes(b"\0")
         with paths[0].open("r+b") as file, mmap.mmap(file.fileno(), 1):
             inodes = {path.stat().st_ino for path in paths}
-            assert inodes & lifetimes.shared_memory_of([os.getpid()]) == {paths[0].stat().st_ino}
-            lifetimes.remove_shared_memory(inodes)
+            assert inodes & lifetimes.processes.mapped_shared_memory([os.getpid()]) == {paths[0].stat().st_ino}
+            lifetimes.processes.remove_shared_memory(inodes)
             assert [path.exists() for path in paths] == [True, False]
-        lifetimes.remove_shared_memory(inodes)
+        lifetimes.processes.remove_shared_memory(inodes)
         assert not paths[0].exists()
     finally:
         for path in paths:
@@ -209,10 +209,10 @@ def test_only_the_scope_of_the_dead_owner_is_ended():
     first, second = start(OWNER, "wait"), start(OWNER, "wait")
     scopes = [owner.stdout.readline().strip() for owner in (first, second)]
     first.kill()
-    assert wait_until(lambda: not lifetimes.processes_of_run(scopes[0]))
-    assert len(lifetimes.processes_of_run(scopes[1])) == STARTED + 1
+    assert wait_until(lambda: not lifetimes.processes_in_scope(scopes[0]))
+    assert len(lifetimes.processes_in_scope(scopes[1])) == STARTED + 1
     second.kill()
-    assert wait_until(lambda: not lifetimes.processes_of_run(scopes[1]))
+    assert wait_until(lambda: not lifetimes.processes_in_scope(scopes[1]))
     for owner in (first, second):
         owner.communicate(timeout=20)
 
@@ -221,14 +221,14 @@ def test_a_process_that_renames_itself_keeps_its_scope():
     program = (
         "import setproctitle; setproctitle.setproctitle('sglang::scheduler ' + 200 * 'x'); print(flush=True); input()"
     )
-    environment = {**os.environ, **lifetimes.environment_of("renamed")}
+    environment = {**os.environ, **lifetimes.scope_environment("renamed")}
     process = subprocess.Popen(
         [sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     process.stdout.readline()
-    assert lifetimes.processes_of_run("renamed") == [process.pid]
+    assert lifetimes.processes_in_scope("renamed") == [process.pid]
     process.communicate(b"\n")
-    assert lifetimes.processes_of_run("renamed") == []
+    assert lifetimes.processes_in_scope("renamed") == []
 
 
 def test_a_scope_holds_what_is_below_it_and_nothing_beside_it():

@@ -102,7 +102,8 @@ class Campaign:
 
     def _start_teacher(self) -> EngineProcess:
         # Imported here: it brings torch with it.
-        from slime_opd.engine.server import EngineProcess, free_port
+        from slime_opd.engine.ports import free_port
+        from slime_opd.engine.server import EngineProcess
 
         log = self._directory / "teacher.log"
         teacher = EngineProcess(self._material.model, port=free_port(), log_path=log)

@@ -21,7 +21,7 @@ MARK = "FAULT_DRILL_RUN"
 _SHARED_MEMORY = Path("/dev/shm")
 # Of a process's title or command line; the first that matches holds.
 _ROLES = (
-    (r"slime_opd/lifetimes\.py ", Role.WARDEN),
+    (r"slime_opd\.lifetimes\.warden import main", Role.WARDEN),
     (r"gcs_server", Role.GCS),
     (r"raylet/raylet ", Role.RAYLET),
     (r"ray::(DashboardAgent|RuntimeEnvAgent)", Role.AGENT),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from slime_opd import lifetimes
 from slime_opd.engine import cpu_launcher, weight_proof
-from slime_opd.engine.process import OwnedProcess, free_port
+from slime_opd.engine.ports import free_port
+from slime_opd.engine.process import OwnedProcess
 from slime_opd.engine.router import RouterProcess
 from slime_opd.engine.server import EngineProcess, engine_command
 from slime_opd.errors import EngineError
+from slime_opd.lifetimes.processes import is_alive, processes_in_group
 
 
 def test_an_engine_is_sglang_where_cuda_is_and_the_cpu_launcher_elsewhere():
@@ -111,7 +112,7 @@ def test_stopping_ends_the_whole_group_even_what_ignores_sigterm(tmp_path):
         assert process.exit_code() is None, started
     assert Path(f"/proc/{started}").exists()
     process.stop(grace_s=0.2)
-    assert wait_until(lambda: not lifetimes.is_alive(int(started)))
+    assert wait_until(lambda: not is_alive(int(started)))
     assert process.exit_code() is not None
     process.stop()  # a second stop is nothing
 
@@ -140,26 +141,16 @@ time.sleep(600)
 """
 
 
-def group_members(group: int) -> list[int]:
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    members = []
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(pid) == group and lifetimes.is_alive(pid):
-                members.append(pid)
-    return members
-
-
 def test_a_server_outlives_the_thread_that_started_it_and_not_its_killed_owner(tmp_path):
     command = [sys.executable, "-c", OWNER, str(tmp_path / "log")]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         group = int(owner.stdout.readline())  # printed when the thread has ended
-        assert wait_until(lambda: len(group_members(group)) == 2), group_members(group)
+        assert wait_until(lambda: len(processes_in_group(group)) == 2), processes_in_group(group)
         assert os.getsid(group) == group, "Ctrl-C in the owner's terminal must not reach the server"
         owner.kill()
         owner.wait()
-        assert wait_until(lambda: not group_members(group)), group_members(group)
+        assert wait_until(lambda: not processes_in_group(group)), processes_in_group(group)
     finally:
         owner.kill()
         owner.communicate()
@@ -173,5 +164,13 @@ def test_a_process_is_started_once_and_asked_only_when_started(tmp_path):
         process.start()
 
 
-def test_a_free_port_is_free():
-    assert 0 < free_port() < 65536
+def test_a_free_port_can_be_bound():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", free_port()))
+
+
+def test_a_free_port_of_all_addresses_is_printed_for_scripts():
+    command = [sys.executable, "-m", "slime_opd.engine.ports"]
+    port = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    with socket.socket() as listener:
+        listener.bind(("", port))

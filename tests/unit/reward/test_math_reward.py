@@ -129,12 +129,12 @@ def test_a_worker_that_is_computing_dies_with_its_killed_owner():
     )
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     scope, worker = owner.stdout.readline().split()
-    assert int(worker) in lifetimes.processes_of_run(scope)
+    assert int(worker) in lifetimes.processes_in_scope(scope)
     # Not the owner's group: a signal to that would end the comparison as a wrong answer.
     assert os.getpgid(int(worker)) != os.getpgid(owner.pid)
     owner.kill()
     owner.communicate()
     deadline = time.monotonic() + 20
-    while lifetimes.processes_of_run(scope) and time.monotonic() < deadline:
+    while lifetimes.processes_in_scope(scope) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert lifetimes.processes_of_run(scope) == []
+    assert lifetimes.processes_in_scope(scope) == []

@@ -25,7 +25,7 @@ COMMANDS = {
     "ray::TrainerActor": Role.TRAINER,
     "ray::TrainerActor.train": Role.TRAINER,
     "ray::EngineActor.start": Role.ENGINE_ACTOR,
-    "/venv/bin/python -I -S /x/slime_opd/lifetimes.py 4f1c/engine-0 17": Role.WARDEN,
+    "/venv/bin/python -I -S -c from slime_opd.lifetimes.warden import main; main() 4f1c/engine-0 17": Role.WARDEN,
     "/venv/bin/python -m slime_opd.engine.cpu_launcher --model-path m": Role.LAUNCHER,
     "sglang::scheduler": Role.SCHEDULER,
     "sglang::detokenizer": Role.DETOKENIZER,
