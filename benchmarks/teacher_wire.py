@@ -65,7 +65,7 @@ def teachers_top(times: int) -> Way:
     async def way(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
         n = times * candidates.shape[1]
         answer = await meter.ask(protocol.score_payload(tokens, PROMPT, n))
-        return top_k.find(candidates, top_k.parse_top_k(answer, len(candidates), n))
+        return top_k.lookup(candidates, top_k.parse_top_k(answer, len(candidates), n))
 
     return way
 
@@ -75,7 +75,7 @@ def top_then_missing(times: int) -> Way:
 
     async def way(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
         known = await teachers_top(times)(meter, tokens, candidates)
-        segments = top_k.segments_of(candidates, np.isnan(known))
+        segments = top_k.missing_segments(candidates, np.isnan(known))
         answers = await meter.ask(top_k.segments_payload(tokens, PROMPT, segments)) if segments else []
         return top_k.fill(known, candidates, segments, answers, tokens, PROMPT)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +58,11 @@ def save_tiny_model(directory: Path, *, seed: int = 0, vocab_size: int = 64, **o
     model.generation_config.eos_token_id = 1
     model.save_pretrained(directory)
     save_tiny_tokenizer(directory)
+
+
+def pickled(tensors: dict[str, object]) -> str:
+    """Tensors by value, as one rank's argument of `EngineControl.update_weights_from_tensor`."""
+    return base64.b64encode(pickle.dumps(list(tensors.items()))).decode()
 
 
 @pytest.fixture(scope="session")

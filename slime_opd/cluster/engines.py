@@ -15,7 +15,7 @@ from slime_opd.cluster.access import Access
 from slime_opd.cluster.session import Slot, server_access
 from slime_opd.cluster.watchdog import Watchdog
 from slime_opd.config import Config
-from slime_opd.engine.health import unhealthy, workers_of
+from slime_opd.engine.health import server_workers, worst_status
 from slime_opd.engine.ports import free_port
 from slime_opd.engine.router import RouterProcess
 from slime_opd.engine.server import EngineProcess
@@ -51,15 +51,15 @@ class EngineActor:
         )
         self._server.start()
         self._server.wait_ready(START_TIMEOUT_S)
-        self._workers = workers_of(self._server.pid)
+        self._workers = server_workers(self._server.pid)
         return self._server.url
 
     def look(self) -> tuple[str, str]:
-        """Whether the server's processes run: "running", "stopped" or "dead", and which are not running."""
+        """Status of the server's processes, "running", "stopped" or "dead", and the names of those not running."""
         code = self._server.exit_code()
         if code is not None:
             return "dead", f"its server ended with exit code {code}"
-        return unhealthy(self._workers)
+        return worst_status(self._workers)
 
 
 class EngineGroup:

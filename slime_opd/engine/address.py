@@ -1,4 +1,4 @@
-"""A server's address, apart from the secrets that open it. Pure."""
+"""A server's address and the secrets in it, kept apart. Pure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from slime_opd.errors import ConfigError
 
 @dataclass(frozen=True)
 class Address:
-    """Where to send requests: `base_url` without user info, `headers` that hold the secrets, and `shown`, the URL for messages."""
+    """A server's `base_url` without user info, `headers` that hold the secrets, and `redacted_url` for messages."""
 
     base_url: str
-    shown: str
+    redacted_url: str
     headers: dict[str, str] = field(repr=False)
 
     @classmethod
     def parse(cls, url: str, api_key: str | None = None) -> Address:
-        """From a URL that may have user info (sent as basic authentication), or with a key (sent as a bearer token).
+        """Parse a URL. User info in it is sent as basic authentication, `api_key` as a bearer token.
 
-        Raises ConfigError where it has both: a request has one Authorization header.
+        Raises ConfigError for a URL with user info and a key: a request has one Authorization header.
         """
         # Compressed answers are refused: see body.py.
         headers = {"accept-encoding": "identity"}

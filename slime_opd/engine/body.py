@@ -1,7 +1,6 @@
-"""An answer's body: read up to a limit, and parsed as JSON.
+"""The body of an answer: read up to a size limit, and parsed as JSON.
 
-A server that is wrong, or is not the server one meant, must cost one failed request: not the
-client's memory, and not an exception that nobody expects.
+An answer from a broken or wrong server raises EngineError; it does not fill the client's memory.
 """
 
 from __future__ import annotations
@@ -13,24 +12,25 @@ import httpx
 
 from slime_opd.errors import EngineError
 
-# Of any answer: room for an error page, a server's description or a short response with its text.
-_LEAST_LIMIT = 4 << 20
+# Enough for an error page, a server's description or a short response with its text.
+_MIN_LIMIT = 4 << 20
 # A row `[-2.8580782413482666, 151935, null], ` has 38 bytes.
 _BYTES_PER_ROW = 128
 
 
 def body_limit(num_rows: int) -> int:
-    """Bytes that an answer with `num_rows` log-prob rows may have: more than three times what SGLang sends."""
-    return _LEAST_LIMIT + _BYTES_PER_ROW * num_rows
+    """Largest accepted size, in bytes, of an answer with `num_rows` log-prob rows: over three times what SGLang sends."""
+    return _MIN_LIMIT + _BYTES_PER_ROW * num_rows
 
 
 async def read_body(response: httpx.Response, limit: int) -> bytes:
-    """The body of a response that was opened as a stream. Raises EngineError where it is compressed or has more than `limit` bytes."""
+    """The body of a streamed response. Raises EngineError if it is compressed or has more than `limit` bytes."""
     encoding = response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         # A kilobyte can decompress to a megabyte, and twice compressed to a gigabyte.
         raise EngineError(
-            f"the answer is compressed (content-encoding {encoding[:40]!r}) although the request accepts none: turn compression off in the proxy before the server"
+            f"the answer is compressed (content-encoding {encoding[:40]!r}) although the request accepts no "
+            "compression: turn it off in the proxy in front of the server"
         )
     declared = response.headers.get("content-length", "")
     size, chunks = int(declared) if declared.isascii() and declared.isdigit() and len(declared) < 19 else 0, []
@@ -42,12 +42,12 @@ async def read_body(response: httpx.Response, limit: int) -> bytes:
             if size > limit:
                 break
     if size > limit:
-        raise EngineError(f"the answer has more than {limit:,} bytes, several times what was asked for: not read")
+        raise EngineError(f"the answer has more than {limit:,} bytes, several times what was requested: not read")
     return b"".join(chunks)
 
 
 def parse_json(body: bytes) -> Any:
-    """The JSON value of a body. Raises EngineError where it is none; numbers are checked where they are used."""
+    """The JSON value of a body. Raises EngineError if it is not JSON; numbers are checked by their users."""
     try:
         return json.loads(body.decode("utf-8"))
     except ValueError:

@@ -1,8 +1,7 @@
-"""The async client of an SGLang server: pooled, bounded, patient and honest.
+"""The async client of an SGLang server: connection pool, concurrency limit, timeouts and retries.
 
-Every request has a time limit, a bounded number of attempts and a bounded share of the
-server. A request that cannot be had raises EngineError (or EngineTimeout) with the
-address and the last reason; it never comes back as a made-up value.
+A request that fails at every attempt raises EngineError (or EngineTimeout) with the address and the last reason. It
+never returns a default value.
 """
 
 from __future__ import annotations
@@ -32,24 +31,25 @@ _Answer = TypeVar("_Answer")
 
 
 def exponential_backoff(attempt: int) -> float:
-    """Seconds to wait after failed attempt `attempt` (from 0): 0.5, 1, 2, … 30, less up to half of it.
+    """Seconds to wait after failed attempt number `attempt` (from 0): 0.5, 1, 2, … 30, times 0.5 to 1 at random.
 
-    The random part keeps clients that failed together from coming back together.
+    The random factor keeps clients that failed together from retrying together.
     """
     return min(0.5 * 2**attempt, 30.0) * random.uniform(0.5, 1.0)
 
 
 class EngineClient:
-    """Asks one SGLang server (or a router before several).
+    """Client of one SGLang server, or of a router in front of several. It belongs to the event loop that first uses it.
 
-    `concurrency`: requests in flight; more wait their turn, and the wait is in no time
-    limit. `timeout_s`: seconds that one attempt may take, from connecting to the last
-    byte; with `min_tokens_per_s` longer while the server answers others (see TimeLimits). `retries`: attempts after the first. A busy server's `Retry-After` is waited for, in all at most `retries` x `timeout_s`.
-    `api_key` is sent as a bearer token, user info in `url` as basic authentication; `url` and all messages are without them.
-    `vocabulary_size` of the model: ids beyond it are refused, and its last id is recognised where SGLang echoes it as 0.
-    `transport`, `backoff_s` and `sleep` are there for tests. `bytes_moved` counts the bodies of requests and answers.
-
-    The client belongs to the event loop that first uses it.
+    `concurrency`: maximum number of requests in flight; the wait for a slot counts towards no time limit.
+    `timeout_s`: seconds of one attempt, from connecting to the last byte; with `min_tokens_per_s` it is extended while
+    the server answers other requests (see TimeLimits).
+    `retries`: attempts after the first. The client honours a busy server's `Retry-After`, in total for at most
+    `retries` x `timeout_s`.
+    `api_key` is sent as a bearer token, user info in `url` as basic authentication; both are removed from the attribute
+    `url` and from messages.
+    `vocabulary_size` of the model: ids beyond it are refused, and its last id is accepted when SGLang echoes it as 0.
+    `transport`, `backoff_s` and `sleep` are for tests. The attribute `bytes_moved` counts bodies of requests and answers.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class EngineClient:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         address = Address.parse(url.rstrip("/"), api_key)
-        self.url, self._base_url, self._headers = address.shown, address.base_url, address.headers
+        self.url, self._base_url, self._headers = address.redacted_url, address.base_url, address.headers
         self.vocabulary_size = vocabulary_size
         self._timeout_s = timeout_s
         self._limits, self._info_limits = TimeLimits(timeout_s, min_tokens_per_s), TimeLimits(_INFO_TIMEOUT_S)
@@ -78,10 +78,12 @@ class EngineClient:
         self._idle: list[httpx.AsyncClient] = []
         self.bytes_moved = 0
 
-    async def generate(self, input_ids: Sequence[int], sampling: SamplingParams, most_likely: int = 0) -> Generation:
-        """One response, with rows of the `most_likely` tokens. One that the engine aborted is asked for again."""
-        payload = protocol.generate_payload(input_ids, sampling, most_likely)
-        limit = body_limit(sampling.max_new_tokens * (1 + most_likely))
+    async def generate(
+        self, input_ids: Sequence[int], sampling: SamplingParams, num_top_logprobs: int = 0
+    ) -> Generation:
+        """One response, with rows of the `num_top_logprobs` most likely tokens. Aborted responses are retried."""
+        payload = protocol.generate_payload(input_ids, sampling, num_top_logprobs)
+        limit = body_limit(sampling.max_new_tokens * (1 + num_top_logprobs))
 
         async def once() -> Generation:
             answer = await self._post(payload, limit)
@@ -118,12 +120,12 @@ class EngineClient:
     async def score_candidates(
         self, tokens: Sequence[int], prompt_length: int, candidates: np.ndarray, top: TopK
     ) -> np.ndarray:
-        """Log-probs of candidates int32 [R, K] at each position of the response, float32 [R, K], at temperature 1.
+        """Log-probs of `candidates` int32 [R, K] at each position of the response, float32 [R, K], at temperature 1.
 
-        What `top`, from `score_top_k`, has of them is not asked for again.
+        Only candidates that are not in `top` (from `score_top_k`) are requested.
         """
-        known = top_k.find(candidates, top)
-        segments = top_k.segments_of(candidates, np.isnan(known))
+        known = top_k.lookup(candidates, top)
+        segments = top_k.missing_segments(candidates, np.isnan(known))
         if not segments:
             return known
         payload = top_k.segments_payload(tokens, prompt_length, segments)
@@ -136,7 +138,7 @@ class EngineClient:
         return await self._with_retries(once)
 
     async def post_generate(self, payload: dict[str, Any]) -> Any:
-        """The JSON answer of `/generate` to a short request that has no method here."""
+        """The JSON answer of `/generate` to a payload with a short answer."""
         return await self._with_retries(lambda: self._post(payload, body_limit(0)))
 
     async def model_info(self) -> ModelInfo:
@@ -146,7 +148,7 @@ class EngineClient:
         return protocol.parse_model_info(model, server)
 
     async def health(self) -> None:
-        """Returns when the server answers `/health`; raises EngineError when it does not."""
+        """Return when the server answers `/health`. Raises EngineError if it does not."""
         await self._with_retries(lambda: self._request("GET", "/health"))
 
     async def aclose(self) -> None:
@@ -156,12 +158,12 @@ class EngineClient:
 
     async def _with_retries(self, once: Callable[[], Awaitable[_Answer]]) -> _Answer:
         failure: _Transient | None = None
-        patience = self._retries * self._timeout_s
+        wait_left_s = self._retries * self._timeout_s
         for attempt in range(self._retries + 1):
             if failure is not None:
-                pause = min(failure.retry_after_s, patience)
-                patience -= pause
-                # The backoff comes on top: clients that were sent away together come back one by one.
+                pause = min(failure.retry_after_s, wait_left_s)
+                wait_left_s -= pause
+                # The backoff is added, so that clients with the same Retry-After do not retry together.
                 await self._sleep(pause + self._backoff_s(attempt - 1))
             try:
                 async with self._slots:
@@ -180,7 +182,7 @@ class EngineClient:
         payload: dict[str, Any] | None = None,
         limit: int = body_limit(0),
     ) -> Any:
-        """One attempt. Raises _Transient where another may succeed, EngineError where none will."""
+        """One attempt. Raises _Transient if another attempt may succeed, else EngineError."""
         address = f"{self.url}{path}"
         http = self._idle.pop() if self._idle else self._new_connection()
         request = http.build_request(method, f"{self._base_url}{path}", json=payload)
@@ -207,27 +209,27 @@ class EngineClient:
         raise _failed(response, f"{address}: HTTP {response.status_code}: {excerpt(body, 500)}")
 
     def _new_connection(self) -> httpx.AsyncClient:
-        # A client of one connection each: httpx's pool walks all its connections for every request, which took most
-        # of the time of a rollout of 128 short responses.
+        # One httpx client per connection: httpx's own pool walks all its connections for every request, which took
+        # most of the time of a rollout of 128 short responses.
         return httpx.AsyncClient(
             transport=self._transport,
             headers=self._headers,
             verify=_ssl_context(),
-            timeout=None,  # the time limit is on the whole attempt; httpx's own are on its parts
-            # Uvicorn closes a connection after 5 idle seconds: drop it earlier, or a request may meet the closing.
+            timeout=None,  # `limits` bounds the whole attempt; httpx's timeouts bound single reads and writes
+            # Uvicorn closes a connection after 5 idle seconds; a request on a connection that is being closed fails.
             limits=httpx.Limits(max_connections=1, keepalive_expiry=2.0),
-            trust_env=False,  # a proxy meant for the internet must not catch requests to the cluster
+            trust_env=False,  # requests to the cluster must not go through a proxy for the internet
         )
 
 
 @functools.cache
 def _ssl_context() -> ssl.SSLContext:
-    """The trusted certificates, read once per process: it takes longer than a request."""
+    """The trusted certificates, read once per process: reading them takes longer than a request."""
     return httpx.create_ssl_context(trust_env=False)
 
 
 class _Transient(Exception):
-    """A failed attempt that another attempt may mend, after `retry_after_s` seconds if the server names some."""
+    """A failed attempt that may be retried; `retry_after_s` is the server's `Retry-After`, else 0."""
 
     def __init__(self, error: EngineError, retry_after_s: float = 0.0) -> None:
         super().__init__(str(error))
@@ -235,7 +237,7 @@ class _Transient(Exception):
 
 
 def _failed(response: httpx.Response, message: str) -> Exception:
-    """The error of a response, by whether another attempt may succeed."""
+    """The exception for a failed response: _Transient if another attempt may succeed, else EngineError."""
     if response.status_code == 429 or response.status_code >= 500:
         wait_s = retry_after_s(response.headers.get("retry-after"), time.time())
         return _Transient(EngineError(message), wait_s or 0.0)

@@ -1,7 +1,7 @@
-"""What the trainer tells an SGLang server: pause, flush, take these weights, prove that you have them.
+"""Admin calls of a trainer rank to an SGLang server: flush the cache, update the weights, verify them.
 
-Synchronous: the caller is a trainer rank that has nothing else to do meanwhile. Every method
-returns when the server has done it, and raises EngineError with the server's message where it has not.
+All calls are synchronous: they return when the server has finished, and raise EngineError with the server's message if
+it fails.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import httpx
 from torch import Tensor
 
 from slime_opd.engine import weight_proof
+from slime_opd.engine.address import Address
 from slime_opd.errors import EngineError, EngineTimeout
 
 
 class EngineControl:
-    """The admin calls of one SGLang server. `timeout_s` bounds each call, in seconds; `api_key` is the server's, if it has one."""
+    """Client of one SGLang server's admin calls. `timeout_s` bounds each call; `api_key` is the server's, if it has one."""
 
     def __init__(
         self,
@@ -31,14 +32,14 @@ class EngineControl:
         api_key: str | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.url = url.rstrip("/")
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        address = Address.parse(url.rstrip("/"), api_key)
+        self.url = address.redacted_url
         self._http = httpx.Client(
-            base_url=self.url, timeout=timeout_s, headers=headers, transport=transport, trust_env=False
+            base_url=address.base_url, timeout=timeout_s, headers=address.headers, transport=transport, trust_env=False
         )
 
     def flush_cache(self, timeout_s: float = 60.0) -> None:
-        """Drop cached prefixes. A server that still has requests refuses: asked again for `timeout_s` seconds."""
+        """Drop cached prefixes. A server with requests in flight refuses; the call is repeated for `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         pause = 0.05
         while True:
@@ -47,23 +48,10 @@ class EngineControl:
                 return
             if time.monotonic() > deadline:
                 raise EngineTimeout(
-                    f"{self.url}/flush_cache: refused for {timeout_s:g} s, as requests are running or waiting"
+                    f"{self.url}/flush_cache: refused for {timeout_s:g} s, because requests are running or waiting"
                 )
             time.sleep(pause)
             pause = min(pause * 2, 1.0)
-
-    def pause_generation(self, mode: str = "abort") -> None:
-        """Stop generating.
-
-        `mode`: "abort" ends the running responses (a client asks again), "retract" puts
-        them back into the queue and recomputes them, "in_place" leaves them where they
-        are, with a cache of the old weights (flush_cache is then refused).
-        """
-        self._command("/pause_generation", {"mode": mode})
-
-    def continue_generation(self) -> None:
-        """Generate again."""
-        self._command("/continue_generation", {})
 
     def update_weights_from_tensor(
         self,
@@ -73,7 +61,7 @@ class EngineControl:
         weight_version: str | None = None,
         flush_cache: bool = True,
     ) -> None:
-        """Load tensors that the server can open, by their Hugging Face names.
+        """Load tensors by their Hugging Face names.
 
         `serialized`: one base64 pickle per tensor-parallel rank of the engine, of a list of (name,
         tensor), or with `load_format` "flattened_bucket" of {"flattened_tensor", "metadata"}.
@@ -88,16 +76,16 @@ class EngineControl:
         self._command("/update_weights_from_disk", {"model_path": path, "weight_version": weight_version})
 
     def set_weight_version(self, weight_version: str) -> None:
-        """Label the weights that are served; generations carry the label."""
+        """Set the label of the served weights; generations carry it."""
         self._command("/update_weight_version", {"new_version": weight_version, "abort_all_requests": False})
 
     def init_weights_update_group(
         self, *, master_address: str, master_port: int, rank_offset: int, world_size: int, group_name: str, backend: str
     ) -> None:
-        """Join a process group whose rank 0, the trainer, listens at the master address.
+        """Have the engine join a process group whose rank 0, the trainer, listens at the master address.
 
-        Returns when all have joined, so the trainer must join at the same time, from another
-        thread. The engine's ranks are `rank_offset` and up, one per tensor-parallel rank.
+        Returns when all ranks have joined, so the trainer must join concurrently, from another thread. The engine's
+        ranks start at `rank_offset`, one per tensor-parallel rank.
         """
         self._command(
             "/init_weights_update_group",
@@ -122,42 +110,43 @@ class EngineControl:
         flush_cache: bool = True,
         load_format: str | None = None,
     ) -> None:
-        """Receive tensors that rank 0 of the group broadcasts, in this order; see `init_weights_update_group`.
+        """Have the engine receive tensors that rank 0 of the group broadcasts, in this order.
 
-        `dtypes` are torch's names ("bfloat16"). Returns when the tensors are loaded, so
-        the broadcast must run at the same time, from another thread.
+        `dtypes` are torch's names ("bfloat16"). Returns when the tensors are loaded, so the broadcast must run
+        concurrently, from another thread.
         """
         body = {"names": list(names), "dtypes": list(dtypes), "shapes": [list(shape) for shape in shapes]}
         options = {"weight_version": weight_version, "flush_cache": flush_cache, "load_format": load_format}
         self._command("/update_weights_from_distributed", {**body, **options, "group_name": group_name})
 
     def destroy_weights_update_group(self, group_name: str) -> None:
-        """Leave a process group."""
+        """Have the engine leave a process group."""
         self._command("/destroy_weights_update_group", {"group_name": group_name})
 
     def begin_weight_proof(self, checksums: Mapping[str, Tensor], num_ranks: int) -> None:
-        """Have the server observe which tensors arrive from now on, and whether loading them changes anything.
+        """Have the server record which tensors arrive from now on, and whether loading them changes its parameters.
 
-        `checksums`: `weight_proof.checksum` of each tensor that is to arrive, by its Hugging Face name; `num_ranks`: the server's
-        tensor-parallel ranks. The server must have been started with `--custom-weight-loader` naming `weight_proof.LOADER`
-        (EngineProcess does). How it works: see weight_proof.py.
+        `checksums`: `weight_proof.checksum` of each expected tensor, by its Hugging Face name. `num_ranks`: number of
+        the server's tensor-parallel ranks. The server must have been started with `--custom-weight-loader` set to
+        `weight_proof.LOADER`, as EngineProcess does. See weight_proof.py.
         """
-        expected = serialize_by_value(weight_proof.expected_tensors(checksums))
+        tensors = pickle.dumps(weight_proof.expected_tensors(checksums), protocol=pickle.HIGHEST_PROTOCOL)
+        expected = base64.b64encode(tensors).decode()
         self.update_weights_from_tensor([expected] * num_ranks, load_format=weight_proof.LOADER, flush_cache=False)
 
     def finish_weight_proof(self) -> dict[str, list[str]]:
-        """What is wrong since `begin_weight_proof`, with the names that it is wrong of; {} is the proof.
+        """Names of wrong tensors since `begin_weight_proof`, by kind; {} proves that the server has the trainer's weights.
 
-        `weight_proof.CHANGED`: parameters of the server that loading changed; `DIFFERENT`: tensors that arrived and are not
-        the trainer's; `MISSING`: tensors that did not arrive.
+        `weight_proof.CHANGED`: parameters of the server that loading changed; `DIFFERENT`: tensors that arrived with
+        another checksum than the trainer's; `MISSING`: tensors that did not arrive.
         """
         path = "/get_weights_by_name"
         answer = self._json(self._send("POST", path, {"name": weight_proof.REPORT, "truncate_size": 0}), path)
-        # One report per data-parallel replica of the engine, or the report itself where there is one replica.
+        # One report per data-parallel replica of the engine, or the report itself if there is one replica.
         reports = answer if isinstance(answer, list) else [answer]
         kinds = (weight_proof.CHANGED, weight_proof.DIFFERENT, weight_proof.MISSING)
         if not reports or not all(isinstance(report, dict) and set(report) == set(kinds) for report in reports):
-            raise EngineError(f"{self.url}{path}: expected a report of the weights, got {str(answer)[:200]}")
+            raise EngineError(f"{self.url}{path}: expected a report of the weights, found {str(answer)[:200]}")
         wrong = {kind: sorted({name for report in reports for name in report[kind]}) for kind in kinds}
         return {kind: names for kind, names in wrong.items() if names}
 
@@ -196,12 +185,3 @@ class EngineControl:
             return answer
         reason = answer.get("message") if isinstance(answer, dict) else None
         raise EngineError(f"{self.url}{path}: HTTP {response.status_code}: {reason or response.text[:500]}")
-
-
-def serialize_by_value(named_tensors: Sequence[tuple[str, Any]]) -> str:
-    """CPU tensors as one base64 pickle that holds their values, for `update_weights_from_tensor`.
-
-    It crosses machines and containers, unlike handles of shared memory, and costs
-    4/3 of the tensors' size in the request: for small models and small sets of tensors.
-    """
-    return base64.b64encode(pickle.dumps(list(named_tensors), protocol=pickle.HIGHEST_PROTOCOL)).decode()

@@ -1,16 +1,13 @@
 """SGLang's server on a machine without CUDA: `python -m slime_opd.engine.cpu_launcher --model-path DIR --port PORT`.
 
-It takes the options of `python -m sglang.launch_server` and runs that server on SGLang's
-CPU engine. Two things stand between SGLang and a CPU, both at import time: it imports
-`sgl_kernel` (CUDA kernels) and `torchvision` (image processors) although a text model on a CPU
-calls neither. Where they cannot be imported, this module puts stand-ins in their place.
-SGLang spawns its scheduler and detokenizer, and a spawned child imports the main module of
-its parent first, as `__mp_main__`: so the stand-ins are there too.
+It takes the options of `python -m sglang.launch_server` and runs that server on SGLang's CPU engine. SGLang imports
+`sgl_kernel` (CUDA kernels) and `torchvision` (image processors), although a text model on a CPU calls neither. If they
+cannot be imported, this module installs stubs for them. SGLang spawns its scheduler and detokenizer; a spawned child
+first imports the main module of its parent, as `__mp_main__`, so it has the stubs too.
 
-Options that a CPU needs, or that are best for the small models a CPU can serve, are
-defaults here; each can be overridden on the command line. So can OMP_NUM_THREADS, which is 1
-here unless the environment says otherwise: with more threads than idle cores they wait for each other
-spinning, and a server beside a busy trainer becomes 20 times slower.
+Options that a CPU needs, or that are best for the small models that a CPU can serve, are defaults here; each can be
+overridden on the command line. OMP_NUM_THREADS is 1 unless it is set in the environment: with more threads than idle
+cores the threads busy-wait for each other, and a server beside a busy trainer becomes 20 times slower.
 """
 
 from __future__ import annotations
@@ -23,9 +20,9 @@ import sys
 import types
 from collections.abc import Sequence
 
-_STOOD_IN = ("sgl_kernel", "torchvision")
-# SGLang has a fallback of its own where this one is missing; a stand-in would be taken for the real one.
-_LEFT_MISSING = ("sgl_kernel.scalar_type",)
+_STUBBED_PACKAGES = ("sgl_kernel", "torchvision")
+# SGLang has its own fallback if this import fails; a stub would disable it.
+_NOT_STUBBED = ("sgl_kernel.scalar_type",)
 
 DEFAULT_OPTIONS: dict[str, tuple[str, ...]] = {
     "--device": ("cpu",),
@@ -34,26 +31,26 @@ DEFAULT_OPTIONS: dict[str, tuple[str, ...]] = {
     "--grammar-backend": ("none",),
     "--dtype": ("float32",),
     "--disable-cuda-graph": (),
-    # SGLang would take half of the memory for its key-value cache, and touch all of it at the start.
+    # SGLang's default is half of the memory for its key-value cache, all of it touched at the start.
     "--max-total-tokens": ("32768",),
-    # Its scheduler otherwise keeps one core busy while there is nothing to do.
+    # Without it the scheduler keeps one core busy when there are no requests.
     "--sleep-on-idle": (),
-    # Overlapping the scheduler with the model is for a model that runs elsewhere, on a GPU.
+    # Overlapping the scheduler with the model helps only if the model runs on a GPU.
     "--disable-overlap-schedule": (),
     "--log-level-http": ("warning",),
 }
 
 
-class _Absent:
-    """Stands for a function or class of a package that is not installed; calling it raises."""
+class _Stub:
+    """Stub of a function or class of a package that is not installed; calling it raises NotImplementedError."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __getattr__(self, name: str) -> _Absent:
+    def __getattr__(self, name: str) -> _Stub:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Absent(f"{self._name}.{name}")
+        return _Stub(f"{self._name}.{name}")
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         raise NotImplementedError(
@@ -61,71 +58,69 @@ class _Absent:
         )
 
 
-class _AbsentModule(types.ModuleType):
-    """A module whose every attribute is an `_Absent`."""
+class _StubModule(types.ModuleType):
+    """A module whose every attribute is a `_Stub`."""
 
     __path__: Sequence[str] = ()
 
-    def __getattr__(self, name: str) -> _Absent:
+    def __getattr__(self, name: str) -> _Stub:
         if name.startswith("__"):
             raise AttributeError(name)
-        return _Absent(f"{self.__name__}.{name}")
+        return _Stub(f"{self.__name__}.{name}")
 
 
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the packages of `packages`, and everything below them, as `_AbsentModule`s."""
+class _StubFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import hook that returns `_StubModule`s for `packages` and all their submodules."""
 
     def __init__(self, packages: Sequence[str]) -> None:
         self._packages = frozenset(packages)
 
-    def find_spec(self, fullname, path=None, target=None):
-        if fullname in _LEFT_MISSING or fullname.partition(".")[0] not in self._packages:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname in _NOT_STUBBED or fullname.partition(".")[0] not in self._packages:
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 
-    def create_module(self, spec):
-        return _AbsentModule(spec.name)
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        return _StubModule(spec.name)
 
-    def exec_module(self, module) -> None:
-        pass
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Nothing to execute: a stub has no code."""
 
 
 def prepare_process() -> None:
-    """Make SGLang importable in this process, for its CPU engine.
-
-    Must run before anything of SGLang is imported.
-    """
+    """Make SGLang importable in this process, for its CPU engine. Call it before SGLang is imported."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    absent = [name for name in _STOOD_IN if not _imports(name)]
-    sys.meta_path.insert(0, _StandIns(absent))
+    sys.meta_path.insert(0, _StubFinder([name for name in _STUBBED_PACKAGES if not _can_import(name)]))
 
     import torch
 
-    # With torch's default strategy the engine cannot open tensors of a process that is not its ancestor.
+    # With torch's default strategy the engine cannot open tensors of an unrelated process.
     torch.multiprocessing.set_sharing_strategy("file_system")
 
 
-def with_default_options(arguments: Sequence[str]) -> list[str]:
-    """`arguments` of SGLang's server, completed with those of `DEFAULT_OPTIONS` that they do not name."""
-    named = {argument.partition("=")[0] for argument in arguments}
-    completed = list(arguments)
-    for option, words in DEFAULT_OPTIONS.items():
-        if option not in named:
-            completed += [option, *words]
+def with_default_options(argv: Sequence[str]) -> list[str]:
+    """`argv` of SGLang's server, plus the `DEFAULT_OPTIONS` that are not in it."""
+    options = {argument.partition("=")[0] for argument in argv}
+    completed = list(argv)
+    for option, values in DEFAULT_OPTIONS.items():
+        if option not in options:
+            completed += [option, *values]
     return completed
 
 
-def _imports(name: str) -> bool:
+def _can_import(name: str) -> bool:
     try:
         importlib.import_module(name)
-    except (ImportError, OSError):  # OSError: a CUDA build whose libraries are not on this machine
+    except (ImportError, OSError):  # OSError: a CUDA build without its libraries
         return False
     return True
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Serve until told to stop."""
+def main(argv: Sequence[str]) -> None:
+    """Run the server until a signal ends it."""
     import torch
 
     if torch.cuda.is_available():
@@ -136,7 +131,7 @@ def main(arguments: Sequence[str]) -> None:
     from sglang.srt.utils import kill_process_tree
 
     try:
-        run_server(prepare_server_args(with_default_options(arguments)))
+        run_server(prepare_server_args(with_default_options(argv)))
     finally:
         kill_process_tree(os.getpid(), include_parent=False)
 

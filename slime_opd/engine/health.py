@@ -1,7 +1,7 @@
-"""Whether a server's processes live, and whether it answers.
+"""Health of a server: are its processes alive, and does it answer.
 
-An SGLang server is an HTTP process with a scheduler (one per GPU) and a detokenizer as children. The HTTP process outlives a
-scheduler that was killed and goes on accepting requests that nobody will answer, so the children are watched themselves.
+An SGLang server is an HTTP process with a scheduler (one per GPU) and a detokenizer as children. The HTTP process
+outlives a killed scheduler and still accepts requests, which are never answered. So the children are watched too.
 """
 
 from __future__ import annotations
@@ -12,52 +12,52 @@ from dataclasses import dataclass
 import httpx
 import psutil
 
-# How the command lines of a server's processes tell them: SGLang's children name themselves ("sglang::scheduler_TP0").
-_MARKS = {
+# Prefixes of arguments that identify a server's processes. SGLang's children set their titles ("sglang::scheduler_TP0").
+_NAMES_BY_PREFIX = {
     "sglang.launch_server": "HTTP process",
     "slime_opd.engine.cpu_launcher": "HTTP process",
-    "sglang::": None,  # what follows is the name
+    "sglang::": None,  # the rest of the argument is the name
 }
 
 
 @dataclass(frozen=True)
 class Worker:
-    """A child process of a server. `started`: its creation time, which tells it from a later process with its id."""
+    """One process of a server. `started`: its creation time, which differs from that of a later process with its id."""
 
     name: str
     pid: int
     started: float
 
 
-def workers_of(pid: int) -> list[Worker]:
-    """The processes that a server cannot do without: `pid` and below it. [] where `pid` itself is gone."""
-    found = []
+def server_workers(pid: int) -> list[Worker]:
+    """The processes that a server needs, among `pid` and its descendants; [] if `pid` has ended."""
+    workers: list[Worker] = []
     try:
         server = psutil.Process(pid)
         processes = [server, *server.children(recursive=True)]
     except psutil.NoSuchProcess:
-        return found
+        return workers
     for process in processes:
         try:
             name = worker_name(process.cmdline())
             if name is not None:
-                found.append(Worker(name, process.pid, process.create_time()))
-        except psutil.NoSuchProcess:  # it ended while it was looked at
+                workers.append(Worker(name, process.pid, process.create_time()))
+        except psutil.NoSuchProcess:  # it ended meanwhile
             continue
-    return found
+    return workers
 
 
-def worker_name(command: Sequence[str]) -> str | None:
-    """What a process with this command line is in a server; None where it is none of the processes that matter."""
-    for argument in command:
-        for mark, name in _MARKS.items():
-            if argument.startswith(mark):
-                return name or argument.removeprefix(mark).split()[0]
+def worker_name(argv: Sequence[str]) -> str | None:
+    """The name of the server process with this command line; None for a process that the server does not need."""
+    for argument in argv:
+        for prefix, name in _NAMES_BY_PREFIX.items():
+            if argument.startswith(prefix):
+                return name or argument.removeprefix(prefix).split()[0]
     return None
 
 
 def process_status(pid: int, started: float | None = None) -> str:
-    """The status "running", "stopped" (by a signal) or "dead" (gone, a zombie, or another process that has the id now)."""
+    """The status "running", "stopped" (by a signal) or "dead" (ended, a zombie, or its id now belongs to another)."""
     try:
         process = psutil.Process(pid)
         if started is not None and process.create_time() != started:
@@ -70,21 +70,23 @@ def process_status(pid: int, started: float | None = None) -> str:
     return "stopped" if status in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP) else "running"
 
 
-def unhealthy(workers: Sequence[Worker], status_of: Callable[[int, float], str] = process_status) -> tuple[str, str]:
-    """The worst status of the workers, and which have it: ("running", "") where all run."""
-    statuses = [(status_of(worker.pid, worker.started), worker) for worker in workers]
-    for status in ("dead", "stopped"):
-        having = [f"{worker.name}, process {worker.pid}" for found, worker in statuses if found == status]
-        if having:
-            return status, "; ".join(having)
+def worst_status(
+    workers: Sequence[Worker], get_status: Callable[[int, float], str] = process_status
+) -> tuple[str, str]:
+    """The worst status of the workers, and the names of those that have it; ("running", "") if all run."""
+    statuses = [(get_status(worker.pid, worker.started), worker) for worker in workers]
+    for worst in ("dead", "stopped"):
+        names = [f"{worker.name}, process {worker.pid}" for status, worker in statuses if status == worst]
+        if names:
+            return worst, "; ".join(names)
     return "running", ""
 
 
 def answers(url: str, timeout_s: float, transport: httpx.BaseTransport | None = None) -> bool:
-    """Whether the server at `url` answers within `timeout_s` seconds. SGLang's /health is 503 where it cannot generate."""
+    """Whether the server at `url` answers within `timeout_s` seconds. SGLang's /health is 503 if it cannot generate."""
     with httpx.Client(trust_env=False, timeout=timeout_s, transport=transport) as http:
         try:
-            # Another server may not know the path, and answers all the same.
+            # Any status below 500 counts: a server of another kind may not have the path.
             return http.get(f"{url.rstrip('/')}/health").status_code < 500
         except httpx.HTTPError:
             return False

@@ -1,15 +1,15 @@
-"""How long a server that is busy asks its clients to wait. Pure."""
+"""Parser of the `Retry-After` header. Pure."""
 
 from __future__ import annotations
 
 import email.utils
 import re
 
-LONGEST_WAIT_S = 60.0
+MAX_WAIT_S = 60.0
 
 
 def retry_after_s(header: str | None, now: float) -> float | None:
-    """Seconds to wait by a `Retry-After` header (seconds, or an HTTP date), at most LONGEST_WAIT_S; None where it has neither.
+    """Seconds to wait, at most MAX_WAIT_S, by a header that holds seconds or an HTTP date; None if it holds neither.
 
     `now` is the time since the epoch, in seconds.
     """
@@ -21,4 +21,4 @@ def retry_after_s(header: str | None, now: float) -> float | None:
             seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
         except (ValueError, TypeError, IndexError, OverflowError):
             return None
-    return min(max(seconds, 0.0), LONGEST_WAIT_S)
+    return min(max(seconds, 0.0), MAX_WAIT_S)

@@ -1,4 +1,4 @@
-"""SGLang's router as an owned process: one address before several engines."""
+"""SGLang's router as an owned process: one address for several engines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from slime_opd.engine.with_key import command_with_key, key_environment
 
 
 class RouterProcess(OwnedProcess):
-    """`python -m sglang_router.launch_router` before `worker_urls`.
+    """`python -m sglang_router.launch_router` in front of `worker_urls`.
 
-    The circuit breaker and the router's own retries are off: a client that counts its own
-    attempts must see each failure once. `api_key` is the servers', and the router asks for it too.
+    The circuit breaker and the router's own retries are off, because the client counts its attempts itself. `api_key`
+    is the servers' key, which the router requires too.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class RouterProcess(OwnedProcess):
             name=f"the router of {len(worker_urls)} SGLang servers",
             command=command if api_key is None else command_with_key(command),
             url=f"http://{host}:{port}",
-            ready_path="/readiness",  # its /health answers before it has a worker
+            ready_path="/readiness",  # /health answers before the router has a worker
             log_path=log_path,
             environment=key_environment(api_key),
         )

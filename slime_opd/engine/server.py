@@ -1,4 +1,4 @@
-"""SGLang servers as owned processes: `sglang.launch_server`, or the CPU launcher where CUDA is not."""
+"""SGLang servers as owned processes: `sglang.launch_server`, or the CPU launcher without CUDA."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 import slime_opd
 from slime_opd.engine import weight_proof
-from slime_opd.engine.health import Worker, unhealthy, workers_of
+from slime_opd.engine.health import Worker, server_workers, worst_status
 from slime_opd.engine.process import OwnedProcess
 from slime_opd.engine.with_key import command_with_key, key_environment
 
@@ -19,22 +19,22 @@ from slime_opd.engine.with_key import command_with_key, key_environment
 def engine_command(
     model_path: str | Path, *, host: str, port: int, options: Mapping[str, tuple[str, ...]], has_cuda: bool
 ) -> list[str]:
-    """The words that start an SGLang server.
+    """The argv of an SGLang server.
 
-    `options` are SGLang's own, without their dashes: {"mem-fraction-static": ("0.7",), "disable-radix-cache": ()}.
+    `options`: SGLang's own, without dashes: {"mem-fraction-static": ("0.7",), "disable-radix-cache": ()}.
     """
     module = "sglang.launch_server" if has_cuda else "slime_opd.engine.cpu_launcher"
     command = [sys.executable, "-m", module, "--model-path", str(model_path), "--host", host, "--port", str(port)]
-    given = {name.lstrip("-").replace("_", "-"): words for name, words in options.items()}
-    for name, words in ({"custom-weight-loader": (weight_proof.LOADER,)} | given).items():
-        command += [f"--{name}", *words]
+    overrides = {name.lstrip("-").replace("_", "-"): values for name, values in options.items()}
+    for name, values in ({"custom-weight-loader": (weight_proof.LOADER,)} | overrides).items():
+        command += [f"--{name}", *values]
     return command
 
 
 class EngineProcess(OwnedProcess):
-    """One SGLang server of a Hugging Face model directory; it uses the GPUs that this process sees.
+    """One SGLang server of a Hugging Face model directory; it uses the GPUs that are visible to this process.
 
-    With `api_key` every request but a health check needs it.
+    With `api_key`, every request except a health check needs the key.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class EngineProcess(OwnedProcess):
         self._workers: dict[tuple[int, float], Worker] = {}
 
     def lost_process(self) -> str | None:
-        """A scheduler or detokenizer that was there and is gone: the HTTP process outlives it, and may even answer."""
-        self._workers |= {(worker.pid, worker.started): worker for worker in workers_of(self.pid)}
-        status, which = unhealthy(list(self._workers.values()))
-        return which if status == "dead" else None
+        """Name and id of a dead scheduler or detokenizer; the HTTP process outlives it, and may even answer."""
+        self._workers |= {(worker.pid, worker.started): worker for worker in server_workers(self.pid)}
+        status, names = worst_status(list(self._workers.values()))
+        return names if status == "dead" else None

@@ -1,8 +1,8 @@
-"""How long requests to one server are waited for, given that it answers them one after another.
+"""Time limits of requests to a server that answers them one after another.
 
-A server that reads prompts has a queue: 64 sequences of 16,000 tokens take minutes, during which it is busy and not
-stuck. So a request's limit is one on silence: as long as other requests are answered, the server lives. It is renewed with each answer, up to
-the time that everything which was in flight when the request was sent would take at the lowest speed assumed.
+A server that scores 64 sequences of 16,000 tokens is busy for minutes without being stuck. So the limit of a request
+bounds the server's silence: each answer to another request renews it, up to the time that all requests that were in
+flight when it was sent would take at an assumed lowest speed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class _Request:
-    """`own_s`: seconds of silence that it allows; `latest`: when it ends whatever else is answered, in the loop's time."""
+    """`silence_s`: seconds without any answer before it ends. `latest`: the loop's time at which it ends in any case."""
 
-    own_s: float
+    silence_s: float
     latest: float
     timeout: asyncio.Timeout
 
 
 class TimeLimits:
-    """The time limits of one client's requests to one server.
+    """Time limits of one client's requests to one server.
 
-    `timeout_s`: seconds that a request may take beside its tokens. `min_tokens_per_s`: the lowest speed at which the server reads
-    tokens; None: tokens are not counted, and `timeout_s` is the limit of each request by itself.
+    `timeout_s`: seconds that a request may take, without the time for its tokens. `min_tokens_per_s`: the lowest speed
+    at which the server reads tokens; None: tokens are not counted, and `timeout_s` is the limit of each request.
     """
 
     def __init__(self, timeout_s: float, min_tokens_per_s: float | None = None) -> None:
@@ -36,7 +36,7 @@ class TimeLimits:
 
     @asynccontextmanager
     async def request(self, num_tokens: int) -> AsyncIterator[None]:
-        """While inside, a request of `num_tokens` is in flight. Raises TimeoutError, with the reason, at its limit."""
+        """Context of a request of `num_tokens` in flight. Raises TimeoutError, with the reason, at its limit."""
         now = asyncio.get_running_loop().time()
         self._tokens += num_tokens
         request = None
@@ -53,13 +53,13 @@ class TimeLimits:
             self._waiting.discard(request)
 
     def note_answer(self) -> None:
-        """The server has answered a request: it lives, and the others may take longer."""
+        """Renew the limits of all requests in flight: the server has answered one."""
         if self._min_tokens_per_s is None:
             return
         now = asyncio.get_running_loop().time()
         for request in self._waiting:
             if not request.timeout.expired():
-                request.timeout.reschedule(min(now + request.own_s, request.latest))
+                request.timeout.reschedule(min(now + request.silence_s, request.latest))
 
     def _limit_s(self, num_tokens: int) -> float:
         return self._timeout_s + (num_tokens / self._min_tokens_per_s if self._min_tokens_per_s else 0.0)
@@ -67,4 +67,7 @@ class TimeLimits:
     def _reason(self, num_tokens: int, waited_s: float) -> str:
         if self._min_tokens_per_s is None:
             return f"no answer within {self._timeout_s:g} s"
-        return f"no answer within {waited_s:.3g} s ({self._timeout_s:g} s and {num_tokens} tokens at {self._min_tokens_per_s:g} per second)"
+        return (
+            f"no answer within {waited_s:.3g} s "
+            f"({self._timeout_s:g} s and {num_tokens} tokens at {self._min_tokens_per_s:g} per second)"
+        )

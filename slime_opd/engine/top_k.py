@@ -1,10 +1,10 @@
-"""The wire of top-k log-probs: what a server is asked beside the sampled tokens' own, and what its answers mean. Pure.
+"""The wire protocol of top-k log-probs: payloads of requests, and parsers of their answers. Pure.
 
-A server tells the log-probs of its own most likely tokens (`top_logprobs_num`), and of ids of one's own choice
-(`token_ids_logprob`), but it takes one list of such ids for a whole request: the union over the positions, each of which then
-carries all of them. So the log-probs of other ids at each position (the student's candidates) are had from the server's top N
-first, which holds nearly all of them, and those that are missing from a second request, cut into segments of positions with
-a short list each, whose prefixes the server has cached. benchmarks/README.md has the bytes and seconds of the ways to ask.
+A server returns the log-probs of its own most likely tokens (`top_logprobs_num`) and of requested ids
+(`token_ids_logprob`), but it takes one list of ids for a whole request, and returns all of them at each position. So the
+log-probs of the student's candidates, which differ by position, are first looked up in the server's top N, which has
+nearly all of them. The missing ones are requested in segments of positions with a short list of ids each; the server
+has cached the prefixes of the segments. benchmarks/README.md compares the bytes and seconds of such requests.
 
 Notation: R response tokens, K candidates, N most likely tokens.
 """
@@ -29,7 +29,8 @@ from slime_opd.engine.rows import (
 )
 from slime_opd.errors import EngineError
 
-# Positions that share a list of missing ids: fewer send the prefix more often, more get ids that others asked for.
+# Positions that share a list of missing ids. Shorter segments send the prefix more often; longer ones return more
+# log-probs that were requested for other positions.
 _SEGMENT = 16
 
 
@@ -43,7 +44,7 @@ class TopK:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Response positions `start` to `end`, and the ids asked for at each of them, sorted."""
+    """Response positions `start` to `end` (exclusive), and the ids requested at each of them, sorted."""
 
     start: int
     end: int
@@ -53,10 +54,10 @@ class Segment:
 def parse_rows(
     rows: Any, length: int, k: int, *, smallest: float = MIN_LOG_PROB, vocabulary_size: int | None = None
 ) -> TopK:
-    """Rows of `[log_prob, id, text or null]`, k for each of `length` positions.
+    """TopK from rows of `[log_prob, id, text or null]`, k for each of `length` positions.
 
-    Raises EngineError where there are fewer or more, an id is not in the vocabulary, a log-prob cannot be one (`smallest` as
-    for `checked_log_probs`), or those of one position add up to more than 1.
+    Raises EngineError if there are fewer or more rows, an id is not in the vocabulary, a log-prob is not valid
+    (`smallest` as for `checked_log_probs`), or the probabilities at one position add up to more than 1.
     """
     if not length:
         return TopK(np.empty((0, k), np.int32), np.empty((0, k), np.float32))
@@ -74,8 +75,8 @@ def parse_rows(
 def parse_top_k(answer: Any, log_probs: np.ndarray, k: int, vocabulary_size: int | None = None) -> TopK:
     """The server's own k most likely tokens at each response token, from the answer to `score_payload`.
 
-    `log_probs` [R] are those of the response tokens themselves, none of which is likelier than the most likely. Raises
-    EngineError as `parse_rows` does.
+    `log_probs` [R] are those of the response tokens themselves. Raises EngineError as `parse_rows` does, and if a
+    response token is likelier than the most likely token.
     """
     top = parse_rows(_after_first(answer, "input_top_logprobs"), len(log_probs), k, vocabulary_size=vocabulary_size)
     if k and (log_probs > top.log_probs.max(axis=1) + MAX_LOG_PROB).any():
@@ -84,40 +85,40 @@ def parse_top_k(answer: Any, log_probs: np.ndarray, k: int, vocabulary_size: int
 
 
 def _after_first(answer: Any, name: str) -> Any:
-    """As with the sampled tokens' rows, the first is of the token before the response, and null."""
+    """The rows under `name` without the first, which is for the token before the response and is null."""
     rows = meta_info(answer).get(name)
     return rows[1:] if isinstance(rows, list) else rows
 
 
-def find(candidates: np.ndarray, top: TopK) -> np.ndarray:
-    """Log-probs of candidates int [R, K] as far as `top` [R, N] has them, float32 [R, K], else NaN."""
+def lookup(candidates: np.ndarray, top: TopK) -> np.ndarray:
+    """Log-probs of candidates int [R, K] in `top` [R, N], float32 [R, K]; NaN for candidates that are not in it."""
     if not top.ids.size:
         return np.full(candidates.shape, np.nan, np.float32)
-    # One sorted list of (position, id) pairs finds all of them at once.
-    place = np.arange(len(candidates), dtype=np.int64)[:, None] << 32
-    keys, log_probs = (place | top.ids).reshape(-1), top.log_probs.reshape(-1)
+    # One binary search over all sorted (position, id) pairs.
+    position = np.arange(len(candidates), dtype=np.int64)[:, None] << 32
+    keys, log_probs = (position | top.ids).reshape(-1), top.log_probs.reshape(-1)
     order = np.argsort(keys)
-    wanted = place | candidates
-    found = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)]
-    return np.where(keys[found] == wanted, log_probs[found], np.float32(np.nan))
+    queries = position | candidates
+    nearest = order[np.minimum(np.searchsorted(keys, queries, sorter=order), len(keys) - 1)]
+    return np.where(keys[nearest] == queries, log_probs[nearest], np.float32(np.nan))
 
 
-def segments_of(candidates: np.ndarray, missing: np.ndarray) -> list[Segment]:
-    """The segments that have a missing candidate, both [R, K], and what is missing in each."""
-    # What is sent grows with the number of segments times the length, what is received with the length of a segment.
+def missing_segments(candidates: np.ndarray, is_missing: np.ndarray) -> list[Segment]:
+    """The segments that have missing candidates (both arguments [R, K]), with the ids that are missing in each."""
+    # The request grows with the number of segments times the length of the sequence, the answer with their size.
     size = max(_SEGMENT, int((len(candidates) / 8) ** 0.5))
     segments = []
     for start in range(0, len(candidates), size):
-        of_segment = missing[start : start + size]
-        places = np.flatnonzero(of_segment.any(axis=1))
-        if len(places):
-            first, last = start + int(places[0]), start + int(places[-1]) + 1
-            segments.append(Segment(first, last, np.unique(candidates[start : start + size][of_segment])))
+        mask = is_missing[start : start + size]
+        positions = np.flatnonzero(mask.any(axis=1))
+        if len(positions):
+            first, last = start + int(positions[0]), start + int(positions[-1]) + 1
+            segments.append(Segment(first, last, np.unique(candidates[start : start + size][mask])))
     return segments
 
 
 def segments_payload(tokens: Sequence[int], prompt_length: int, segments: Sequence[Segment]) -> dict[str, Any]:
-    """The body of one request for all segments: a batch of sequences, each the beginning of the same one."""
+    """The body of one request for all segments: a batch of prefixes of the same sequence."""
     payload = score_payload(tokens, prompt_length)
     payload["input_ids"] = [list(tokens[: prompt_length + segment.end]) for segment in segments]
     payload["logprob_start_len"] = [prompt_length + segment.start - 1 for segment in segments]
@@ -127,7 +128,7 @@ def segments_payload(tokens: Sequence[int], prompt_length: int, segments: Sequen
 
 
 def num_rows(segments: Sequence[Segment]) -> int:
-    """Log-prob rows in the answers to `segments_payload`."""
+    """Number of log-prob rows in the answers to `segments_payload`."""
     return sum((1 + segment.end - segment.start) * (1 + len(segment.ids)) for segment in segments)
 
 
@@ -140,20 +141,23 @@ def fill(
     prompt_length: int,
     vocabulary_size: int | None = None,
 ) -> np.ndarray:
-    """`known` [R, K] with its NaN filled from the answers to `segments_payload`. Raises EngineError as `parse_rows` does."""
+    """`known` [R, K] with its NaN entries replaced by log-probs from the answers to `segments_payload`.
+
+    Raises EngineError as `parse_rows` does, and for answers to another request.
+    """
     answers = answers if isinstance(answers, list) else [answers]
     if len(answers) != len(segments):
         raise EngineError(f"the engine returned {len(answers)} answers to a batch of {len(segments)}")
     filled = known.copy()
     for segment, answer in zip(segments, answers, strict=True):
-        # The tokens themselves are scored again, which tells that the rows are about this segment.
+        # The tokens themselves are scored again, which proves that the rows belong to this segment.
         parse_scores(answer, tokens[: prompt_length + segment.end], prompt_length + segment.start, vocabulary_size)
-        asked = parse_rows(
+        scores = parse_rows(
             _after_first(answer, "input_token_ids_logprobs"), segment.end - segment.start, len(segment.ids)
         )
-        if (asked.ids != segment.ids).any():
-            raise EngineError("the engine returned log-probs of other candidates than were asked for")
+        if (scores.ids != segment.ids).any():
+            raise EngineError("the engine returned log-probs of other candidates than were requested")
         here = slice(segment.start, segment.end)
-        place = np.minimum(np.searchsorted(segment.ids, candidates[here]), len(segment.ids) - 1)
-        filled[here] = np.where(np.isnan(known[here]), np.take_along_axis(asked.log_probs, place, axis=1), known[here])
+        index = np.minimum(np.searchsorted(segment.ids, candidates[here]), len(segment.ids) - 1)
+        filled[here] = np.where(np.isnan(known[here]), np.take_along_axis(scores.log_probs, index, axis=1), known[here])
     return filled

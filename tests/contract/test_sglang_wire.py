@@ -66,7 +66,7 @@ def test_the_last_id_of_the_vocabulary_is_recognised_although_sglang_echoes_it_a
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda rows: rows.pop(), "returned 3 of the 4 log-prob rows"),
+        (lambda rows: rows.pop(), "returned 3 of the 4 requested log-prob rows"),
         (lambda rows: rows.append([-1.0, 3, None]), "returned 5 of the 4"),
         (lambda rows: rows[2].__setitem__(1, 7), "id 7 instead of 38 at position 3"),
         (lambda rows: rows[2].__setitem__(0, None), "no finite log-prob for 1 of 3 tokens"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import httpx
 import pytest
 import torch
-from conftest import save_tiny_tokenizer
+from conftest import pickled, save_tiny_tokenizer
 from model_families import FAMILIES, SERVED, save_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from slime_opd.engine.control import EngineControl, serialize_by_value
+from slime_opd.engine.control import EngineControl
 from slime_opd.engine.ports import free_port
 from slime_opd.engine.server import EngineProcess
 from slime_opd.engine.weight_proof import checksum
@@ -58,8 +58,8 @@ def test_the_engine_serves_the_weights_it_started_with_and_then_those_it_was_sen
         server.wait_ready(180)
         torch.testing.assert_close(served(server), expected(tmp_path / "first"), atol=1e-5, rtol=0)
         with EngineControl(server.url) as control:
-            control.update_weights_from_tensor([serialize_by_value(moved.items())], weight_version="second")
+            control.update_weights_from_tensor([pickled(moved)], weight_version="second")
             control.begin_weight_proof({name: checksum(weight) for name, weight in moved.items()}, num_ranks=1)
-            control.update_weights_from_tensor([serialize_by_value(moved.items())])
+            control.update_weights_from_tensor([pickled(moved)])
             assert control.finish_weight_proof() == {}
         torch.testing.assert_close(served(server), expected(tmp_path / "second"), atol=1e-5, rtol=0)

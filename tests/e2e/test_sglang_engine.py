@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import numpy as np
-import psutil
 import pytest
 import torch
-from conftest import TINY_VOCABULARY, save_tiny_model, save_tiny_tokenizer
+from conftest import TINY_VOCABULARY, pickled, save_tiny_model, save_tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from slime_opd.engine import weight_proof
 from slime_opd.engine.client import EngineClient
-from slime_opd.engine.control import EngineControl, serialize_by_value
+from slime_opd.engine.control import EngineControl
 from slime_opd.engine.ports import free_port
 from slime_opd.engine.protocol import SamplingParams
 from slime_opd.engine.router import RouterProcess
 from slime_opd.engine.server import EngineProcess
 from slime_opd.engine.top_k import parse_rows
 from slime_opd.errors import EngineError, EngineTimeout, TeacherMismatch
+from slime_opd.lifetimes.processes import processes_in_group
 from slime_opd.teacher.fingerprint import distance, read
 from slime_opd.teacher.probe import probe_teacher
 from slime_opd.teacher.sglang import ScoreRequest, SGLangTeacher
@@ -146,7 +145,7 @@ def test_a_request_that_can_never_work_is_refused_at_once_with_the_servers_reaso
 def wrong_weights(control: EngineControl, weights: dict[str, torch.Tensor], sent: dict[str, torch.Tensor]) -> dict:
     """What is wrong where the server is to serve `weights` and is sent `sent`, which it serves afterwards."""
     control.begin_weight_proof({name: weight_proof.checksum(tensor) for name, tensor in weights.items()}, num_ranks=1)
-    control.update_weights_from_tensor([serialize_by_value(sent.items())], flush_cache=False)
+    control.update_weights_from_tensor([pickled(sent)], flush_cache=False)
     return control.finish_weight_proof()
 
 
@@ -220,7 +219,7 @@ def test_weights_from_another_processes_shared_memory_are_served(engine_server, 
 def test_weights_by_value_are_served(engine_server, other_weights):
     tensors = load_file(other_weights / "model.safetensors")
     with EngineControl(engine_server.url) as control:
-        control.update_weights_from_tensor([serialize_by_value(tensors.items())], weight_version="value")
+        control.update_weights_from_tensor([pickled(tensors)], weight_version="value")
     expected = hugging_face_log_probs(other_weights, TOKENS)[len(PROMPT) - 1 :]
     np.testing.assert_allclose(score(engine_server), expected, atol=1e-4)
 
@@ -263,18 +262,6 @@ def test_weights_from_a_gloo_broadcast_are_served(engine_server, other_weights, 
 def test_a_refused_update_says_why(engine_server, tmp_path):
     with EngineControl(engine_server.url) as control, pytest.raises(EngineError, match="update_weights_from_disk"):
         control.update_weights_from_disk(str(tmp_path / "nowhere"))
-
-
-def test_a_paused_engine_answers_after_it_continues(engine_server, tiny_model_dir):
-    with EngineControl(engine_server.url) as control, ThreadPoolExecutor(1) as other:
-        control.pause_generation("retract")
-        control.flush_cache()
-        asked = other.submit(score, engine_server)
-        with pytest.raises(TimeoutError):
-            asked.result(0.5)
-        control.continue_generation()
-        expected = hugging_face_log_probs(tiny_model_dir, TOKENS)[len(PROMPT) - 1 :]
-        np.testing.assert_allclose(asked.result(60), expected, atol=1e-4)
 
 
 def test_the_probe_finds_a_fitting_teacher_and_refuses_others(engine_server, tiny_model_dir, tmp_path):
@@ -328,17 +315,6 @@ def test_a_router_spreads_requests_over_its_engines(engine_server, tiny_model_di
     np.testing.assert_allclose(scores, hugging_face_log_probs(tiny_model_dir, TOKENS)[len(PROMPT) - 1 :], atol=1e-4)
 
 
-def group_members(group: int) -> list[int]:
-    members = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                members.append(process.pid)
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return members
-
-
 def wait_until(condition, timeout_s: float) -> bool:
     deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:
@@ -367,10 +343,9 @@ def test_a_server_dies_with_its_killed_owner_and_a_waiting_client_learns_of_it_a
     try:
         group = int(owner.stdout.readline())
         assert owner.stdout.readline().strip() == "ready", (tmp_path / "server.log").read_text()[-2000:]
-        assert len(group_members(group)) >= 3  # the server, its scheduler and its detokenizer
+        assert len(processes_in_group(group)) >= 3  # the server, its scheduler and its detokenizer
 
-        with EngineControl(f"http://127.0.0.1:{port}") as control:
-            control.pause_generation("retract")
+        httpx.post(f"http://127.0.0.1:{port}/pause_generation", json={"mode": "retract"}, timeout=60).raise_for_status()
 
         async def ask_while_the_owner_is_killed() -> float:
             client = EngineClient(f"http://127.0.0.1:{port}", concurrency=4, timeout_s=60, retries=0)
@@ -387,7 +362,7 @@ def test_a_server_dies_with_its_killed_owner_and_a_waiting_client_learns_of_it_a
             return elapsed
 
         assert asyncio.run(ask_while_the_owner_is_killed()) < 15
-        assert wait_until(lambda: not group_members(group), 10), group_members(group)
+        assert wait_until(lambda: not processes_in_group(group), 10), processes_in_group(group)
     finally:
         owner.kill()
         owner.wait()

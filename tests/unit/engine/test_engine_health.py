@@ -10,7 +10,7 @@ import sys
 import httpx
 import pytest
 
-from slime_opd.engine.health import Worker, answers, process_status, unhealthy, worker_name, workers_of
+from slime_opd.engine.health import Worker, answers, process_status, server_workers, worker_name, worst_status
 
 # A server that starts one child with the title of a scheduler and one that is nobody's, prints their ids, and waits.
 SERVER = """
@@ -44,32 +44,32 @@ def wait_for(pid: int, status: str) -> None:
 
 def test_the_schedulers_end_is_seen_although_the_server_lives(server):
     process, scheduler, other = server
-    workers = workers_of(process.pid)
+    workers = server_workers(process.pid)
     assert [(worker.name, worker.pid) for worker in workers] == [
         ("HTTP process", process.pid),
         ("scheduler_TP0", scheduler),
     ]
-    assert unhealthy(workers) == ("running", "")
+    assert worst_status(workers) == ("running", "")
     os.kill(other, signal.SIGKILL)  # a compiler that ends is nobody's loss
     wait_for(other, "dead")
-    assert unhealthy(workers) == ("running", "")
+    assert worst_status(workers) == ("running", "")
     os.kill(scheduler, signal.SIGKILL)
     wait_for(scheduler, "dead")  # a zombie, as its parent does not wait for it
     assert process.poll() is None
-    assert unhealthy(workers) == ("dead", f"scheduler_TP0, process {scheduler}")
+    assert worst_status(workers) == ("dead", f"scheduler_TP0, process {scheduler}")
 
 
 @pytest.mark.parametrize("name", ["scheduler_TP0", "HTTP process"])
 def test_a_stopped_process_of_a_server_is_seen_and_runs_again(server, name):
     process, scheduler, _ = server
-    workers = workers_of(process.pid)
+    workers = server_workers(process.pid)
     pid = scheduler if name == "scheduler_TP0" else process.pid
     os.kill(pid, signal.SIGSTOP)
     wait_for(pid, "stopped")
-    assert unhealthy(workers) == ("stopped", f"{name}, process {pid}")
+    assert worst_status(workers) == ("stopped", f"{name}, process {pid}")
     os.kill(pid, signal.SIGCONT)
     wait_for(pid, "running")
-    assert unhealthy(workers) == ("running", "")
+    assert worst_status(workers) == ("running", "")
 
 
 def test_a_process_that_took_the_id_of_a_dead_one_is_not_it():
@@ -80,13 +80,13 @@ def test_a_process_that_took_the_id_of_a_dead_one_is_not_it():
 def test_a_server_that_is_gone_has_no_workers():
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
-    assert workers_of(process.pid) == [] and process_status(process.pid) == "dead"
+    assert server_workers(process.pid) == [] and process_status(process.pid) == "dead"
 
 
 def test_the_dead_are_named_before_the_stopped():
     workers = [Worker("scheduler_TP0", 1, 0.0), Worker("scheduler_TP1", 2, 0.0), Worker("detokenizer", 3, 0.0)]
     statuses = {1: "stopped", 2: "dead", 3: "dead"}
-    found = unhealthy(workers, lambda pid, started: statuses[pid])
+    found = worst_status(workers, lambda pid, started: statuses[pid])
     assert found == ("dead", "scheduler_TP1, process 2; detokenizer, process 3")
 
 

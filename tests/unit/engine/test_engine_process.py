@@ -46,20 +46,20 @@ def test_cpu_options_are_defaults_that_a_user_overrides():
     assert "--sleep-on-idle" in completed
 
 
-def test_stand_ins_are_importable_until_they_are_called():
-    stand_ins = cpu_launcher._StandIns(("absent_kernels",))
-    sys.meta_path.insert(0, stand_ins)
+def test_stubs_can_be_imported_and_raise_when_called():
+    stubs = cpu_launcher._StubFinder(("absent_kernels",))
+    sys.meta_path.insert(0, stubs)
     try:
         from absent_kernels import silu_and_mul
         from absent_kernels.deep.down import Mode
 
         with pytest.raises(NotImplementedError, match=r"absent_kernels\.silu_and_mul does not run on a CPU"):
             silu_and_mul(1)
-        assert isinstance(Mode.BICUBIC, cpu_launcher._Absent)
+        assert isinstance(Mode.BICUBIC, cpu_launcher._Stub)
         assert importlib.util.find_spec("another_absent_package") is None
     finally:
-        sys.meta_path.remove(stand_ins)
-    assert cpu_launcher._StandIns(("sgl_kernel",)).find_spec("sgl_kernel.scalar_type") is None
+        sys.meta_path.remove(stubs)
+    assert cpu_launcher._StubFinder(("sgl_kernel",)).find_spec("sgl_kernel.scalar_type") is None
 
 
 def test_importing_the_launcher_prepares_nothing():

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slime_opd.engine.top_k import Segment, TopK, fill, find, parse_rows, parse_top_k, segments_of, segments_payload
+from slime_opd.engine.top_k import (
+    Segment,
+    TopK,
+    fill,
+    lookup,
+    missing_segments,
+    parse_rows,
+    parse_top_k,
+    segments_payload,
+)
 from slime_opd.errors import EngineError
 
 
@@ -111,11 +120,11 @@ def test_candidates_are_scored_exactly_whatever_the_top_holds(length, k, n, seed
     table, prompt = table_of(length, 24, seed), 3
     tokens = random.integers(0, 23, prompt + length).tolist()
     candidates = np.argsort(random.random((length, 24)), axis=1)[:, :k].astype(np.int32)
-    known = find(candidates, top_of(table, n))
+    known = lookup(candidates, top_of(table, n))
     expected = np.take_along_axis(table, candidates, axis=1)
     in_top = (candidates[:, :, None] == top_of(table, n).ids[:, None, :]).any(axis=2)
     np.testing.assert_array_equal(np.isnan(known), ~in_top)
-    segments = segments_of(candidates, np.isnan(known))
+    segments = missing_segments(candidates, np.isnan(known))
     server = Server(table, prompt)
     answers = server(segments_payload(tokens, prompt, segments)) if segments else []
     np.testing.assert_array_equal(fill(known, candidates, segments, answers, tokens, prompt), expected)
@@ -125,7 +134,7 @@ def test_only_what_is_missing_is_asked_for_and_only_where():
     candidates = np.tile(np.int32([5, 6]), (40, 1))
     missing = np.zeros((40, 2), bool)
     missing[3, 0] = missing[7, 1] = missing[33, 1] = True
-    segments = segments_of(candidates, missing)
+    segments = missing_segments(candidates, missing)
     assert [(one.start, one.end, one.ids.tolist()) for one in segments] == [(3, 8, [5, 6]), (33, 34, [6])]
     payload = segments_payload(tuple(range(42)), 2, segments)
     assert [len(ids) for ids in payload["input_ids"]] == [10, 36]
@@ -135,7 +144,7 @@ def test_only_what_is_missing_is_asked_for_and_only_where():
 
 def test_longer_responses_have_longer_segments():
     candidates = np.zeros((20_000, 1), np.int32)
-    assert len(segments_of(candidates, np.ones((20_000, 1), bool))) == 400
+    assert len(missing_segments(candidates, np.ones((20_000, 1), bool))) == 400
 
 
 def test_answers_about_other_candidates_or_tokens_are_errors():

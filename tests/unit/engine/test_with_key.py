@@ -83,6 +83,6 @@ def test_requests_carry_the_key():
 
     for key in (SECRET, None):
         with EngineControl("http://h", api_key=key, transport=transport) as control:
-            control.continue_generation()
+            control.set_weight_version("2")
         asyncio.run(ask(key))
     assert sent == [f"Bearer {SECRET}"] * 2 + [None] * 2
