@@ -1,4 +1,4 @@
-"""Who can reach the servers of a run: nobody outside the node, or, across nodes, who has the key."""
+"""Access to the servers of a run: on loopback on one node; with an API key across nodes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Access:
-    """Where the SGLang servers of a run listen, and the key that every request to them must carry.
+    """The addresses on which the SGLang servers of a run listen, and the API key of every request to them.
 
-    `loopback_only`: on 127.0.0.1; otherwise on the address of their node. `key` is None where none is needed.
+    `loopback_only`: they listen on 127.0.0.1, else on the address of their node. `key`: None without an API key.
     """
 
     loopback_only: bool
@@ -23,7 +23,7 @@ class Access:
 
 
 def access_for(nodes: Iterable[str]) -> Access:
-    """The access to servers in a cluster of `nodes`, given by their ids: a random key as soon as there is more than one."""
+    """Access for a cluster with these node ids: loopback for one node, a random key for several."""
     if len(set(nodes)) <= 1:
         return Access(loopback_only=True, key=None)
     return Access(loopback_only=False, key=secrets.token_urlsafe(32))

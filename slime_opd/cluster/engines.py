@@ -1,4 +1,4 @@
-"""The SGLang engines as Ray actors that own their server process, and the one address to reach them."""
+"""The SGLang engines: Ray actors that each own a server process, and the group that starts, watches and stops them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from slime_opd.engine.server import EngineProcess
 from slime_opd.observe.watch import ProcessView, Status
 
 START_TIMEOUT_S = 1800
-# Seconds that one look waits for one engine's actor, and after which an actor that has not answered is reported.
-LOOK_TIMEOUT_S = 0.5
+# Seconds that one poll waits for an engine's actor, and after which an actor that has not answered counts as silent.
+POLL_TIMEOUT_S = 0.5
 SILENT_AFTER_S = 20.0
 
 
 @ray.remote
 class EngineActor:
-    """Owns one SGLang server: when the actor goes, so does the server."""
+    """Owns one SGLang server, which ends with the actor."""
 
     def __init__(self) -> None:
         lifetimes.own(os.environ[lifetimes.RUN_VARIABLE])
@@ -63,7 +63,7 @@ class EngineActor:
 
 
 class EngineGroup:
-    """All engines of a run. `url` is where requests go: the engine, or the router in front of several."""
+    """All engines of a run. `url` is the address for requests: the engine's, or that of the router in front of several."""
 
     def __init__(
         self,
@@ -73,10 +73,10 @@ class EngineGroup:
         watchdog: Watchdog,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`environment`: variables of each engine."""
+        """`environment`: environment variables of each engine."""
         self._config, self._log_dir, self._watchdog = config, log_dir, watchdog
         self._names = [f"engine {index}" for index in range(len(slots))]
-        self._looks: dict[int, tuple[Any, float]] = {}
+        self._pending_polls: dict[int, tuple[Any, float]] = {}  # by engine: the call, and when it was made
         self._is_stopping = False
         self._actors = [
             EngineActor.options(**slot.options_in(f"engine-{index}", environment)).remote()
@@ -86,7 +86,7 @@ class EngineGroup:
         self.access = server_access()
 
     def begin_start(self, trainer_gpus: list[list[str]]) -> list[Any]:
-        """Start every engine without waiting; with --colocate on the trainers' GPUs."""
+        """Start every engine without waiting; with --colocate on the trainers' GPUs. Returns the pending calls."""
         per_engine = self._config.cluster.rollout_num_gpus_per_engine
         pending = []
         for index, actor in enumerate(self._actors):
@@ -98,7 +98,7 @@ class EngineGroup:
         return pending
 
     def finish_start(self, pending: list[Any]) -> None:
-        """Wait for every engine; put the router in front of more than one."""
+        """Wait for every engine; start a router if there are several."""
         with self._watchdog.waiting_for("starting the engines"):
             self.urls: list[str] = self._watchdog.get(pending, self._names)
         self.url = self.urls[0]
@@ -113,7 +113,7 @@ class EngineGroup:
         self._watchdog.add(self._look)
 
     def _look(self) -> list[ProcessView]:
-        """The engines, for the watchdog, by what their actors answered since they were last asked."""
+        """The status of the engines and the router, for the watchdog."""
         views = [self._view(index) for index in range(len(self._actors))]
         if self._router is not None:
             code = self._router.exit_code()
@@ -122,37 +122,37 @@ class EngineGroup:
                 if code is None
                 else ProcessView("the router", Status.DEAD, f"exit code {code}; its log is {self._router.log_path}")
             )
-        # An engine that was stopped while this looked is not to be taken for dead.
+        # An engine that was stopped during this poll must not be reported as dead.
         return [] if self._is_stopping else views
 
     def _view(self, index: int) -> ProcessView:
         name, log = self._names[index], self._log_dir / f"engine_{index}.log"
-        call, asked_at = self._looks.pop(index, (None, 0.0))
+        call, called_at = self._pending_polls.pop(index, (None, 0.0))
         if call is None:
-            call, asked_at = self._actors[index].look.remote(), time.monotonic()
+            call, called_at = self._actors[index].look.remote(), time.monotonic()
         try:
-            status, which = ray.get(call, timeout=LOOK_TIMEOUT_S)
+            status, names = ray.get(call, timeout=POLL_TIMEOUT_S)
         except ray.exceptions.GetTimeoutError:
-            self._looks[index] = call, asked_at
-            is_silent = time.monotonic() - asked_at > SILENT_AFTER_S
+            self._pending_polls[index] = call, called_at
+            is_silent = time.monotonic() - called_at > SILENT_AFTER_S
             return ProcessView(name, Status.SILENT if is_silent else Status.ALIVE, "its actor" if is_silent else "")
         except ray.exceptions.RayActorError:
             return ProcessView(name, Status.DEAD, f"its actor ended; its log is {log}")
         if status == "dead":
-            return ProcessView(name, Status.DEAD, f"{which}, killed by a signal or crashed; its log is {log}")
-        return ProcessView(name, Status.STOPPED if status == "stopped" else Status.ALIVE, which)
+            return ProcessView(name, Status.DEAD, f"{names}, killed by a signal or crashed; its log is {log}")
+        return ProcessView(name, Status.STOPPED if status == "stopped" else Status.ALIVE, names)
 
     def _options(self) -> dict[str, tuple[str, ...]]:
         options = dict(self._config.sglang)
         options.setdefault("tp-size", (str(self._config.cluster.rollout_num_gpus_per_engine),))
-        # Tokens go in and come out; the engine needs no tokenizer unless it looks for stop strings.
+        # Requests and responses are token ids; an engine needs a tokenizer only to find stop strings.
         if not self._config.rollout.rollout_stop:
             options.setdefault("skip-tokenizer-init", ())
         options.setdefault("random-seed", (str(self._config.data.rollout_seed),))
         return options
 
     def stop(self) -> None:
-        """End the router and every engine, also one that is still starting; an actor's warden ends its server."""
+        """End the router and every engine, including engines that are still starting; an actor's warden ends its server."""
         self._is_stopping = True
         if self._router is not None:
             self._router.stop()

@@ -1,10 +1,10 @@
-"""Environment variables of trainer ranks and engines on GPUs: a pure function of the devices, the options and the user's environment.
+"""Environment variables of trainer ranks and engines on GPUs. Pure, given the user's environment.
 
-SGLang sets its own in each engine (`_set_envs_and_config` of its entrypoints/engine.py), whatever is set here: 8 for
-CUDA_DEVICE_MAX_CONNECTIONS, AUTO for CUDA_MODULE_LOADING. It sets NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE by its options, to 0 unless asked
-for. The first rank and the engines share a communicator for the weights, and NCCL's ranks must agree
-on both, so the trainers follow the same rule. What the user has set of NCCL's variables is passed to every rank and engine, and what
-concerns Megatron and torch's allocator to every rank; it keeps its value.
+SGLang overrides some variables in each engine (`_set_envs_and_config` in its entrypoints/engine.py): it sets
+CUDA_DEVICE_MAX_CONNECTIONS to 8, CUDA_MODULE_LOADING to AUTO, and NCCL_CUMEM_ENABLE and NCCL_NVLS_ENABLE by its
+options, by default to 0. The first trainer rank and the engines share an NCCL communicator for the weights, whose ranks
+must agree on these two, so the trainers follow the same rule. NCCL variables that the user has set are passed to every
+rank and engine; those of Megatron and of torch's allocator to every rank.
 """
 
 from __future__ import annotations
@@ -23,40 +23,43 @@ _ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of a Ray cluster. `accelerators`: Ray's names of their types, such as H100; empty where it knows none."""
+    """The devices of a Ray cluster. `accelerators`: Ray's names of their types, such as H100; empty if unknown."""
 
     has_gpus: bool
     accelerators: frozenset[str] = frozenset()
 
     @staticmethod
     def of_resources(resources: Mapping[str, float]) -> Devices:
-        """From what `ray.cluster_resources()` returns."""
+        """From the result of `ray.cluster_resources()`."""
         prefix = "accelerator_type:"
         types = frozenset(name.removeprefix(prefix) for name in resources if name.startswith(prefix))
         return Devices(bool(resources.get("GPU")), types)
 
     @property
     def are_blackwell_or_later(self) -> bool:
-        """Whether all GPUs are: there kernels of several streams keep their order without CUDA_DEVICE_MAX_CONNECTIONS=1."""
+        """Whether all GPUs are Blackwell or later.
+
+        They keep the order of kernels from several streams without CUDA_DEVICE_MAX_CONNECTIONS=1.
+        """
         return bool(self.accelerators) and all(map(_BLACKWELL_OR_LATER.fullmatch, self.accelerators))
 
 
 def trainer_environment(
     config: Config, devices: Devices, user: Mapping[str, str], *, has_engines: bool
 ) -> dict[str, str]:
-    """Variables of each trainer rank; {} without GPUs. `user`: the environment that the run was started in."""
+    """Variables of each trainer rank; {} without GPUs. `user`: the environment of the driver."""
     if not devices.has_gpus:
         return {}
     layout = config.parallel
     variables = _set_by_user(user)
     if _CONNECTIONS in user:
         variables[_CONNECTIONS] = user[_CONNECTIONS]
-    # Megatron overlaps the collectives of tensor and context parallelism with matrix products that are launched after them.
+    # Megatron overlaps collectives of tensor and context parallelism with matrix products that are launched later.
     if max(layout.tensor_model_parallel_size, layout.context_parallel_size) > 1 and not devices.are_blackwell_or_later:
         variables.setdefault(_CONNECTIONS, "1")
     if has_engines:
         variables |= _communicator_variables(config, user)
-    # Micro-batches differ in length, which fragments memory; but another process cannot open expandable segments by CUDA IPC.
+    # Micro-batches of different lengths fragment memory. CUDA IPC cannot share expandable segments.
     if allocator := {name: user[name] for name in _ALLOCATOR_VARIABLES if name in user}:
         variables |= allocator
     elif not shares_gpu_memory(config, has_engines=has_engines):
@@ -68,21 +71,24 @@ def engine_environment(config: Config, devices: Devices, user: Mapping[str, str]
     """Variables of each engine; {} without GPUs."""
     if not devices.has_gpus:
         return {}
-    # Where trainer ranks hold different memory, as pipeline stages do, SGLang would refuse GPUs whose free memory differs.
+    # Trainer ranks, such as pipeline stages, use different amounts of memory; SGLang refuses GPUs whose free memory differs.
     colocated = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"} if config.cluster.colocate else {}
     return colocated | _set_by_user(user) | _communicator_variables(config, user)
 
 
 def shares_gpu_memory(config: Config, *, has_engines: bool) -> bool:
-    """Whether an engine may open the trainer's GPU memory, by CUDA IPC, to read the weights."""
+    """Whether an engine may read the weights from the trainer's GPU memory by CUDA IPC."""
     return has_engines and (config.cluster.colocate or config.weights.update_weight_transport == "tensor")
 
 
 def allocator_problem(config: Config, user: Mapping[str, str], *, has_engines: bool) -> str | None:
-    """Why the user's setting of torch's allocator cannot work; None where it can."""
+    """The reason why the user's setting of torch's allocator cannot work; None if it can."""
     for name in _ALLOCATOR_VARIABLES:
         if "expandable_segments:True" in user.get(name, "") and shares_gpu_memory(config, has_engines=has_engines):
-            return f"{name}={user[name]}: the engines read the weights from the trainer's GPU memory by CUDA IPC, which expandable segments do not allow; unset it"
+            return (
+                f"{name}={user[name]}: the engines read the weights from the trainer's GPU memory by CUDA IPC, "
+                "which expandable segments do not allow; unset it"
+            )
     return None
 
 
@@ -91,7 +97,7 @@ def _set_by_user(user: Mapping[str, str]) -> dict[str, str]:
 
 
 def _communicator_variables(config: Config, user: Mapping[str, str]) -> dict[str, str]:
-    """SGLang's rule: an option turns a variable on whatever the user has set, else the user decides, else it is off."""
+    """SGLang's rule for its two NCCL variables: on if an option turns it on, else the user's value, else off."""
     options = {name.replace("_", "-") for name in config.sglang}
     has_symmetric_memory = "enable-symm-mem" in options
     enabled_by_option = {

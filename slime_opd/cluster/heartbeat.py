@@ -1,7 +1,7 @@
-"""What each trainer rank reports while it works: that it runs, and how many micro-batches it has done.
+"""Heartbeats of trainer ranks: that a rank runs, and its number of finished micro-batches.
 
-A rank that trains answers no call of Ray's, so a thread of it writes into the key-value store of Ray's GCS, from where the
-driver reads. What it wrote last, some 100 bytes per rank, stays there as long as the cluster.
+A rank that trains cannot answer Ray calls, so one of its threads writes to the key-value store of Ray's GCS, which the
+driver reads. The last heartbeat, about 100 bytes per rank, stays there as long as the cluster.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ray.exceptions import RayError
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 PERIOD_S = 5.0
-# A rank whose last report is older has stopped, or is cut off. Several periods: a busy machine is late now and then.
+# A rank whose last heartbeat is older counts as silent. Several periods, because threads of a busy machine are late.
 SILENT_AFTER_S = 6 * PERIOD_S
 _NAMESPACE = "slime_opd"
 
 
 @dataclass(frozen=True)
 class Beat:
-    """One report. number: of this report; done: micro-batches since the start, of all passes."""
+    """One heartbeat. `number` counts heartbeats; `done`: micro-batches since the start, over all passes."""
 
     node: str
     pid: int
@@ -33,7 +33,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Reports for one rank under `key`, from now until its process ends. `done` is called in another thread."""
+    """Writes heartbeats of one rank under `key` until its process ends. `done` is called in another thread."""
 
     def __init__(self, key: str, done: Callable[[], int]) -> None:
         self._key, self._done = key, done
@@ -47,12 +47,12 @@ class Heartbeat:
             try:
                 _internal_kv_put(self._key, json.dumps(asdict(beat)), namespace=_NAMESPACE)
             except RayError:
-                # Ray's GCS is gone, and with it the run: the driver sees that by itself.
+                # Ray's GCS has died, and the run with it; the driver detects that itself.
                 return
             pause.wait(PERIOD_S)
 
 
 def latest(key: str) -> Beat | None:
-    """The last report under `key`; None before the first."""
-    found = _internal_kv_get(key, namespace=_NAMESPACE)
-    return None if found is None else Beat(**json.loads(found))
+    """The last heartbeat under `key`; None before the first."""
+    content = _internal_kv_get(key, namespace=_NAMESPACE)
+    return None if content is None else Beat(**json.loads(content))

@@ -1,6 +1,6 @@
-"""Ray's own processes on this machine, for a run that started its cluster: whether they live, and where their messages go.
+"""Ray's own processes on this machine, for a run that started its cluster: their status, and a file for their messages.
 
-Ray has no public interface for either. Where its internals are not as expected, nothing is watched and nothing is redirected.
+Ray has no public interface for either. If its internals are not as expected, nothing is watched and nothing redirected.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ import ray
 
 from slime_opd.observe.watch import ProcessView, Status
 
-# What Ray calls the processes that no run survives, and what a person may know them as.
-_NEEDED = {"gcs_server": "Ray's GCS server", "raylet": "Ray's raylet"}
+# The processes without which a run cannot continue: Ray's internal name, and the name for messages.
+_REQUIRED = {"gcs_server": "Ray's GCS server", "raylet": "Ray's raylet"}
 
 
 def look() -> list[ProcessView]:
-    """The needed processes that this process's Ray started; [] for a cluster that was only joined."""
+    """The status of the required processes that this process's Ray started; [] for a cluster that was only joined."""
     node = getattr(ray._private.worker, "_global_node", None)
     started = getattr(node, "all_processes", None) or {}
     return [
-        _view(title, info.process) for name, title in _NEEDED.items() for info in started.get(name, []) if info.process
+        _view(title, info.process)
+        for name, title in _REQUIRED.items()
+        for info in started.get(name, [])
+        if info.process
     ]
 
 
@@ -34,9 +37,9 @@ def _view(title: str, process: Any) -> ProcessView:
 
 
 def write_messages_to(path: Path) -> None:
-    """Send what Ray prints about its own processes (state dumps, deaths) to a file, until this process ends.
+    """Write what Ray prints about its own processes (state dumps, deaths) to a file instead of the console.
 
-    What a run's processes print still reaches the console.
+    The output of the run's processes still goes to the console.
     """
     worker = ray._private.worker
     original = getattr(worker, "print_to_stdstream", None)

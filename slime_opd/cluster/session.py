@@ -1,4 +1,4 @@
-"""Joining Ray, and reserving the devices of a run."""
+"""Join a Ray cluster, and reserve the devices of a run in it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PLACEMENT_TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one process runs, as options of a Ray actor. `bundle`: the index of its reserved GPUs; None without GPUs."""
+    """Ray actor options that place one process. `bundle`: the index of its bundle of GPUs; None without GPUs."""
 
     options: dict
     bundle: int | None = None
 
     def options_in(self, name: str, variables: Mapping[str, str] | None = None) -> dict:
-        """These options for an actor with environment variables of its own and the scope `name` below this run's."""
+        """The options for an actor with these environment variables and the scope `name` below the run's scope."""
         scope = lifetimes.scope_environment(f"{lifetimes.own()}/{name}")
         return {**self.options, "runtime_env": {"env_vars": {**(variables or {}), **scope}}}
 
@@ -50,7 +50,7 @@ class Placement:
         return self.group is not None
 
     def release(self) -> None:
-        """Give the devices back."""
+        """Release the devices."""
         if self.group is not None:
             remove_placement_group(self.group)
 
@@ -58,7 +58,7 @@ class Placement:
 def join(address: str) -> None:
     """Join the Ray cluster at `address`, or start one for this process with "local".
 
-    Raises ConfigError where the cluster does not answer or does not take this process, ProcessDied where Ray does not start.
+    Raises ConfigError if the cluster does not answer or refuses this process, ProcessDied if Ray does not start.
     """
     if ray.is_initialized():
         return
@@ -71,9 +71,10 @@ def join(address: str) -> None:
             )
     except ConnectionError as error:
         raise ConfigError(
-            f"--ray-address {address}: no Ray cluster answers there; start one with `ray start --head`, or say --ray-address local"
+            f"--ray-address {address}: no Ray cluster answers there; "
+            "start one with `ray start --head`, or use --ray-address local"
         ) from error
-    except Exception as error:  # Ray raises bare ones too, as where its raylet was killed while it started
+    except Exception as error:  # Ray raises plain Exception too, for example if its raylet was killed at the start
         if address == "local":
             raise ProcessDied(f"Ray did not start on this machine: {first_sentence(str(error))}") from error
         raise ConfigError(
@@ -82,10 +83,11 @@ def join(address: str) -> None:
 
 
 def reserve(config: Config, timeout_s: float = PLACEMENT_TIMEOUT_S) -> Placement:
-    """Reserve a GPU for every trainer rank and engine; where there is no CUDA, plain processes on any node.
+    """Reserve GPUs for every trainer rank and engine; in a cluster without GPUs, processes on any node.
 
-    The ranks of a node are one bundle, and each engine is one, so that neither straddles nodes. With --colocate an engine stands in
-    the bundle of its ranks. Raises ConfigError when the cluster has too few GPUs, or none becomes free within `timeout_s` seconds.
+    The ranks of a node are one bundle, and each engine is one, so that neither spans nodes. With --colocate an engine
+    is in the bundle of its ranks. Raises ConfigError if the cluster has too few GPUs, or they do not become free within
+    `timeout_s` seconds.
     """
     nodes = 0 if config.debug.debug_rollout_only else config.cluster.actor_num_nodes
     trainers = nodes * config.cluster.actor_num_gpus_per_node
@@ -105,7 +107,7 @@ def reserve(config: Config, timeout_s: float = PLACEMENT_TIMEOUT_S) -> Placement
     )
     if problem := plan.problem(_gpus_of_nodes()):
         raise ConfigError(problem)
-    # PACK: as few nodes as possible, so that a small run stays on one. STRICT_PACK would refuse a run of several nodes.
+    # PACK: as few nodes as possible. STRICT_PACK would refuse a run on several nodes.
     group = placement_group([{"GPU": gpus} for gpus in plan.gpus], strategy="PACK")
     try:
         ray.get(group.ready(), timeout=timeout_s)
@@ -126,13 +128,13 @@ def reserve(config: Config, timeout_s: float = PLACEMENT_TIMEOUT_S) -> Placement
 
 
 def _gpus_of_nodes() -> dict[str, int]:
-    """GPUs of each living node that has any, by a name for it."""
+    """Number of GPUs of each living node that has any, by the node's name for messages."""
     gpus = {_node_name(node): int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]}
     return {name: count for name, count in gpus.items() if count}
 
 
 def _free_gpus_of_nodes() -> dict[str, int]:
-    """GPUs of those nodes that nothing has reserved. Ray has no public function for it."""
+    """Number of free GPUs of each living node with GPUs. Ray has no public function for it."""
     available = ray._private.state.available_resources_per_node()
     return {
         _node_name(node): int(available.get(node["NodeID"], {}).get("GPU", 0))
@@ -146,7 +148,7 @@ def _node_name(node: dict) -> str:
 
 
 def server_access() -> Access:
-    """How the servers of this run are reached, given the nodes of the Ray cluster."""
+    """Access to the servers of this run, by the number of nodes in the Ray cluster."""
     return access_for(node["NodeID"] for node in ray.nodes() if node["Alive"])
 
 

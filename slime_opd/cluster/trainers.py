@@ -21,7 +21,6 @@ from slime_opd.config import Config
 from slime_opd.config.weight_transport import weight_transport
 from slime_opd.engine.health import process_status
 from slime_opd.engine.ports import free_port
-from slime_opd.observe import metrics
 from slime_opd.observe.watch import ProcessView, Status
 from slime_opd.types import StartReport, TrainBatch
 

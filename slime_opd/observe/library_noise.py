@@ -1,4 +1,4 @@
-"""Lines of other libraries that tell a user nothing: each is silenced by its own text or logger, so that a new one is seen."""
+"""Silence irrelevant warnings of other libraries, each by its own text or logger, so that new warnings are still shown."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import warnings
 
 
 def silence_megatron() -> None:
-    """Megatron-core's and mbridge's lines about what is not installed, printed at import, and about a feature that is not used here.
+    """Silence warnings of Megatron-core and mbridge about packages that are not installed and an unused feature.
 
     Call it before either is imported.
     """
-    # Its own layers take Apex's place, here as on a GPU without Apex.
+    # Megatron's own layers replace Apex, on a CPU and on a GPU without Apex.
     for message in ("Apex is not installed", "Transformer Engine and Apex are not installed"):
         warnings.filterwarnings("ignore", message=message, category=UserWarning)
-    # It imports torch's compiler of extensions, which reports a CUDA toolkit without a GPU, as a login node has it.
+    # torch's extension compiler, which Megatron imports, reports a CUDA toolkit without a GPU, as on a login node.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # It announces itself twice at WARNING on the first step, though it stays disabled.
+    # It logs two warnings on the first step, although it is disabled.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)

@@ -29,19 +29,19 @@ def batch_metrics(batch: RolloutBatch) -> dict[str, Metric]:
         "rollout/masked_tokens": Total(float((mask <= 0).sum())),
     }
     if "teacher_failed" in batch.columns:
-        counts["opd/teacher_fallback_fraction"] = counted_mean(batch.columns["teacher_failed"])
+        counts["opd/teacher_fallback_fraction"] = masked_mean(batch.columns["teacher_failed"])
     if "off_policy" in batch.columns:
-        counts["rollout/off_policy_ratio"] = counted_mean(batch.columns["off_policy"])
+        counts["rollout/off_policy_ratio"] = masked_mean(batch.columns["off_policy"])
         batch = batch.select(np.flatnonzero(batch.columns["off_policy"] == 0))
     trained = batch.columns["loss_mask"] > 0
     metrics: dict[str, Metric] = {
-        "rollout/response_length": counted_mean(batch.response_lengths.astype(np.float64)),
+        "rollout/response_length": masked_mean(batch.response_lengths.astype(np.float64)),
         "rollout/response_length_max": Maximum(float(batch.response_lengths.max(initial=0))),
     }
     for row in fields.TABLE:
         if row.logged_as is not None and row.name in batch.columns:
-            counted = trained if row.level == fields.RESPONSE else None
-            metrics[row.logged_as] = counted_mean(batch.columns[row.name], counted)
+            mask = trained if row.level == fields.RESPONSE else None
+            metrics[row.logged_as] = masked_mean(batch.columns[row.name], mask)
     return metrics | counts
 
 

@@ -1,4 +1,4 @@
-"""Live progress of a rollout or an evaluation: a bar in a terminal, a line now and then in a log."""
+"""Live progress of a rollout or an evaluation: a bar in a terminal, periodic lines in a log."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.progress import Progress as Bars
 
 from slime_opd.observe.console import CONSOLE
 
-# Seconds between the lines of a log: often enough to see life, seldom enough to read.
+# Seconds between the lines in a log.
 LOG_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Counts `total` pieces of work called `unit`, and the tokens they produced, if any."""
+    """Progress through `total` items called `unit` ("samples"), with the rate of their tokens, if any."""
 
     def __init__(self, label: str, total: int, *, unit: str) -> None:
         self._label, self._total, self._unit = label, total, unit
@@ -33,7 +33,7 @@ class Progress:
         return self
 
     def advance(self, count: int, *, tokens: int = 0) -> None:
-        """Note that `count` more are done, with `tokens` tokens."""
+        """Note that `count` more items are done, with `tokens` tokens in them."""
         self._done += count
         self._tokens += tokens
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Runs compared: a table, and a picture of accuracy and reverse KL against rollouts."""
+"""Comparison of runs: a table, and a plot of accuracy and reverse KL against rollouts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from slime_opd.errors import DataError
 
-# Okabe and Ito's colours: told apart with any colour vision.
+# Okabe and Ito's palette, which is safe for colour blindness.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 _LINES = ("-", "--", ":", "-.")
 _NOTHING = "—"
@@ -23,15 +23,15 @@ Curve = tuple[list[float], list[float]]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """What a run's metrics.jsonl has of each step, in order.
+    """The records of a run's metrics.jsonl by step, in order.
 
-    An attempt (a start of the run) supersedes what earlier ones logged of the steps after the one that it began at. A last
-    line that a running process has not finished yet is left out, and so is a value that was not a finite number. Raises
-    DataError where the run has no metrics.
+    The lines of an attempt (a start of the run) replace those of earlier attempts for all steps after the step at which
+    it started. An incomplete last line is skipped, and so are values that are null (not finite). Raises DataError if
+    the run has no metrics.
     """
     path = run_dir / "metrics.jsonl"
     if not path.exists():
-        raise DataError(f"{path}: not found; a run writes it in its --run-dir")
+        raise DataError(f"{path}: not found; a run writes it to its --run-dir")
     records: dict[float, dict[str, float]] = {}
     attempt = 0
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
@@ -40,21 +40,20 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
         record = json.loads(line)
         if record.get("attempt", attempt) != attempt:
             attempt = record["attempt"]
-            # An attempt that starts over does its first evaluation again, too.
+            # An attempt that starts at step 0 repeats the first evaluation too.
             records = {step: values for step, values in records.items() if record["step"] and step <= record["step"]}
-        of_step = records.setdefault(record["step"], {})
-        of_step |= {name: value for name, value in record.items() if value is not None}
+        records.setdefault(record["step"], {}).update({name: v for name, v in record.items() if v is not None})
     return [values for _, values in sorted(records.items()) if values.keys() - _NOT_METRICS]
 
 
 def curve(records: list[dict[str, float]], metric: str) -> Curve:
-    """Steps and values of a metric, for the records that have it."""
-    having = [record for record in records if metric in record]
-    return [record["step"] for record in having], [record[metric] for record in having]
+    """Steps and values of a metric, from the records that have it."""
+    points = [(record["step"], record[metric]) for record in records if metric in record]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def accuracy_curves(records: list[dict[str, float]]) -> dict[str, Curve]:
-    """The accuracy on each evaluation set, by its name."""
+    """The accuracy curve of each evaluation set, by its name."""
     names = dict.fromkeys(n for record in records for n in record if n.startswith("eval/") and n.endswith("/accuracy"))
     return {name.removeprefix("eval/").removesuffix("/accuracy"): curve(records, name) for name in names}
 
@@ -62,7 +61,7 @@ def accuracy_curves(records: list[dict[str, float]]) -> dict[str, Curve]:
 def summary_table(runs: dict[str, Path]) -> str:
     """A Markdown table of runs: accuracy before and after, reverse KL first and last, median seconds per step.
 
-    A run has one row for each of its evaluation sets.
+    A run has one row per evaluation set.
     """
     rows = ["| run | accuracy before | accuracy after | reverse KL first | reverse KL last | seconds per step |"]
     rows.append("| --- | --- | --- | --- | --- | --- |")
@@ -84,9 +83,9 @@ def plot_runs(runs: dict[str, Path], path: Path) -> None:
     for (name, run_dir), colour in zip(runs.items(), cycle(_COLOURS), strict=False):
         records = read_metrics(run_dir)
         curves = accuracy_curves(records)
-        for (set_name, of_set), line in zip(curves.items(), cycle(_LINES), strict=False):
+        for (set_name, points), line in zip(curves.items(), cycle(_LINES), strict=False):
             left.plot(
-                *of_set, label=_label(name, set_name, curves), color=colour, linestyle=line, marker="o", markersize=4
+                *points, label=_label(name, set_name, curves), color=colour, linestyle=line, marker="o", markersize=4
             )
         steps, kl = curve(records, "opd/reverse_kl")
         if kl:
@@ -94,7 +93,7 @@ def plot_runs(runs: dict[str, Path], path: Path) -> None:
     left.set(title="Accuracy on held-out problems", xlabel="rollouts", ylim=(0, 1.02))
     left.yaxis.set_major_formatter(PercentFormatter(1.0))
     right.set(title="Reverse KL to the teacher, nats per token", xlabel="rollouts")
-    # A sampled KL may come out at or below 0, where a log scale has no place for it.
+    # A sampled KL may be 0 or negative, which a log scale cannot show.
     if right.lines and all(value > 0 for line in right.lines for value in line.get_ydata()):
         right.set_yscale("log")
     for axes in (left, right):

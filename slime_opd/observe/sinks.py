@@ -1,4 +1,4 @@
-"""Where metrics go: a JSONL file always, TensorBoard unless it is turned off, Weights & Biases if asked."""
+"""Sinks of metrics: a JSONL file, TensorBoard (unless --no-tensorboard), Weights & Biases (with --use-wandb)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slime_opd.observe import console
 
 
 class Sink(Protocol):
-    """Keeps the metrics of one step."""
+    """Stores metrics by step."""
 
     def log(self, step: int, record: dict[str, float]) -> None: ...
 
@@ -25,10 +25,10 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One line per record in metrics.jsonl; a resumed run appends. What is not a finite number is null, as JSON has none.
+    """One line per record in metrics.jsonl; a resumed run appends. Numbers that are not finite are written as null.
 
-    `attempt` counts the starts of the run in this directory that logged anything. The first line of each has no metrics: it
-    says after how many rollouts the attempt began, and so which lines of earlier attempts it supersedes.
+    `attempt` counts the starts of the run in this directory that logged a record. The first line of an attempt has no
+    metrics: its step is the number of rollouts that were done before, whose later lines the attempt replaces.
     """
 
     def __init__(self, run_dir: Path, first_step: int = 0) -> None:
@@ -41,7 +41,7 @@ class JsonLines:
     def log(self, step: int, record: dict[str, float]) -> None:
         """Write one line, at once."""
         if self._first_step is not None:
-            # Not at the start: one that fails before its first record supersedes nothing.
+            # Not in __init__: an attempt that fails before its first record replaces no lines.
             first_step, self._first_step = self._first_step, None
             self._write(first_step, {})
         self._write(step, record)
@@ -71,7 +71,7 @@ class TensorBoard:
     def log(self, step: int, record: dict[str, float]) -> None:
         """Add one point to the curve of every metric."""
         if self._writer is None:
-            # Not at the start: one that fails before its first record hides nothing.
+            # Not in __init__: an attempt that fails before its first record hides no steps.
             self._writer = self._make()
         for name, value in record.items():
             self._writer.add_scalar(name, value, step)
@@ -122,12 +122,12 @@ class WeightsAndBiases:
 
 
 class MetricSinks:
-    """Every sink at once. One that cannot start raises; one that fails later is dropped, and the run goes on."""
+    """All sinks of a run. A sink that cannot start raises; one that fails later is dropped with a warning."""
 
     def __init__(
         self, run_dir: Path, options: ObserveConfig, config: dict[str, object] | None = None, *, first_step: int = 0
     ) -> None:
-        """`config` is what a service shows as the run's options; `first_step`, the rollouts that were done before."""
+        """`config`: the run's options, for services that show them. `first_step`: the rollouts that were done before."""
         run_dir.mkdir(parents=True, exist_ok=True)
         lines = JsonLines(run_dir, first_step)
         self.attempt = lines.attempt
@@ -144,7 +144,7 @@ class MetricSinks:
                 sink.log(step, record)
             except OSError as error:
                 self._sinks.remove(sink)
-                console.warn(f"{type(sink).__name__} stops keeping metrics at step {step}: {error}")
+                console.warn(f"{type(sink).__name__} failed at step {step} and gets no further metrics: {error}")
 
     def close(self) -> None:
         """Close every sink."""
@@ -152,7 +152,7 @@ class MetricSinks:
             try:
                 sink.close()
             except OSError as error:
-                console.warn(f"{type(sink).__name__} may lack its last metrics: {error}")
+                console.warn(f"{type(sink).__name__} could not be closed; its last metrics may be missing: {error}")
         self._sinks = []
 
     def __enter__(self) -> Self:
@@ -165,13 +165,13 @@ class MetricSinks:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line without an end, as a process leaves it that was killed while it wrote."""
+    """Remove an incomplete last line, which a killed process may have left."""
     if path.exists():
         content = path.read_bytes()
         os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def _last_attempt(path: Path) -> int:
-    """The attempt of the last line; 1 for lines of a version that did not count them, 0 without a line."""
+    """The attempt of the last line; 1 if an older version wrote it without one, 0 without any line."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return int(json.loads(lines[-1]).get("attempt", 1)) if lines else 0

@@ -1,4 +1,4 @@
-"""Where a run writes, at its start; and what it did, at its end. Pure: lines of text from values."""
+"""The text that a run prints at its start (its directories) and at its end (its results). Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-# The metrics of a closing summary, of those that the run has: name, label, format.
+# The metrics of the closing summary, if the run has them: name, label, format.
 _METRICS = (
     ("rollout/raw_reward", "reward", "{:.3f}"),
     ("opd/reverse_kl", "reverse KL", "{:.4f}"),
@@ -17,7 +17,7 @@ _METRICS = (
 
 @dataclass(frozen=True)
 class Places:
-    """Where a run writes. `saves`: when checkpoints are written, in words; `save` None: never."""
+    """The directories that a run writes to. `save` None: no checkpoints. `saves`: text that says when they are written."""
 
     run_dir: Path
     attempt: int
@@ -29,7 +29,7 @@ class Places:
 
 
 def opening(places: Places) -> str:
-    """The block that a run prints before it starts."""
+    """The text that a run prints before it starts."""
     run_dir = places.run_dir.absolute()
     attempt = f" (attempt {places.attempt})" if places.attempt > 1 else ""
     metrics = f"{run_dir / 'metrics.jsonl'}"
@@ -38,7 +38,7 @@ def opening(places: Places) -> str:
     rows = [("run directory", f"{run_dir}{attempt}"), ("metrics", metrics)]
     if places.has_engines:
         rows.append(("engine logs", str(run_dir / "logs")))
-    where = "none: no --save is given" if places.save is None else f"{Path(places.save).absolute()}, {places.saves}"
+    where = "none: --save is not set" if places.save is None else f"{Path(places.save).absolute()}, {places.saves}"
     rows.append(("checkpoints", where))
     if places.save_hf is not None:
         rows.append(("for Hugging Face", places.save_hf))
@@ -46,22 +46,23 @@ def opening(places: Places) -> str:
 
 
 def starting(trainers: int, engines: int) -> str:
-    """The line before the processes start, which takes a while."""
-    parts = [
-        f"{count} {name}{'s' if count > 1 else ''}" for count, name in ((trainers, "trainer"), (engines, "engine"))
-    ]
-    return f"starting {' and '.join(part for part in parts if not part.startswith('0'))}: each loads its libraries and the model"
+    """The line that a run prints before its processes start."""
+    counts = ((trainers, "trainer"), (engines, "engine"))
+    parts = [f"{count} {name}{'s' if count > 1 else ''}" for count, name in counts if count]
+    return f"starting {' and '.join(parts)}: each loads its libraries and the model"
 
 
 def environment(variables: Mapping[str, Mapping[str, str]]) -> str:
-    """The lines that show environment variables, by the processes they are set for."""
-    rows = [(name, " ".join(f"{key}={value}" for key, value in of.items())) for name, of in variables.items() if of]
-    return "\n".join(f"environment of the {name}: {text}" for name, text in rows)
+    """Lines that show environment variables, given by kind of process ("trainers")."""
+    rows = [
+        (kind, " ".join(f"{name}={value}" for name, value in env.items())) for kind, env in variables.items() if env
+    ]
+    return "\n".join(f"environment of the {kind}: {text}" for kind, text in rows)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run came: rollouts done of `total`, of which `first` before this attempt, and its seconds."""
+    """Progress of a run: `done` of `total` rollouts, `first` of them before this attempt, in `seconds`."""
 
     done: int
     first: int
@@ -70,7 +71,7 @@ class Progress:
 
 
 def closing(progress: Progress, last: Mapping[str, float], checkpoint: str | None, hf_checkpoint: str | None) -> str:
-    """The block that a finished run prints. `last`: each metric's last value; `checkpoint`: the newest one's directory."""
+    """The text that a finished run prints. `last`: each metric's last value; `checkpoint`: the newest checkpoint."""
     here = progress.done - progress.first
     if here <= 0:
         heading = f"nothing left to do: all {progress.total} rollouts are done"
@@ -83,34 +84,38 @@ def closing(progress: Progress, last: Mapping[str, float], checkpoint: str | Non
     if checkpoint is not None:
         rows.append(("checkpoint", checkpoint))
         rows.append(("to continue", "the same command with a higher --num-rollout"))
-        convert = f"python tools/convert_torch_dist_to_hf.py --input-dir {checkpoint} --output-dir DIR --origin-hf-dir {hf_checkpoint}"
-        rows.append(("to convert", convert))
+        convert = f"python tools/convert_torch_dist_to_hf.py --input-dir {checkpoint} --output-dir DIR"
+        rows.append(("to convert", f"{convert} --origin-hf-dir {hf_checkpoint}"))
     return "\n".join([heading, *([_aligned(rows)] if rows else [])])
 
 
 def stopped(progress: Progress, save: str | None, checkpoint: str | None, start: str | None) -> str:
-    """The line of a run that ends before its last rollout. `checkpoint`: the newest one; `start`: what the run started from."""
+    """The line of a run that ends before its last rollout. `checkpoint`: the newest; `start`: the starting checkpoint."""
     where = f"stopped after {progress.done} of {progress.total} rollouts"
     if save is None:
-        return f"{where}: no checkpoint was kept, because no --save is given"
+        return f"{where}: no checkpoint was written, because --save is not set"
     if checkpoint is None:
         return f"{where}: no checkpoint was written yet, so the same command starts from {start} again"
     return f"{where}: the last checkpoint is {checkpoint}; the same command continues from it"
 
 
 def shown_metrics(last: Mapping[str, float]) -> str:
-    """The metrics that matter most, of those that there are."""
-    parts = [
+    """The main metrics as text."""
+    parts = [f"{label} {form.format(last[name])}" for name, label, form in _METRICS if name in last]
+    return ", ".join([*accuracies(last), *parts])
+
+
+def accuracies(record: Mapping[str, float]) -> list[str]:
+    """The accuracy on each evaluation set as text."""
+    return [
         f"{name.removeprefix('eval/').removesuffix('/accuracy')} accuracy {value:.1%}"
-        for name, value in last.items()
+        for name, value in record.items()
         if name.startswith("eval/") and name.endswith("/accuracy")
     ]
-    parts += [f"{label} {form.format(last[name])}" for name, label, form in _METRICS if name in last]
-    return ", ".join(parts)
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 12 min, 3 h 20 min."""
+    """Seconds as text: 45 s, 12 min, 3 h 20 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

@@ -1,4 +1,4 @@
-"""Who is waited for, and since when: pure bookkeeping on given times, from which a watchdog's lines are made.
+"""State of a watchdog: the run's activities, their progress, and the processes that do not respond. Pure; times are given.
 
 begin("rollout 3/100") ──► advance() … advance() ──► end()
                      look(now, processes) ──► lines to print, or the reason to end the run
@@ -10,24 +10,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-# A process that does not run for less than this is not mentioned.
+# Seconds without a response after which a process is mentioned.
 MENTIONED_FROM_S = 10.0
-# Lines about one wait come ever more rarely, up to this many intervals apart.
-_LARGEST_FACTOR = 10
+# The interval between lines about one wait doubles up to this many intervals.
+_MAX_FACTOR = 10
 
 
 class Status(Enum):
-    """What a look at a process found."""
+    """Status of a process."""
 
     ALIVE = "alive"
     STOPPED = "stopped"  # by a signal (SIGSTOP), or in a debugger
-    SILENT = "silent"  # it exists as far as anyone knows, and does not answer
+    SILENT = "silent"  # it does not answer, and is not known to be dead
     DEAD = "dead"
 
 
 @dataclass(frozen=True)
 class ProcessView:
-    """One process as it was found. detail: what is known beside its status (its id, how it died)."""
+    """The status of one process. `detail`: further facts for messages (its id, its exit code)."""
 
     name: str
     status: Status
@@ -45,16 +45,17 @@ class ProcessView:
 
 @dataclass(frozen=True)
 class Findings:
-    """Lines to print, and why the run has to end (None: it goes on)."""
+    """Lines to print, and the reason why the run has to end (None: it continues)."""
 
     lines: tuple[str, ...] = ()
     failure: str | None = None
 
 
 class Watch:
-    """The state of one run's waits. Times are seconds of any one clock.
+    """The state of one run's waits. Times are seconds of one clock.
 
-    interval_s: a line after this long without progress (0: never). timeout_s: the end of the run after this long (0: never).
+    `interval_s`: without progress for this long, a line is printed (0: never). `timeout_s`: without progress for this
+    long, the run ends (0: never).
     """
 
     def __init__(self, interval_s: float, timeout_s: float) -> None:
@@ -68,32 +69,32 @@ class Watch:
 
     @property
     def activity(self) -> str | None:
-        """What the run is doing; None between its activities."""
+        """The current activity; None between activities."""
         return self._activities[-1][0] if self._activities else None
 
     def begin(self, activity: str, now: float) -> None:
-        """An activity starts; it may be part of another."""
+        """Start an activity, which may be nested in another."""
         self._activities.append((activity, now))
         self._done = 0
         self.advance(now)
 
     def end(self, now: float) -> None:
-        """The latest activity is over."""
+        """End the innermost activity."""
         self._activities.pop()
         self._done = 0
         self.advance(now)
 
     def advance(self, now: float, count: int = 0, unit: str = "") -> None:
-        """Something has advanced: `count` more of the activity's samples, micro-batches or other units."""
+        """Note progress: `count` more samples, micro-batches or other units of the activity are done."""
         self._done, self._unit = self._done + count, unit
         self._advanced_at, self._factor = now, 1
 
     def idle_s(self, now: float) -> float:
-        """Seconds since something advanced, of the activity that is waited for; 0 where nothing is."""
+        """Seconds since the last progress; 0 between activities."""
         return now - self._advanced_at if self._activities else 0.0
 
     def look(self, now: float, processes: Sequence[ProcessView]) -> Findings:
-        """What there is to say of the run at `now`."""
+        """The findings at time `now`, given the status of all processes."""
         dead = [process for process in processes if process.status is Status.DEAD]
         if dead:
             return Findings(failure="; ".join(map(str, dead)))
@@ -102,11 +103,12 @@ class Watch:
         if self._timeout_s and idle >= self._timeout_s:
             return Findings(
                 tuple(lines),
-                f"nothing has advanced for {idle:.0f} s (--watchdog-timeout-s {self._timeout_s:g}): {self._waited_for(now, processes)}",
+                f"nothing has advanced for {idle:.0f} s (--watchdog-timeout-s {self._timeout_s:g}): "
+                f"{self._waited_for(now, processes)}",
             )
         if self._interval_s and idle >= self._interval_s * self._factor:
             # After 1, 2, 4, 8, 16, 26, 36, … intervals.
-            self._factor += min(self._factor, _LARGEST_FACTOR)
+            self._factor += min(self._factor, _MAX_FACTOR)
             lines.append(f"nothing has advanced for {idle:.0f} s: {self._waited_for(now, processes)}")
         return Findings(tuple(lines))
 
@@ -116,7 +118,7 @@ class Watch:
         return f"{activity} for {now - since:.0f} s{progress}; {summary(processes)}"
 
     def _responsiveness(self, now: float, processes: Sequence[ProcessView]) -> list[str]:
-        """Lines about processes that stopped answering, or answer again."""
+        """Lines about processes that stopped responding, or respond again."""
         lines = []
         for process in processes:
             if process.status is Status.ALIVE:
@@ -124,7 +126,7 @@ class Watch:
                 if process.name in self._mentioned:
                     self._mentioned.discard(process.name)
                     what = "was stopped" if status is Status.STOPPED else "did not answer"
-                    lines.append(f"waited {now - since:.0f} s for {process.name}, which {what}; it goes on")
+                    lines.append(f"waited {now - since:.0f} s for {process.name}, which {what}; it responds again")
                 continue
             since, _ = self._unresponsive.setdefault(process.name, (now, process.status))
             if now - since >= MENTIONED_FROM_S and process.name not in self._mentioned:
@@ -134,7 +136,7 @@ class Watch:
 
 
 def summary(processes: Sequence[ProcessView]) -> str:
-    """All processes in a few words: those that are alive are counted, the others named."""
+    """One line about all processes: names of those that do not respond, names or count of those that are alive."""
     others = [str(process) for process in processes if process.status is not Status.ALIVE]
     alive = [process.name for process in processes if process.status is Status.ALIVE]
     if len(alive) > 4:

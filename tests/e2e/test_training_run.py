@@ -341,7 +341,7 @@ def test_a_teacher_killed_in_the_middle_ends_the_run_only_above_the_limit_and_a_
         # The launcher lives on and takes requests that nobody answers: only the watchdog ends this.
         assert time.monotonic() - killed_at < 60
         assert "slime_opd: error: engine 0 died (scheduler, process" in output, output[-3000:]
-        assert "no checkpoint was kept, because no --save is given" in output
+        assert "no checkpoint was written, because --save is not set" in output
     else:
         assert "--opd-max-fallback-fraction" in output and "one reason: " in output
 

@@ -18,7 +18,7 @@ from ray.exceptions import (
 )
 
 from slime_opd.cluster import deaths
-from slime_opd.cluster.deaths import Memory, exit_message, root_cause, sentence
+from slime_opd.cluster.deaths import Memory, describe, exit_message, root_cause
 from slime_opd.errors import CheckpointError, ConfigError, NonFiniteError, ProcessDied
 
 MEMORY = "3.0 of 24.0 GiB of memory are free"
@@ -98,13 +98,13 @@ CASES = [
 
 @pytest.mark.parametrize(("error", "expected"), CASES, ids=lambda case: getattr(type(case), "__name__", "")[:30])
 def test_each_failure_is_one_sentence(error, expected):
-    told = str(sentence("trainer rank 1", error, MEMORY))
+    told = str(describe("trainer rank 1", error, MEMORY))
     assert expected in told and "\n" not in told and "Traceback" not in told
 
 
 def test_a_bug_has_no_sentence():
-    assert sentence("trainer rank 1", raised_by_actor(KeyError("columns")), MEMORY) is None
-    assert sentence("trainer rank 1", ZeroDivisionError(), MEMORY) is None
+    assert describe("trainer rank 1", raised_by_actor(KeyError("columns")), MEMORY) is None
+    assert describe("trainer rank 1", ZeroDivisionError(), MEMORY) is None
 
 
 def test_the_root_cause_is_the_death_and_not_the_connections_it_cut():
@@ -120,10 +120,13 @@ def test_the_root_cause_is_the_death_and_not_the_connections_it_cut():
 
 def test_the_kernels_kills_are_told_where_there_were_any():
     before, gib = Memory(0, 0, 3), 1024**3
-    assert "out-of-memory killer ended 2 processes there" in Memory(2 * gib, 24 * gib, 5).since(before)
-    assert "ended 1 process there" in Memory(2 * gib, 24 * gib, 4).since(before)
-    assert Memory(2 * gib, 24 * gib, 3).since(before) == "2.0 of 24.0 GiB of memory are free on the driver's machine"
-    assert "killer" not in Memory(2 * gib, 24 * gib, None).since(before)
+    assert "out-of-memory killer ended 2 processes there" in Memory(2 * gib, 24 * gib, 5).describe_since(before)
+    assert "ended 1 process there" in Memory(2 * gib, 24 * gib, 4).describe_since(before)
+    assert (
+        Memory(2 * gib, 24 * gib, 3).describe_since(before)
+        == "2.0 of 24.0 GiB of memory are free on the driver's machine"
+    )
+    assert "killer" not in Memory(2 * gib, 24 * gib, None).describe_since(before)
 
 
 def test_kills_are_read_from_the_kernels_counters(tmp_path, monkeypatch):
@@ -135,7 +138,7 @@ def test_kills_are_read_from_the_kernels_counters(tmp_path, monkeypatch):
 
 def test_the_last_words_name_the_activity_and_the_traceback(tmp_path, capsys):
     log = tmp_path / "logs" / "traceback.log"
-    failure = sentence("trainer rank 1", actor_died(), MEMORY)
+    failure = describe("trainer rank 1", actor_died(), MEMORY)
     failure.__cause__ = actor_died()
     message = exit_message(failure, log, "training 5/100")
     assert message.startswith("slime_opd: error: trainer rank 1") and "(in: training 5/100)" in message

@@ -73,7 +73,7 @@ def test_a_wait_in_the_background_loop_ends_with_what_the_watchdog_found(watchdo
 def test_the_thread_looks_by_itself_and_ends_with_its_run(monkeypatch, reported):
     import threading
 
-    monkeypatch.setattr(module, "LOOK_PERIOD_S", 0.01)
+    monkeypatch.setattr(module, "POLL_PERIOD_S", 0.01)
     looked = threading.Event()
     with Watchdog(60, 0, report=reported.append) as watchdog:
         watchdog.add(lambda: looked.set() or [])
@@ -97,7 +97,7 @@ def test_a_server_is_asked_only_while_nothing_advances(watchdog, clock, monkeypa
         watchdog._look()
         assert reported == [
             "the teacher http://h:1 does not answer, for 10 s so far; waiting for it",
-            "waited 31 s for the teacher http://h:1, which did not answer; it goes on",
+            "waited 31 s for the teacher http://h:1, which did not answer; it responds again",
         ]
         assert len(asked) == 3
 

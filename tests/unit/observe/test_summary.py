@@ -20,7 +20,9 @@ def test_the_start_says_where_everything_goes():
 
 def test_a_later_attempt_and_a_run_without_checkpoints_say_so():
     text = opening(Places(Path("/run"), 3, has_tensorboard=False, has_engines=False, save=None, saves=""))
-    assert "(attempt 3)" in text and "none: no --save" in text and "tensorboard" not in text and "logs" not in text
+    assert (
+        "(attempt 3)" in text and "none: --save is not set" in text and "tensorboard" not in text and "logs" not in text
+    )
 
 
 def test_the_end_has_metrics_the_checkpoint_and_what_to_do_with_it():
@@ -40,7 +42,7 @@ def test_a_finished_run_that_is_started_again_has_nothing_to_do():
     [
         ("/save", "/save/c", "the same command continues from it"),
         ("/save", None, "the same command starts from /hf again"),
-        (None, None, "no --save is given"),
+        (None, None, "--save is not set"),
     ],
 )
 def test_a_stop_says_what_is_left(save, checkpoint, expected):

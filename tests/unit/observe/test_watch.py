@@ -89,7 +89,9 @@ def test_a_stopped_process_is_mentioned_once_and_again_when_it_goes_on():
     assert looks(watch, range(10, 31), [STOPPED]) == [
         (10, "trainer rank 0 is stopped (process 12), for 10 s so far; waiting for it")
     ]
-    assert looks(watch, [31], [TRAINER]) == [(31, "waited 31 s for trainer rank 0, which was stopped; it goes on")]
+    assert looks(watch, [31], [TRAINER]) == [
+        (31, "waited 31 s for trainer rank 0, which was stopped; it responds again")
+    ]
     assert looks(watch, [32], [TRAINER]) == []
 
 
