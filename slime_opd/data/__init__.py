@@ -1,1 +1,1 @@
-"""Prompts: files, columns, chat templates, and a source with a cursor."""
+"""Prompts: file formats, columns, chat templates, and a source with a cursor that can be saved."""

@@ -1,8 +1,7 @@
-"""From a prompt column to text and token ids, once.
+"""Render a prompt column to text with the chat template, and tokenise it.
 
-The tokenizer is any object that behaves as transformers' `PreTrainedTokenizerFast`. No
-special tokens are added when text is tokenised: a chat template writes its own, and a plain
-string is taken as it is.
+The tokenizer is any object with the interface of transformers' `PreTrainedTokenizerFast`. Tokenisation adds no special
+tokens: a chat template writes them itself, and a plain string is not changed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Message = Mapping[str, Any]
 
 
 def template_arguments(text: str) -> dict[str, Any]:
-    """The JSON object of `--apply-chat-template-kwargs`. Raises ConfigError if it is none."""
+    """The JSON object of `--apply-chat-template-kwargs`. Raises ConfigError if it is not one."""
     try:
         arguments = json.loads(text)
     except json.JSONDecodeError as error:
@@ -31,21 +30,18 @@ def template_arguments(text: str) -> dict[str, Any]:
 
 
 class Renderer:
-    """Renders prompts with a tokenizer's chat template, or takes strings as they are.
-
-    `arguments` go to the template; `None` means no template.
-    """
+    """Renders prompts with a tokenizer's chat template. `arguments` of the template; None: no template, strings only."""
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None) -> None:
         self._tokenizer = tokenizer
         self._arguments = arguments
 
     def prompt(self, value: object, where: str) -> str:
-        """The text the model continues.
+        """The text that the model continues.
 
-        With a template, a string is one user message and the text ends with the generation
-        prompt. Raises DataError, naming `where`, for a value that is neither a string nor a list
-        of messages, and for messages without a template.
+        With a template, a string is one user message, and the text ends with the generation prompt. Raises DataError,
+        which names `where`, for a value that is neither a string nor a list of messages, and for messages without a
+        template.
         """
         if self._arguments is None:
             if isinstance(value, str):
@@ -62,13 +58,14 @@ class Renderer:
     def _render(self, turns: Sequence[Message], where: str, *, add_generation_prompt: bool) -> str:
         if not getattr(self._tokenizer, "chat_template", None):
             raise DataError(
-                "--apply-chat-template: the tokenizer of --hf-checkpoint has no chat template (chat_template in tokenizer_config.json, or chat_template.jinja); add one, or drop the flag"
+                "--apply-chat-template: the tokenizer of --hf-checkpoint has no chat template (chat_template in "
+                "tokenizer_config.json, or chat_template.jinja); add one, or remove the flag"
             )
         try:
             text = self._tokenizer.apply_chat_template(
                 list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **(self._arguments or {})
             )
-        except Exception as error:  # a template is a program of its own, and may raise anything
+        except Exception as error:  # a template is a program, and may raise anything
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise DataError(
                 f"{where}: the chat template of the tokenizer (--apply-chat-template) failed on this row: {reason}"
@@ -76,22 +73,22 @@ class Renderer:
         return checked_text(text, where, "the prompt")
 
     def tokenize(self, texts: Sequence[str], where: str = "") -> list[list[int]]:
-        """Token ids of each text. Raises DataError, naming `where` the texts begin, for what the tokenizer raises."""
+        """Token ids of each text. Raises DataError if the tokenizer fails; `where`: the row of the first text."""
         try:
             return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        except Exception as error:  # of tokenizers' Rust code, which has one class for all
-            raise DataError(f"{where}: the tokenizer failed on this row or one of the next: {error}") from error
+        except Exception as error:  # tokenizers' Rust code raises plain Exception
+            raise DataError(f"{where}: the tokenizer failed on this row or a following one: {error}") from error
 
 
 def messages(value: object, where: str) -> list[Message]:
-    """`value` as chat messages, without the empty entries that Parquet fills in.
+    """`value` as chat messages, without the null entries that Parquet adds.
 
     Raises DataError unless it is a non-empty list of objects with a `role`.
     """
     if not isinstance(value, list) or not value:
         kind = "an empty list" if value == [] else json_kind(value)
         raise DataError(
-            f"{where}: the prompt is {kind}; expected a string or a list of messages (the column is set by --input-key)"
+            f"{where}: the prompt is {kind}; expected a string or a list of messages (--input-key sets the column)"
         )
     return [_message(turn, where) for turn in value]
 
@@ -108,7 +105,7 @@ def _message(turn: object, where: str) -> Message:
 
 
 def _content(content: object, where: str) -> str:
-    """The text of a message; parts of text are joined. A template would write anything else into the prompt as Python does."""
+    """The text of a message; text parts are joined. Other types are refused: a template would write their Python repr."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
@@ -123,18 +120,19 @@ def _content(content: object, where: str) -> str:
 
 
 def checked_text(text: str, where: str, what: str) -> str:
-    """`text`, if it can be encoded. Raises DataError for half of a surrogate pair, which JSON can write and Unicode cannot."""
+    """`text` itself. Raises DataError for half of a surrogate pair, which JSON can hold and UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{where}: {what} has the lone surrogate {text[error.start]!a} at character {error.start}, which is no text; correct the row"
+            f"{where}: {what} has the lone surrogate {text[error.start]!a} at character {error.start}, "
+            "which is not valid text; correct the row"
         ) from error
     return text
 
 
 def ends_with_assistant(value: object) -> bool:
-    """Whether a prompt column holds a conversation that ends with the assistant's answer."""
+    """Whether the value of a prompt column is a conversation that ends with the assistant's answer."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -143,19 +141,22 @@ def ends_with_assistant(value: object) -> bool:
     )
 
 
-def response_of_conversation(prompt: Sequence[int], whole: Sequence[int], eos: int | None, where: str) -> list[int]:
-    """The tokens of the last answer: what `whole` adds to `prompt`.
+def last_answer(prompt: Sequence[int], conversation: Sequence[int], eos: int | None, where: str) -> list[int]:
+    """The tokens of a conversation's last answer: those that follow `prompt` in `conversation`.
 
-    What follows the last end-of-sequence token (a template's newline) is cut off: no rollout
-    would generate it. Raises DataError where `prompt` is not how `whole` begins, or nothing follows it.
+    Tokens after the last end-of-sequence token (a template's newline) are removed, since no rollout would generate them.
+    Raises DataError if `conversation` does not begin with `prompt`, or the answer is empty.
     """
     length = len(prompt)
-    if list(whole[:length]) != list(prompt):
-        at = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), min(length, len(whole)))
+    if list(conversation[:length]) != list(prompt):
+        pairs = zip(prompt, conversation, strict=False)
+        index = next((i for i, (a, b) in enumerate(pairs) if a != b), min(length, len(conversation)))
         raise DataError(
-            f"{where}: the chat template renders the conversation differently with its last answer (from token {at} of the prompt's {length}), so the answer's tokens are ambiguous; change --apply-chat-template-kwargs, or give a string prompt and --label-key"
+            f"{where}: the chat template renders the conversation differently with its last answer (from token {index} "
+            f"of the prompt's {length}), so the answer's tokens are ambiguous; change --apply-chat-template-kwargs, "
+            "or give a string prompt and --label-key"
         )
-    response = list(whole[length:])
+    response = list(conversation[length:])
     if eos is not None and eos in response:
         response = response[: len(response) - response[::-1].index(eos)]
     if not response:

@@ -1,4 +1,4 @@
-"""Which column of a row holds what, and whether a run can use what it holds."""
+"""The columns of a data file that a run reads, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from slime_opd.errors import DataError
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns that a run reads, and the flags that name them.
+    """The columns that a run reads, and the flags that set them.
 
-    label_user: the flag of a built-in reward, which needs a label of one answer in every row; None: labels may be anything.
+    `label_user`: the flag of the built-in reward that needs a label with a single answer in every row; None: labels may
+    be anything.
     """
 
     input_key: str
@@ -36,9 +37,9 @@ class Columns:
         return row.get(self.input_key, self.input_flag)
 
     def label(self, row: Row) -> str | None:
-        """The label as text: a number as JSON writes it, and a list or an object as JSON, which only a custom reward may have.
+        """The label as text; numbers, lists and objects as JSON. None without a label.
 
-        Raises DataError for a label that is missing or not one answer where a built-in reward compares with it.
+        Raises DataError if a built-in reward compares with the label, and it is missing or not a single answer.
         """
         if self.label_key is None:
             return None
@@ -52,12 +53,13 @@ class Columns:
                 )
             if isinstance(value, list | Mapping):
                 raise DataError(
-                    f"{row.where}: {name} is {json_kind(value)}, and {self.label_user} compares with one answer; name a column inside it with dots, or use --custom-rm-path"
+                    f"{row.where}: {name} is {json_kind(value)}, and {self.label_user} compares with a single answer; "
+                    "select a column inside it with dots, or use --custom-rm-path"
                 )
         return None if value is None else _label_text(value, row, name)
 
     def metadata(self, row: Row) -> Mapping[str, Any]:
-        """What goes to custom rewards; {} where the row has none."""
+        """The metadata for custom rewards; {} if the row has none."""
         value = row.get(self.metadata_key) if row.has(self.metadata_key) else None
         if value is None:
             return {}
@@ -68,7 +70,7 @@ class Columns:
         return value
 
     def response(self, row: Row) -> str:
-        """Another model's response, for --opd-off-policy-source dataset."""
+        """The response of another model, for --opd-off-policy-source dataset."""
         value = row.get(self.response_key, "--opd-off-policy-key")
         if not isinstance(value, str) or not value:
             kind = "an empty string" if value == "" else json_kind(value)
@@ -92,7 +94,7 @@ def training_columns(config: Config) -> Columns:
 
 
 def evaluation_columns(config: Config) -> Columns:
-    """The columns of `--eval-prompt-data`: its own where they are named, else those of training."""
+    """The columns of `--eval-prompt-data`: --eval-input-key and --eval-label-key if set, else those of training."""
     data, evaluation = config.data, config.evaluation
     rm_type = evaluation.eval_rm_type
     if rm_type is None and config.reward.custom_rm_path is None:

@@ -1,4 +1,4 @@
-"""Rows of a data file as a run uses them: rendered, tokenised, and within its length limits."""
+"""Rows of a data file, rendered, tokenised and filtered by length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROWS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class Entry:
-    """One usable row, tokenised: int32 arrays, because tuples of a large set would not fit."""
+    """One usable row. Tokens are int32 arrays: tuples of a large data set would not fit into memory."""
 
     text: str
     tokens: np.ndarray
@@ -31,6 +31,7 @@ class Entry:
     response_tokens: np.ndarray | None = None
 
     def prompt(self, index: int) -> Prompt:
+        """The entry as a Prompt with this index."""
         response = None if self.response_tokens is None else tuple(self.response_tokens.tolist())
         return Prompt(index, tuple(self.tokens.tolist()), self.text, self.label, self.metadata, response)
 
@@ -45,18 +46,18 @@ def load_entries(
     is_sft: bool,
     eos: int | None,
 ) -> tuple[list[Entry], list[str]]:
-    """Every row within the limits, in file order, and a note for each limit that dropped some.
+    """The rows within the limits, in file order, and a note for each limit that dropped rows.
 
-    Raises DataError for a row that cannot be used, and for rows past a limit that may not be dropped.
+    Raises DataError for a row that cannot be used, and for rows beyond a limit that must not be dropped.
     """
-    # A response that is generated, or of another model's that is cut, takes what the prompt leaves.
     excluded, entries = Excluded(limits), []
     make = _sft_entries if is_sft else _entries
     with Progress(f"reading {path}", len(reader), unit="rows") as progress:
         for rows in _batches(reader):
             for row, entry in zip(rows, make(rows, columns, renderer, eos), strict=True):
-                response = len(entry.response_tokens) if is_sft else None
-                if not excluded.excludes(row.where, len(entry.tokens), response):
+                # Only a response that is trained on as a whole counts: others are generated or cut to fit.
+                response_length = len(entry.response_tokens) if is_sft else None
+                if not excluded.excludes(row.where, len(entry.tokens), response_length):
                     entries.append(entry)
             progress.advance(len(rows))
     excluded.check(path, len(reader))
@@ -79,40 +80,41 @@ def _entries(rows: Sequence[Row], columns: Columns, renderer: chat.Renderer, eos
         return entries
     responses = renderer.tokenize([columns.response(row) for row in rows], rows[0].where)
     return [
-        replace(entry, response_tokens=_ended(response, eos))
+        replace(entry, response_tokens=_with_eos(response, eos))
         for entry, response in zip(entries, responses, strict=True)
     ]
 
 
-def _ended(response: Sequence[int], eos: int | None) -> np.ndarray:
-    """A response's tokens with the end of sequence that a model would end it with."""
+def _with_eos(response: Sequence[int], eos: int | None) -> np.ndarray:
+    """A response's tokens, int32, with the end-of-sequence token appended."""
     return np.asarray([*response, *([] if eos is None else [eos])], np.int32)
 
 
 def _sft_entries(rows: Sequence[Row], columns: Columns, renderer: chat.Renderer, eos: int | None) -> list[Entry]:
-    """Prompts with the data set's own response.
+    """Entries for supervised fine-tuning, with the data set's responses.
 
-    A conversation that ends with the assistant's answer is split there. Any other prompt has its
-    response in `--label-key`, and an end-of-sequence token after it.
+    A conversation that ends with the assistant's answer is split before that answer. Any other prompt has its response
+    in `--label-key`; the end-of-sequence token is appended to it.
     """
-    prompts, wholes = [], []
+    # The target is the whole conversation, prompt included, or the response alone.
+    prompts, targets = [], []
     for row in rows:
         value = columns.input(row)
-        splits = chat.ends_with_assistant(value)
-        prompts.append(renderer.prompt(value[:-1] if splits else value, row.where))
-        wholes.append(renderer.conversation(value, row.where) if splits else _response_text(row, columns))
+        is_conversation = chat.ends_with_assistant(value)
+        prompts.append(renderer.prompt(value[:-1] if is_conversation else value, row.where))
+        targets.append(renderer.conversation(value, row.where) if is_conversation else _response_text(row, columns))
     entries = []
-    for row, text, tokens, whole in zip(
+    for row, text, tokens, target in zip(
         rows,
         prompts,
         renderer.tokenize(prompts, rows[0].where),
-        renderer.tokenize(wholes, rows[0].where),
+        renderer.tokenize(targets, rows[0].where),
         strict=True,
     ):
         if chat.ends_with_assistant(columns.input(row)):
-            response = np.asarray(chat.response_of_conversation(tokens, whole, eos, row.where), np.int32)
+            response = np.asarray(chat.last_answer(tokens, target, eos, row.where), np.int32)
         else:
-            response = _ended(whole, eos)
+            response = _with_eos(target, eos)
         entries.append(Entry(text, _ids(tokens, row), None, columns.metadata(row), response))
     return entries
 
@@ -121,7 +123,8 @@ def _response_text(row: Row, columns: Columns) -> str:
     text = columns.label(row)
     if not text:
         raise DataError(
-            f"{row.where}: no response to train on; sft_loss needs a message list that ends with the assistant's answer, or --label-key with the response"
+            f"{row.where}: no response to train on; sft_loss needs a message list that ends with the assistant's "
+            "answer, or --label-key with the response"
         )
     return text
 

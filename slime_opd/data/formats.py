@@ -1,13 +1,14 @@
 """The file formats of a data set: JSONL, a JSON array, CSV and Parquet.
 
-Each format has `len()` and `rows(start, stop)`, which yields (position in the file, columns) one row at a time: of a large file
-only a batch is in memory, except of a JSON array, which is parsed whole. Whatever the bytes are, a DataError that names the
-place is the only exception.
+Each format has `len()` and `rows(start, stop)`, which yields (position in the file, columns) row by row. Only a batch of
+rows is in memory, except for a JSON array, which is parsed as a whole. For any content, the only exception is a
+DataError that names the position.
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,11 +42,14 @@ class Format(Protocol):
 
 
 def open_file(path: Path, max_row_bytes: int) -> Format:
-    """`path` in the format that its content has (CSV: its name). Raises DataError for a format that cannot be read."""
+    """Open a data file; the format is detected from its content (CSV: from its name).
+
+    Raises DataError for a format that cannot be read.
+    """
     with path.open("rb") as file:
         head = file.read(4096)
     if head.startswith(_LFS_POINTER):
-        raise DataError(f"{path}: is a Git LFS pointer, not the file that it stands for; run `git lfs pull`")
+        raise DataError(f"{path}: is a Git LFS pointer, not the data file; run `git lfs pull`")
     for magic, name in _COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(f"{path}: is compressed ({name}); decompress it first")
@@ -78,7 +82,7 @@ class JsonLines:
         """Line number, from 1, and bytes of each line that is not blank."""
         with self._path.open("rb") as file:
             number = 0
-            # A line is read no further than the limit, so that a file without line ends does not fill the memory.
+            # At most the limit is read, so that a file without newlines does not fill the memory.
             while line := file.readline(self._max_row_bytes + 1):
                 number += 1
                 if number == 1:
@@ -103,29 +107,30 @@ class JsonArray:
 
     def _elements(self, text: str) -> Iterator[Positioned]:
         decoder = json.JSONDecoder()
-        at, line, closing = _skip(text, text.index("[") + 1), 1, "]"
-        counted = 0
-        while text[at : at + 1] != closing:
-            line += text.count("\n", counted, at)
-            counted = at
+        index, line, closing = _skip_space(text, text.index("[") + 1), 1, "]"
+        counted_to = 0
+        while text[index : index + 1] != closing:
+            line += text.count("\n", counted_to, index)
+            counted_to = index
             where = f"{self._path}, line {line}"
-            element, end = _parsed(where, lambda at=at: decoder.raw_decode(text, at))
-            _check_size(where, end - at, self._max_row_bytes)
+            element, end = _parse(where, functools.partial(decoder.raw_decode, text, index))
+            _check_size(where, end - index, self._max_row_bytes)
             yield where, _checked_object(where, element)
-            at = _skip(text, end)
-            if text[at : at + 1] == ",":
-                at = _skip(text, at + 1)
-            elif text[at : at + 1] != closing:
-                line += text.count("\n", counted, at)
+            index = _skip_space(text, end)
+            if text[index : index + 1] == ",":
+                index = _skip_space(text, index + 1)
+            elif text[index : index + 1] != closing:
+                line += text.count("\n", counted_to, index)
                 raise DataError(
-                    f"{self._path}, line {line}: expected ',' or ']' after an object of the JSON array; is the file complete?"
+                    f"{self._path}, line {line}: expected ',' or ']' after an object of the JSON array; "
+                    "is the file complete?"
                 )
-        if rest := text[at + 1 :].strip():
+        if rest := text[index + 1 :].strip():
             raise DataError(f"{self._path}: found {rest[:20]!r} after the end of the JSON array, expected nothing")
 
 
 class Csv:
-    """A header, then one row per record; every value is text."""
+    """A header, then one row per record; all values are text."""
 
     def __init__(self, path: Path, max_row_bytes: int, delimiter: str) -> None:
         self._path, self._max_row_bytes, self._delimiter = path, max_row_bytes, delimiter
@@ -137,7 +142,7 @@ class Csv:
         yield from islice(self._records(), start, stop)
 
     def _records(self) -> Iterator[Positioned]:
-        # The module's own limit would refuse fields of 128 KiB; it is the process's, so it is set where it is needed.
+        # The default limit refuses fields above 128 KiB. The limit is global to the process, so it is set before each use.
         csv.field_size_limit(self._max_row_bytes)
         with self._path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=self._delimiter, strict=True)
@@ -199,7 +204,7 @@ class Parquet:
                 batch = next(batches, None)
                 if batch is None:
                     return
-                # Offsets and texts of a damaged file may point anywhere.
+                # Offsets in a damaged file may point anywhere.
                 batch.validate(full=True)
             yield batch
 
@@ -216,7 +221,7 @@ class Parquet:
 
 @contextmanager
 def _parquet_errors(path: Path) -> Iterator[None]:
-    """Whatever pyarrow raises inside a damaged file (its own errors, OSError, ValueError and others) as DataError."""
+    """Context that converts exceptions of pyarrow (its own, OSError, ValueError and others) to DataError."""
     try:
         yield
     except DataError:
@@ -227,7 +232,7 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 
 
 def json_kind(value: object) -> str:
-    """What a value of a row is, in the words of JSON, for messages."""
+    """The JSON type of a value, for messages."""
     if value is None:
         return "null"
     if isinstance(value, Mapping):
@@ -237,7 +242,7 @@ def json_kind(value: object) -> str:
 
 
 def _object(where: str, text: str) -> Mapping[str, Any]:
-    return _checked_object(where, _parsed(where, lambda: json.loads(text)))
+    return _checked_object(where, _parse(where, functools.partial(json.loads, text)))
 
 
 def _checked_object(where: str, value: object) -> Mapping[str, Any]:
@@ -246,8 +251,8 @@ def _checked_object(where: str, value: object) -> Mapping[str, Any]:
     return value
 
 
-def _parsed(where: str, parse: Callable[[], Any]) -> Any:
-    """What `parse` gives; whatever json raises as DataError."""
+def _parse(where: str, parse: Callable[[], Any]) -> Any:
+    """The result of `parse`; exceptions of json become DataError."""
     try:
         return parse()
     except json.JSONDecodeError as error:
@@ -256,7 +261,7 @@ def _parsed(where: str, parse: Callable[[], Any]) -> Any:
         ) from error
     except RecursionError as error:
         raise DataError(f"{where}: JSON that is nested too deeply to be read; remove the row") from error
-    except ValueError as error:  # a number with more digits than Python converts
+    except ValueError as error:  # a number with too many digits for Python
         raise DataError(f"{where}: JSON with a number that cannot be read: {error}") from error
 
 
@@ -265,19 +270,20 @@ def _text(where: str, data: bytes) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); expected JSONL, a JSON array, CSV or Parquet"
+            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); "
+            "expected JSONL, a JSON array, CSV or Parquet"
         ) from error
 
 
-def _skip(text: str, at: int) -> int:
-    """Index of the first character from `at` on that is not white space."""
-    while at < len(text) and text[at] in " \t\r\n":
-        at += 1
-    return at
+def _skip_space(text: str, index: int) -> int:
+    """Index of the first character at or after `index` that is not white space."""
+    while index < len(text) and text[index] in " \t\r\n":
+        index += 1
+    return index
 
 
 def _check_size(where: str, size: int, limit: int) -> None:
     if size > limit:
         raise DataError(
-            f"{where}: the row has more than {limit} bytes (--max-row-bytes); remove it, or raise the limit if it is meant"
+            f"{where}: the row has more than {limit} bytes (--max-row-bytes); remove it, or raise the limit"
         )

@@ -1,4 +1,4 @@
-"""Prompts that are too long, found before the first step: which limit each one passes, and what to do about it. Pure."""
+"""Length limits of prompts: which rows exceed a limit, and whether they are dropped or refused. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from slime_opd.config import Config
 from slime_opd.config.check_lengths import context_length
 from slime_opd.errors import DataError
 
-# Reasons to leave a row out. Only the first was chosen by a flag of its own and is no problem.
+# Reasons to drop a row. Rows beyond PROMPT_LIMIT are always dropped; for the others --too-long-prompts decides.
 PROMPT_LIMIT, NO_RESPONSE, CONTEXT, MICRO_BATCH = "prompt_limit", "no_response", "context", "micro_batch"
 
 
@@ -17,10 +17,10 @@ PROMPT_LIMIT, NO_RESPONSE, CONTEXT, MICRO_BATCH = "prompt_limit", "no_response",
 class LengthLimits:
     """Limits in tokens; None: no limit.
 
-    max_prompt: longer prompts are dropped (--rollout-max-prompt-len).
-    context: prompt and response together; a response that is generated needs at least 1.
-    max_sample: prompt and given response together, in supervised fine-tuning (--max-tokens-per-gpu).
-    drop: rows past `context` or `max_sample` are dropped too, instead of refused (--too-long-prompts).
+    `max_prompt`: longer prompts are dropped (--rollout-max-prompt-len).
+    `context`: prompt plus response; a generated response needs at least 1 token.
+    `max_sample`: prompt plus the data set's response, in supervised fine-tuning (--max-tokens-per-gpu).
+    `drop`: rows beyond `context` or `max_sample` are dropped instead of refused (--too-long-prompts).
     """
 
     max_prompt: int | None = None
@@ -29,7 +29,10 @@ class LengthLimits:
     drop: bool = False
 
     def exceeded(self, prompt: int, response: int | None) -> str | None:
-        """The limit that a row passes, if any. `response`: tokens of a response that is trained on as a whole; None where one is generated."""
+        """The limit that a row exceeds; None if it exceeds none. `prompt`, `response`: numbers of tokens.
+
+        `response` is None if the response is generated, or cut to fit.
+        """
         if self.max_prompt is not None and prompt > self.max_prompt:
             return PROMPT_LIMIT
         if response is None:
@@ -51,13 +54,13 @@ def training_limits(config: Config) -> LengthLimits:
 
 
 def evaluation_limits(config: Config) -> LengthLimits:
-    """The limits of `--eval-prompt-data`: its prompts are answered, and --rollout-max-prompt-len is not theirs."""
+    """The limits of `--eval-prompt-data`, to which --rollout-max-prompt-len does not apply."""
     return LengthLimits(context=context_length(config), drop=config.data.too_long_prompts == "drop")
 
 
 @dataclass
 class Excluded:
-    """Rows of one file that pass a limit: how many for each, and the first."""
+    """The rows of one file that exceed a limit: the number for each limit, and the first row."""
 
     limits: LengthLimits
     counts: Counter[str] = field(default_factory=Counter)
@@ -65,7 +68,7 @@ class Excluded:
     shortest: int | None = None
 
     def excludes(self, where: str, prompt: int, response: int | None) -> bool:
-        """Whether a row is left out; it is counted."""
+        """Whether a row exceeds a limit; if so, it is counted."""
         reason = self.limits.exceeded(prompt, response)
         if reason is None:
             return False
@@ -75,7 +78,7 @@ class Excluded:
         return True
 
     def check(self, path: str, total: int) -> None:
-        """Raise DataError for rows that may not be dropped, and where none is left of `total`."""
+        """Raise DataError for rows that must not be dropped, and if no row of `total` is left."""
         refused = [] if self.limits.drop else [self._sentence(path, reason, total) for reason in self._too_long()]
         if refused:
             raise DataError("\n".join(refused))
@@ -87,7 +90,7 @@ class Excluded:
             )
 
     def notes(self, path: str, total: int) -> list[str]:
-        """What was dropped, a sentence for each flag."""
+        """One sentence for each flag that dropped rows."""
         notes = []
         if count := self.counts[PROMPT_LIMIT]:
             notes.append(
@@ -121,4 +124,7 @@ class Excluded:
                 "raise --max-tokens-per-gpu",
             ),
         }[reason]
-        return f"{path}: {self.counts[reason]} of {total} prompts are too long, {what}; {self._first(reason, path)}: drop them with --too-long-prompts drop, or {remedy}"
+        return (
+            f"{path}: {self.counts[reason]} of {total} prompts are too long, {what}; {self._first(reason, path)}: "
+            f"drop them with --too-long-prompts drop, or {remedy}"
+        )

@@ -1,7 +1,7 @@
 """Rows of a data file, and the values in their columns.
 
-`FILE` is JSONL, a JSON array of objects, CSV or Parquet (`formats`). `FILE@[a:b]` reads the rows a to b as a Python slice does.
-Every row knows its position, so each error can name the file and the line.
+`FILE` is JSONL, a JSON array of objects, CSV or Parquet (see formats.py). `FILE@[a:b]` selects rows like a Python slice.
+Every row has its position, so that errors can name the file and the line.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _KEYS_SHOWN = 20
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its columns, and `where` it is ("FILE, line 3") for messages."""
+    """One row: its columns, and `where`, its position for messages ("FILE, line 3")."""
 
     where: str
     columns: Mapping[str, Any]
 
     def get(self, key: str, flag: str | None = None) -> Any:
-        """The value under `key`; a dot reaches into a nested column (`reward_model.ground_truth`).
+        """The value under `key`; a dot selects from a nested column (`reward_model.ground_truth`).
 
-        A column whose own name is `key`, dots included, comes first. Raises DataError that names
-        the row, the key, the `flag` that sets it, and the keys present.
+        A column with the full name `key`, dots included, takes precedence. Raises DataError, which names the row, the
+        key, the `flag` that sets it, and the existing keys.
         """
         if key in self.columns:
             return self.columns[key]
@@ -41,12 +41,12 @@ class Row:
         for part in key.split("."):
             if not isinstance(value, Mapping) or part not in value:
                 name = f"{key!r} ({flag})" if flag else repr(key)
-                raise DataError(f"{self.where}: no key {name}; present are {_listed(self.columns, key)}")
+                raise DataError(f"{self.where}: no key {name}; present are {_key_list(self.columns, key)}")
             value = value[part]
         return value
 
     def has(self, key: str) -> bool:
-        """Whether `get(key)` finds a value."""
+        """Whether `get(key)` succeeds."""
         try:
             self.get(key)
         except DataError:
@@ -55,17 +55,17 @@ class Row:
 
 
 class RowReader:
-    """The rows of `FILE` or `FILE@[a:b]`: `len()` counts them, iteration reads them one at a time."""
+    """The rows of `FILE` or `FILE@[a:b]`. `len()` is their number; iteration reads them one by one."""
 
     def __init__(self, spec: str, max_row_bytes: int = 16 * 2**20) -> None:
-        """Count the rows. Raises DataError for a file that cannot be read, has no rows, or none in the slice."""
-        self._path, chosen = _split(spec)
+        """Count the rows. Raises DataError for a file that cannot be read, an empty file, or an empty slice."""
+        self._path, selection = _split(spec)
         with self._os_errors():
             if self._path.is_dir():
                 raise DataError(f"{self._path}: is a directory, expected a file")
             self._file = open_file(self._path, min(max_row_bytes, sys.maxsize - 1))
             total = len(self._file)
-        self._start, self._stop, _ = chosen.indices(total)
+        self._start, self._stop, _ = selection.indices(total)
         if self._start >= self._stop:
             raise DataError(f"{spec}: no rows: the file has {total}" if total else f"{self._path}: no rows in the file")
 
@@ -73,7 +73,7 @@ class RowReader:
         return self._stop - self._start
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises DataError for a row that cannot be read; none is skipped."""
+        """Raises DataError for a row that cannot be read; no row is skipped."""
         with self._os_errors():
             for where, columns in self._file.rows(self._start, self._stop):
                 yield Row(where, columns)
@@ -92,17 +92,17 @@ def _split(spec: str) -> tuple[Path, slice]:
         bounds = (int(bound) if bound.strip("-") else None for bound in (match["start"], match["stop"]))
         return Path(match["path"]), slice(*bounds)
     if spec.endswith("]") and "@[" in spec:
-        raise DataError(f"{spec}: cannot read the slice; expected FILE@[start:stop] with whole numbers")
+        raise DataError(f"{spec}: cannot parse the slice; expected FILE@[start:stop] with integers")
     return Path(spec), slice(None)
 
 
-def _listed(columns: Mapping[str, Any], key: str) -> str:
-    """The keys of a row, one level of nesting written with dots, and the one most like `key`."""
+def _key_list(columns: Mapping[str, Any], key: str) -> str:
+    """The keys of a row as text, nested keys of one level with dots, and the key that is most similar to `key`."""
     names: list[str] = []
     for name, value in columns.items():
         names.extend([f"{name}.{inner}" for inner in value] if isinstance(value, Mapping) and value else [name])
     close = difflib.get_close_matches(key, names, n=1)
-    # A name may hold a line end, or what no terminal can print.
+    # A name may contain newlines or other characters that a terminal cannot print.
     shown = {name: name if name.isprintable() else ascii(name) for name in (*names[:_KEYS_SHOWN], *close)}
     listed = ", ".join(shown[name] for name in names[:_KEYS_SHOWN]) or "none"
     more = f" and {len(names) - _KEYS_SHOWN} more" if len(names) > _KEYS_SHOWN else ""

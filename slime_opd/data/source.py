@@ -1,4 +1,4 @@
-"""The prompts of a run, in an order that a resumed run repeats."""
+"""The prompts of a run, in a reproducible order, with a cursor that can be saved."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from slime_opd.types import Prompt
 class PromptSource:
     """An endless sequence of prompts, epoch after epoch, with a cursor that can be saved.
 
-    Every row is rendered and tokenised at the start, so bad rows are found before a GPU is
-    taken. With `--rollout-shuffle`, epoch e has the order of seed `--rollout-seed` + e.
+    All rows are rendered and tokenised when it is made, so bad rows are reported before a GPU is used. With
+    `--rollout-shuffle`, epoch e is shuffled with the seed `--rollout-seed` + e.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class PromptSource:
         columns: Columns | None = None,
         limits: LengthLimits | None = None,
     ) -> None:
-        """Read `--prompt-data`. `columns` and `limits` are those of `data` unless given.
+        """Read `--prompt-data`. `columns` and `limits` default to those in `data`.
 
-        Raises ConfigError without prompts, DataError for a file or row that cannot be used.
+        Raises ConfigError without --prompt-data, DataError for a file or row that cannot be used.
         """
         if data.prompt_data is None:
-            raise ConfigError("--prompt-data is missing: give a file of prompts")
+            raise ConfigError("--prompt-data is missing: set it to a file of prompts")
         self._data = data
         self._entries, self.summary = _load(
             data.prompt_data,
@@ -59,7 +59,7 @@ class PromptSource:
 
     @classmethod
     def of_run(cls, config: Config, tokenizer: Any) -> PromptSource:
-        """The training prompts of a run, with the columns and the limits that its options set."""
+        """The training prompts of a run, with the columns and limits from its options."""
         return cls(
             config.data,
             tokenizer,
@@ -69,12 +69,12 @@ class PromptSource:
         )
 
     def __len__(self) -> int:
-        """Prompts of one epoch, without those that were dropped."""
+        """Number of prompts of one epoch, without dropped ones."""
         return len(self._entries)
 
     @property
     def first(self) -> Prompt:
-        """The file's first prompt, whatever the order of the run."""
+        """The first prompt of the file, which may not be the first of the run."""
         return self._entries[0].prompt(0)
 
     def take(self, count: int) -> list[Prompt]:
@@ -93,15 +93,15 @@ class PromptSource:
     def _order_of(self, epoch: int) -> np.ndarray:
         if not self._data.rollout_shuffle:
             return np.arange(len(self))
-        # RandomState, not Generator: numpy promises that its stream never changes between versions.
+        # RandomState, not Generator: numpy guarantees that its stream is the same in all versions.
         return np.random.RandomState((self._data.rollout_seed + epoch) % 2**32).permutation(len(self))
 
     def state(self) -> dict[str, Any]:
-        """Where the source stands, for `load_state`: plain JSON values."""
+        """The position in the prompts, for `load_state`, as plain JSON values."""
         return {"epoch": self._epoch, "offset": self._offset, **self.identity()}
 
     def identity(self) -> dict[str, Any]:
-        """Which prompts these are, and in what order: plain JSON values."""
+        """Values that identify the prompts and their order, as plain JSON values."""
         return {
             "rows": len(self),
             "fingerprint": self._fingerprint,
@@ -110,23 +110,26 @@ class PromptSource:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state` was taken.
+        """Continue at a position that `state` returned.
 
-        Raises CheckpointError where the prompts or their order are not those of the saved run.
+        Raises CheckpointError if the prompts or their order differ from those of the saved run.
         """
         mine = self.identity()
         if missing := [name for name in ("epoch", "offset", *mine) if name not in state]:
             raise CheckpointError(
-                f"the saved position in --prompt-data lacks {', '.join(missing)}: it is not of this version"
+                f"the saved position in --prompt-data has no {', '.join(missing)}: another version wrote it"
             )
         for name in ("rollout_shuffle", "rollout_seed"):
             if state[name] != mine[name]:
                 raise CheckpointError(
-                    f"--{name.replace('_', '-')} is {mine[name]}, the checkpoint was saved with {state[name]}: the order of the prompts would change; set it back, or start anew with --finetune"
+                    f"--{name.replace('_', '-')} is {mine[name]}, the checkpoint was saved with {state[name]}: the "
+                    "order of the prompts would change; restore the value, or start a new run with --finetune"
                 )
         if state["fingerprint"] != mine["fingerprint"]:
             raise CheckpointError(
-                f"--prompt-data {self._data.prompt_data} gives {mine['rows']} prompts that are not the {state['rows']} of the checkpoint (another file, column, template, tokenizer or length limit); restore it, or start anew with --finetune"
+                f"--prompt-data {self._data.prompt_data} has {mine['rows']} prompts, which are not the {state['rows']} "
+                "of the checkpoint (another file, column, template, tokenizer or length limit); restore them, "
+                "or start a new run with --finetune"
             )
         self._epoch = int(state["epoch"])
         self._offset = int(state["offset"])
@@ -134,9 +137,9 @@ class PromptSource:
 
 
 def read_eval_set(name: str, path: str, config: Config, tokenizer: Any) -> tuple[list[Prompt], Summary]:
-    """The prompts of an evaluation set, in file order, and what the file holds.
+    """The prompts of an evaluation set, in file order, and a summary of the file.
 
-    Raises DataError that names `--eval-prompt-data` and the set.
+    Raises DataError, which names `--eval-prompt-data` and the set.
     """
     try:
         entries, summary = _load(
@@ -166,7 +169,7 @@ def _load(
 
 
 def _fingerprint(entries: Sequence[Entry]) -> str:
-    """A hash of what the model is given: the tokens, labels and responses, in file order."""
+    """Hash of the tokens, labels and responses, in file order."""
     digest = hashlib.blake2b(digest_size=16)
     for entry in entries:
         for part in (entry.tokens, entry.response_tokens):

@@ -1,4 +1,4 @@
-"""What a data file holds, in one line: its prompts, their lengths, duplicates and labels."""
+"""A summary of a data file in one line: number of prompts, lengths, duplicates and labels."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from slime_opd.data.entries import Entry
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of the prompts that a run uses.
+    """Statistics of the prompts that a run uses.
 
-    lengths: tokens of each prompt, int64 [N]. repeated: rows that equal an earlier one in prompt, label and response.
-    relabelled: rows whose prompt equals an earlier one, with another label or response. labels: rows that have one.
+    `lengths`: tokens of each prompt, int64 [N]. `num_repeated`: rows that equal an earlier row in prompt, label and
+    response. `num_relabelled`: rows whose prompt equals that of an earlier row with another label or response.
+    `num_labels`: rows with a label.
     """
 
     lengths: np.ndarray
-    repeated: int
-    relabelled: int
-    labels: int
+    num_repeated: int
+    num_relabelled: int
+    num_labels: int
     has_label_column: bool
     notes: tuple[str, ...] = ()
 
@@ -33,11 +34,11 @@ class Summary:
             f"{counted(count, 'prompt')}, {lengths.min()} to {lengths.max()} tokens (median {int(np.median(lengths))})"
         ]
         if self.has_label_column:
-            parts.append(f"labels in {'all' if self.labels == count else self.labels}")
-        if self.repeated:
-            parts.append(counted(self.repeated, "duplicate"))
-        if self.relabelled:
-            parts.append(f"{counted(self.relabelled, 'repeated prompt')} with another label or response")
+            parts.append(f"labels in {'all' if self.num_labels == count else self.num_labels}")
+        if self.num_repeated:
+            parts.append(counted(self.num_repeated, "duplicate"))
+        if self.num_relabelled:
+            parts.append(f"{counted(self.num_relabelled, 'repeated prompt')} with another label or response")
         return ", ".join(parts)
 
 
@@ -47,7 +48,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def summarize(entries: Sequence[Entry], *, has_label_column: bool, notes: Sequence[str] = ()) -> Summary:
-    """Figures of a file's entries, of which there is at least one."""
+    """Summary of a file's entries (at least one)."""
     prompts = np.asarray([_hash(entry.tokens.tobytes()) for entry in entries], np.uint64)
     rows = np.asarray(
         [_hash(entry.tokens.tobytes(), repr(entry.label).encode(), _bytes(entry.response_tokens)) for entry in entries],
@@ -56,9 +57,9 @@ def summarize(entries: Sequence[Entry], *, has_label_column: bool, notes: Sequen
     distinct_rows, distinct_prompts = len(np.unique(rows)), len(np.unique(prompts))
     return Summary(
         lengths=np.asarray([len(entry.tokens) for entry in entries]),
-        repeated=len(entries) - distinct_rows,
-        relabelled=distinct_rows - distinct_prompts,
-        labels=sum(entry.label is not None and entry.label.strip() != "" for entry in entries),
+        num_repeated=len(entries) - distinct_rows,
+        num_relabelled=distinct_rows - distinct_prompts,
+        num_labels=sum(entry.label is not None and entry.label.strip() != "" for entry in entries),
         has_label_column=has_label_column,
         notes=tuple(notes),
     )

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory, loaded without running its code; what is wrong with it is one sentence."""
+"""Load the tokenizer of a Hugging Face directory, without running code from it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.t
 
 
 def load_tokenizer(path: str | Path, option: str) -> Any:
-    """The tokenizer in the Hugging Face directory that `option` names. Raises ConfigError, in one sentence, where there is none."""
+    """The tokenizer in a Hugging Face directory. Raises ConfigError, which names `option`, if it cannot be loaded."""
     root = Path(path)
     if not any(file for pattern in _VOCABULARY_FILES for file in root.glob(pattern)):
         raise ConfigError(
-            f"{option} {root}: found no tokenizer, expected tokenizer.json and tokenizer_config.json; copy them from the model's original directory"
+            f"{option} {root}: found no tokenizer, expected tokenizer.json and tokenizer_config.json; "
+            "copy them from the model's original directory"
         )
     for name in _JSON_FILES:
         _check_json(root / name, option)
@@ -32,9 +33,8 @@ def load_tokenizer(path: str | Path, option: str) -> Any:
             size = len(tokenizer)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except (
-            BaseException
-        ) as error:  # anything from transformers; and panics of tokenizers' Rust code are no Exception
+        # transformers may raise anything, and a panic in tokenizers' Rust code is a BaseException.
+        except BaseException as error:
             raise ConfigError(f"{option} {root}: its tokenizer cannot be loaded: {_one_line(error)}") from error
     if size == 0:
         raise ConfigError(f"{option} {root}: its tokenizer has no tokens; are its files complete?")
@@ -49,7 +49,7 @@ def _check_json(file: Path, option: str) -> None:
     except (ValueError, RecursionError, OSError) as error:
         raise ConfigError(f"{option}: {file} is not valid JSON ({_one_line(error)}); is it complete?") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{option}: {file} is no JSON object; is it of a tokenizer?")
+        raise ConfigError(f"{option}: {file} is not a JSON object; is it a tokenizer's file?")
 
 
 def _one_line(error: BaseException) -> str:
@@ -58,7 +58,7 @@ def _one_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warnings of transformers, which are about uses that are not made of the tokenizer here."""
+    """Context without transformers' warnings, which do not apply to the uses of the tokenizer here."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()

@@ -11,10 +11,10 @@ from slime_opd.metrics import Maximum, Mean, Metric, Replicated, Total
 from slime_opd.types import RolloutBatch
 
 
-def counted_mean(array: np.ndarray, counted: np.ndarray | None = None) -> Mean:
-    """The mean of the entries that are counted and not NaN."""
-    present = ~np.isnan(array) if counted is None else counted & ~np.isnan(array)
-    return Mean(float(array[present].sum(dtype=np.float64)), float(present.sum()))
+def masked_mean(array: np.ndarray, mask: np.ndarray | None = None) -> Mean:
+    """The mean of the entries in `mask` (bool, of the array's shape; None: all) that are not NaN."""
+    valid = ~np.isnan(array) if mask is None else mask & ~np.isnan(array)
+    return Mean(float(array[valid].sum(dtype=np.float64)), float(valid.sum()))
 
 
 def batch_metrics(batch: RolloutBatch) -> dict[str, Metric]:

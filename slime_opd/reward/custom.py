@@ -1,4 +1,4 @@
-"""A reward of the user's own: `--custom-rm-path MODULE.FUNCTION`."""
+"""A user's reward function: `--custom-rm-path MODULE.FUNCTION`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ OPTION = "--custom-rm-path"
 
 
 class CustomReward:
-    """Calls `function(sample)`, or `function(args, sample)` as slime does; a function that is not async runs in a thread."""
+    """Calls `function(sample)`, or slime's `function(args, sample)`. A function that is not async runs in a thread."""
 
     def __init__(self, path: str, config: Config) -> None:
-        """Import the function. Raises ConfigError where it cannot be imported or takes other arguments."""
+        """Import the function. Raises ConfigError if it cannot be imported or takes other arguments."""
         self.name = path
         hook = load_hook(OPTION, path, "sample")
         self._is_async = inspect.iscoroutinefunction(hook.function)

@@ -1,4 +1,4 @@
-"""Reward 1 where the final answers of response and label are the same text."""
+"""Reward 1 if the final answers of response and label are the same text."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class ExactMatch:
 
 
 def label_of(sample: Sample, reward: str) -> str:
-    """The label. Raises DataError where the sample has none."""
+    """The sample's label. Raises DataError if it has none; `reward` is the reward's name for the message."""
     if sample.prompt.label is None:
         raise DataError(f"reward {reward} needs a label, and prompt {sample.prompt.index} has none; set --label-key")
     return sample.prompt.label
 
 
 def final_answer(text: str) -> str:
-    """The text after the last `####`; else what the last `\\boxed{…}` holds; else all of it. Stripped."""
+    """The text after the last `####`; else the content of the last `\\boxed{…}`; else the whole text. Stripped."""
     if "####" in text:
         return text.rpartition("####")[2].strip()
     boxed = last_boxed(text)
@@ -39,7 +39,7 @@ def final_answer(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    """What the last complete `\\boxed{…}` holds, braces matched; None where there is none."""
+    """The content of the last complete `\\boxed{…}`, with matched braces; None without one."""
     end = len(text)
     while (start := text.rfind(_BOXED, 0, end)) >= 0:
         first = start + len(_BOXED)

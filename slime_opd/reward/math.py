@@ -1,8 +1,8 @@
-"""Reward 1 where a response's final answer is mathematically equal to the label.
+"""Reward 1 if a response's final answer is mathematically equal to the label.
 
-math-verify compares the answers. Its time limits are signals, which only a main thread may
-set, and without them an answer such as `9^{9^{9^{9}}}` computes for ever. So answers are
-compared in worker processes, each of which the kernel ends when a comparison overruns.
+math-verify compares the answers. Its time limits use signals, which only a main thread may set, and without a limit an
+answer such as `9^{9^{9^{9}}}` is computed forever. So answers are compared in worker processes, which the kernel ends
+when a comparison exceeds its time limit.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ _END_OF_THOUGHT = "</think>"
 class MathReward:
     """1.0 if the answer of a response equals its label, else 0.0.
 
-    The answer is the last `\\boxed{…}` after the model's thoughts (`</think>`); a response
-    without one is left to math-verify, which looks for "the answer is …", then for the last
-    number. A comparison that takes longer than `limit_s` seconds is worth 0.0, with a warning.
+    The answer is the last `\\boxed{…}` after the model's reasoning (`</think>`). In a response without one, math-verify
+    searches for "the answer is …", then for the last number. A comparison that takes longer than `limit_s` seconds
+    gives 0.0 and a warning.
     """
 
     name = "math"
 
     def __init__(self, *, workers: int | None = None, limit_s: int = 10) -> None:
         count = workers or max(1, min(8, (os.cpu_count() or 1) // 2))
-        # Last in, first out: no more workers are started than are busy at one time.
+        # Last in, first out: no more workers are started than are busy at the same time.
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._workers = [_Worker(limit_s) for _ in range(count)]
         for worker in self._workers:
@@ -70,13 +70,14 @@ class MathReward:
 
 
 class _Worker:
-    """One worker process, started when it is first needed and again after it was ended."""
+    """One worker process, started at its first use, and again after it has ended."""
 
     def __init__(self, limit_s: int) -> None:
         self._limit_s = limit_s
         self._process: subprocess.Popen[str] | None = None
 
     def compare(self, label: str, answer: str) -> float:
+        """1.0 if the answer equals the label, else 0.0."""
         process = self._running()
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps({"label": label, "answer": answer}) + "\n")
@@ -88,10 +89,10 @@ class _Worker:
         return 0.0
 
     def _give_up(self, label: str, answer: str, code: int) -> None:
-        """Let go of a process that ended instead of answering; `code` is its exit code.
+        """Discard a process that ended without an answer; `code` is its exit code.
 
-        A signal ends it for what it computes: the alarm, too much memory, too deep a stack. An
-        exit of its own says that the worker is broken, and raises RuntimeError.
+        A signal is caused by the comparison: its time limit, too much memory, too deep a stack. A normal exit means that
+        the worker itself is broken, and raises RuntimeError.
         """
         self.close()
         if code >= 0:
@@ -108,8 +109,8 @@ class _Worker:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self.close()
-        # A session of its own: a signal to the run's process group must not end a comparison as a wrong answer.
-        # -P keeps this folder, whose math.py would hide Python's own, off the worker's path.
+        # In its own session, because a comparison that is ended by a signal to the run's process group would count as a
+        # wrong answer. -P keeps this folder off the worker's path: its math.py would hide Python's.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER), str(self._limit_s)],
             stdin=subprocess.PIPE,
@@ -120,6 +121,7 @@ class _Worker:
         return self._process
 
     def close(self) -> None:
+        """End the process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()

@@ -1,7 +1,6 @@
-"""The process that compares answers for `math.py`: a JSON line in, "1" or "0" out, until its input ends.
+"""The process that compares answers for `math.py`: reads JSON lines, answers each with "1" or "0", until its input ends.
 
-It imports nothing of this package. An alarm without a handler bounds each comparison: the
-kernel ends the process, whatever it is computing.
+It imports nothing from this package. An alarm without a handler bounds each comparison: the kernel ends the process.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _MEMORY_BYTES = 4 * 2**30
 
 
 def is_equal(label: str, answer: str) -> bool:
-    """Whether math-verify finds the answer in the text `answer` equal to `label`."""
+    """Whether math-verify considers the answer in the text `answer` equal to `label`."""
     gold = parse(label if "\\boxed" in label or "$" in label else f"\\boxed{{{label}}}", parsing_timeout=None)
     return bool(verify(gold, parse(answer, parsing_timeout=None), timeout_seconds=None))
 

@@ -1,4 +1,7 @@
-"""What a reward is, and which one a run uses. A reward is a float; it never asks the teacher."""
+"""The Protocol of a reward, the table of built-in rewards, and the choice of a run's reward.
+
+A reward is a float. Teacher scores are not rewards.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from slime_opd.types import Sample
 
 
 class Reward(Protocol):
-    """Rewards one response. `name` stands for it in messages; `close` ends processes it started."""
+    """Computes the reward of one response. `name` is for messages; `close` ends the processes that it started."""
 
     name: str
 
@@ -58,13 +61,14 @@ async def compute_reward(reward: Reward, sample: Sample) -> float:
         value = await reward(sample)
     except SlimeOPDError:
         raise
-    except Exception as error:  # code of users can raise anything; it goes on under the reward's name
+    except Exception as error:  # a user's code may raise anything; the message names the reward
         raise DataError(
             f"reward {reward.name} failed on a response to prompt {sample.prompt.index}: {described(error)}"
         ) from error
     if not isinstance(value, Real | np.bool_) or not math.isfinite(value):
         hint = ": slime's --reward-key is not supported, return the value itself" if isinstance(value, dict) else ""
         raise DataError(
-            f"reward {reward.name} returned {value!r:.80} for a response to prompt {sample.prompt.index}; expected one finite number{hint}"
+            f"reward {reward.name} returned {value!r:.80} for a response to prompt {sample.prompt.index}; "
+            f"expected one finite number{hint}"
         )
     return float(value)

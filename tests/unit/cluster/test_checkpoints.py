@@ -179,14 +179,14 @@ def test_weights_alone_are_continued_with_a_fresh_optimizer(tmp_path, capsys):
     save(begin(config_of(tmp_path, no_save_optim=True)), 2)
     again, _, _ = begin(config_of(tmp_path, no_save_optim=True))
     assert again.trainer_config.checkpoint.no_load_optim and again.start.step == 2
-    assert "starts afresh" in capsys.readouterr().out
+    assert "is initialised anew" in capsys.readouterr().out
 
 
 def test_a_replay_does_not_go_on_in_the_recorded_runs_directory_but_from_its_checkpoint(tmp_path):
     config = config_of(tmp_path / "recorded")
     save(begin(config), 3)
     replay = dataclasses.replace(config, debug=DebugConfig(load_debug_rollout_data="rollouts/{rollout_id}"))
-    with pytest.raises(ConfigError, match=r"is of a run that generated its rollouts: give this one another --save"):
+    with pytest.raises(ConfigError, match=r"is of a run that generated its rollouts: give this run another --save"):
         RunCheckpoints(replay, None)
     options = CheckpointConfig(save=str(tmp_path / "replay"), load=str(tmp_path / "recorded"))
     replay = dataclasses.replace(replay, checkpoint=options)

@@ -3,7 +3,7 @@
 import pytest
 from byte_tokenizer import byte_tokenizer
 
-from slime_opd.data.chat import Renderer, messages, response_of_conversation, template_arguments
+from slime_opd.data.chat import Renderer, last_answer, messages, template_arguments
 from slime_opd.errors import ConfigError, DataError
 
 HELLO = [{"role": "user", "content": "hi"}]
@@ -108,17 +108,17 @@ def test_tokens_decode_to_the_text_and_nothing_is_added(tokenizer):
 
 
 def test_the_answer_is_what_the_conversation_adds_up_to_its_last_end_of_sequence():
-    assert response_of_conversation([1, 2], [1, 2, 5, 9, 6, 9, 3], eos=9, where="row 1") == [5, 9, 6, 9]
-    assert response_of_conversation([1, 2], [1, 2, 5, 3], eos=9, where="row 1") == [5, 3]
-    assert response_of_conversation([1, 2], [1, 2, 5, 3], eos=None, where="row 1") == [5, 3]
+    assert last_answer([1, 2], [1, 2, 5, 9, 6, 9, 3], eos=9, where="row 1") == [5, 9, 6, 9]
+    assert last_answer([1, 2], [1, 2, 5, 3], eos=9, where="row 1") == [5, 3]
+    assert last_answer([1, 2], [1, 2, 5, 3], eos=None, where="row 1") == [5, 3]
 
 
 @pytest.mark.parametrize("whole", [[1, 3, 5], [1]])
 def test_a_conversation_that_does_not_begin_with_its_prompt_is_an_error(whole):
     with pytest.raises(DataError, match=r"row 1: .*renders the conversation differently .*from token 1 "):
-        response_of_conversation([1, 2], whole, eos=9, where="row 1")
+        last_answer([1, 2], whole, eos=9, where="row 1")
 
 
 def test_an_empty_answer_is_an_error():
     with pytest.raises(DataError, match=r"row 1: the last answer .* is empty"):
-        response_of_conversation([1, 2], [1, 2], eos=9, where="row 1")
+        last_answer([1, 2], [1, 2], eos=9, where="row 1")

@@ -55,7 +55,7 @@ def test_a_slice_without_rows_is_an_error(five_rows, suffix):
 
 @pytest.mark.parametrize("suffix", ["@[1]", "@[a:b]", "@[1:2:3]"])
 def test_a_slice_that_cannot_be_read_is_an_error_about_the_slice(five_rows, suffix):
-    with pytest.raises(DataError, match="cannot read the slice"):
+    with pytest.raises(DataError, match="cannot parse the slice"):
         read_rows(five_rows + suffix)
 
 

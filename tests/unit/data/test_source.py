@@ -118,7 +118,7 @@ def test_a_saved_position_is_refused_with_other_prompts_shuffle_or_seed(tmp_path
         PromptSource(shuffled(seven_prompts, rollout_seed=7), tokenizer).load_state(state)
     with pytest.raises(CheckpointError, match="--rollout-shuffle is False"):
         PromptSource(DataConfig(prompt_data=seven_prompts, label_key="label"), tokenizer).load_state(state)
-    with pytest.raises(CheckpointError, match="lacks fingerprint"):
+    with pytest.raises(CheckpointError, match="has no fingerprint"):
         PromptSource(shuffled(seven_prompts), tokenizer).load_state(
             {k: v for k, v in state.items() if k != "fingerprint"}
         )

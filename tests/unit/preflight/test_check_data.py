@@ -90,7 +90,7 @@ CASES = {
     ),
     "a list as label": (
         {"changes": {99: {"input": "1+1=", "label": ["2"]}}},
-        "line 100: the label (--label-key label) is a list, and --rm-type exact_match compares with one answer",
+        "line 100: the label (--label-key label) is a list, and --rm-type exact_match compares with a single answer",
     ),
     "another key": (
         {"rows": [{"question": "1", "answer": "1", "level": 3}]},
@@ -99,7 +99,7 @@ CASES = {
     "an empty file": ({"rows": ""}, "rows.jsonl: no rows in the file"),
     "a null prompt": (
         {"changes": {9: {"input": None, "label": "1"}}},
-        "line 10: the prompt is null; expected a string or a list of messages (the column is set by --input-key)",
+        "line 10: the prompt is null; expected a string or a list of messages (--input-key sets the column)",
     ),
     "a number as prompt": (
         {"changes": {9: {"input": 5, "label": "1"}}},
@@ -215,7 +215,7 @@ def test_json_arrays_csv_and_parquet_are_read(write, check, tmp_path):
         (
             "rows.parquet",
             "version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
-            "is a Git LFS pointer, not the file",
+            "is a Git LFS pointer, not the data file",
         ),
         ("rows.parquet", "PAR1 and nothing of the kind", "Parquet that cannot be read"),
         ("rows.parquet", "text", "is named .parquet and is not Parquet"),

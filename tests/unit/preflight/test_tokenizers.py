@@ -58,7 +58,7 @@ def test_a_directory_without_a_tokenizer_says_which_files_are_expected(tmp_path)
     [
         ({"tokenizer__json": b"{"}, "tokenizer.json is not valid JSON"),
         ({"tokenizer__json": b""}, "tokenizer.json is not valid JSON"),
-        ({"tokenizer__json": b"[]"}, "tokenizer.json is no JSON object"),
+        ({"tokenizer__json": b"[]"}, "tokenizer.json is not a JSON object"),
         ({"tokenizer__json": b"{}"}, "its tokenizer cannot be loaded"),
         ({"tokenizer__json": b"\xff\xfe"}, "tokenizer.json is not valid JSON"),
         ({"tokenizer__json": b"[" * 100_000}, "tokenizer.json is not valid JSON"),
@@ -66,7 +66,7 @@ def test_a_directory_without_a_tokenizer_says_which_files_are_expected(tmp_path)
         ({"tokenizer_config__json": b"nonsense"}, "tokenizer_config.json is not valid JSON"),
         ({"tokenizer_config__json": b'{"tokenizer_class": "NoSuchTokenizer"}'}, "its tokenizer cannot be loaded"),
         ({"tokenizer_config__json": b'{"tokenizer_class": 5}'}, "its tokenizer cannot be loaded"),
-        ({"special_tokens_map__json": b"5"}, "special_tokens_map.json is no JSON object"),
+        ({"special_tokens_map__json": b"5"}, "special_tokens_map.json is not a JSON object"),
         ({"tokenizer__json": None}, "found no tokenizer"),
     ],
     ids=str,
