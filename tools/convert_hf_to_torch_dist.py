@@ -3,10 +3,12 @@
     source scripts/models/qwen3-8B.sh
     python tools/convert_hf_to_torch_dist.py "${MODEL_ARGS[@]}" --hf-checkpoint Qwen3-8B --save Qwen3-8B_torch_dist
 
-Takes the flags of the training command, and --force to write over a checkpoint that --save holds. Weights are read, written and
-read back one at a time, so memory is that of a file and not of the model; with torchrun the processes share the work. Parallel sizes
-do not matter to who loads the result. The tokenizer is kept beside the weights, and manifest.sha256 has the checksum of every file. Without MODEL_ARGS the architecture is read from --hf-checkpoint. Weights keep their dtype
-unless --bf16, --fp16 or --fp32 is given; fp8 becomes bf16.
+Takes the flags of the training command, and --force to overwrite a checkpoint in --save. Without MODEL_ARGS the architecture is read
+from --hf-checkpoint. The result can be loaded at any parallel layout. Weights keep their dtype unless --bf16, --fp16 or --fp32 is given;
+fp8 becomes bf16.
+
+Weights are read, written and read back one at a time, so memory use is that of one file, not of the model; with torchrun the processes
+share the work. The tokenizer is copied beside the weights, and manifest.sha256 has the checksum of every file.
 """
 
 from __future__ import annotations
@@ -23,18 +25,20 @@ from slime_opd.config.parser import command_line, parse
 from slime_opd.errors import CheckpointError, ConfigError
 
 
-def main(arguments: list[str]) -> None:
-    """Read --hf-checkpoint, write --save."""
-    force = "--force" in arguments
-    config = parse([word for word in arguments if word != "--force"])
-    for flag, value in (("--hf-checkpoint", config.model.hf_checkpoint), ("--save", config.checkpoint.save)):
-        if value is None:
-            raise ConfigError(f"{flag} is missing; give the directory to {'read' if 'hf' in flag else 'write'}")
-    target = Path(config.checkpoint.save)
+def main(argv: list[str]) -> None:
+    """Convert --hf-checkpoint to a release in --save. Raises ConfigError or CheckpointError."""
+    force = "--force" in argv
+    config = parse([argument for argument in argv if argument != "--force"])
+    hf_checkpoint, save = config.model.hf_checkpoint, config.checkpoint.save
+    if hf_checkpoint is None:
+        raise ConfigError("--hf-checkpoint is missing; give the directory to read")
+    if save is None:
+        raise ConfigError("--save is missing; give the directory to write")
+    target = Path(save)
     left_behind = (".partial", LOCK)
     if target.is_dir() and any(p for p in target.iterdir() if not p.name.endswith(left_behind)) and not force:
         raise ConfigError(f"--save {target} is not empty; choose another directory or add --force")
-    # Weights are moved from file to file; a GPU would only be in the way.
+    # Weights are copied from file to file, which needs no GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
@@ -49,8 +53,8 @@ def main(arguments: list[str]) -> None:
     from slime_opd.config.stages import ParallelConfig
     from slime_opd.model import parallel
 
-    source = directory.require(config.model.hf_checkpoint, "--hf-checkpoint")
-    config = completed(config, weights_dtype(config.model.hf_checkpoint))
+    source = directory.require(hf_checkpoint, "--hf-checkpoint")
+    config = with_defaults(config, weights_dtype(hf_checkpoint))
     partial = target / "release.partial"
     needed = sum(file.stat().st_size for file in weight_files(source.directory))
 
@@ -73,8 +77,8 @@ def main(arguments: list[str]) -> None:
             print(f"wrote {final}")
 
 
-def completed(config: Config, dtype: object) -> Config:
-    """The configuration with what was not said: the architecture's source, and the dtype of the weights."""
+def with_defaults(config: Config, dtype: object) -> Config:
+    """The configuration with defaults: the architecture of --hf-checkpoint, and the `dtype` of its weights."""
     if config.model.num_layers is None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, megatron_to_hf_mode="bridge"))
     training = config.training
@@ -84,10 +88,10 @@ def completed(config: Config, dtype: object) -> Config:
     return config
 
 
-def command(arguments: list[str]) -> None:
-    """`main`, for the command line: a checkpoint that cannot be read or written is answered as a wrong flag is."""
+def command(argv: list[str]) -> None:
+    """`main` for the command line: reports a CheckpointError like a wrong flag."""
     try:
-        main(arguments)
+        main(argv)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
 

@@ -3,9 +3,8 @@
     python tools/convert_torch_dist_to_hf.py --input-dir run/iter_0000100 --output-dir run_hf --origin-hf-dir Qwen3-8B
 
 The checkpoint may have been saved at any parallel layout. Shards are written one at a time and read back; after a kill the same
-command goes on with the first that is missing. Tokenizer and config come from --origin-hf-dir, and so do weights that training
-leaves alone (multi-token prediction); the others keep the dtype they were saved in. `sha256sum --check manifest.sha256` in
---output-dir checks every file.
+command resumes with the first missing shard. Tokenizer and config come from --origin-hf-dir, and so do weights that are not trained
+(multi-token prediction); the others keep their dtype. `sha256sum --check manifest.sha256` in --output-dir checks every file.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from slime_opd.errors import CheckpointError, SlimeOPDError
 
 
 def main() -> int:
-    """Read --input-dir, write --output-dir."""
+    """Convert --input-dir to --output-dir; returns the exit code."""
     options = parse_arguments()
     try:
         reused = convert(options)
     except SlimeOPDError as error:
         print(f"convert_torch_dist_to_hf: error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {options.output_dir}" + (f" ({len(reused)} shards were there already)" if reused else ""))
+    print(f"wrote {options.output_dir}" + (f" ({len(reused)} shards were complete already)" if reused else ""))
     return 0
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, under slime's names."""
+    """The options of the command line, under slime's names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input-dir", required=True, help="checkpoint directory, or one iteration's directory in it")
     parser.add_argument("--output-dir", required=True, help="Hugging Face directory to write")
@@ -47,14 +46,16 @@ def parse_arguments() -> argparse.Namespace:
 
 def convert(options: argparse.Namespace) -> list[str]:
     """Write the checkpoint's weights shard by shard; returns the shards that an earlier run had written."""
-    # Weights are moved from file to file; a GPU would only be in the way.
+    # Weights are copied from file to file, which needs no GPU.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from slime_opd.checkpoint import directory
     from slime_opd.checkpoint.formats import torch_dist_to_hf
 
     location = directory.require(options.input_dir, "--input-dir")
     if location.is_hugging_face:
-        raise SlimeOPDError(f"--input-dir {options.input_dir} is a Hugging Face directory already")
+        raise SlimeOPDError(
+            f"--input-dir {options.input_dir} is a Hugging Face directory already; expected a torch_dist checkpoint"
+        )
     origin = directory.find(options.origin_hf_dir)
     if origin is None or not origin.is_hugging_face:
         raise SlimeOPDError(
