@@ -2,57 +2,57 @@
 
     SlimeOPDError
     ├── ConfigError (ValueError)         wrong or missing flags; train.py exits with code 2
-    ├── DataError (ValueError)           a prompt file, a row or a field that cannot be used
-    ├── EngineError (RuntimeError)       an SGLang server that does not start, answer or obey
-    │   └── EngineTimeout                ... in the time it was given
-    ├── TeacherError (RuntimeError)      teacher scores that cannot be had or trusted
-    │   ├── TeacherMismatch              teacher and student do not share a vocabulary or tokenizer
-    │   └── TooManyFallbacks             more samples than `--opd-max-fallback-fraction` went unscored
-    ├── CheckpointError (RuntimeError)   a checkpoint that is missing, broken or of another model
-    ├── WeightSyncError (RuntimeError)   an engine that does not serve the trainer's weights
-    ├── NonFiniteError (RuntimeError)    a loss or gradient that stays infinite or NaN
-    ├── RehearsalError (RuntimeError)     a rehearsal that cannot be held on this machine
-    └── ProcessDied (RuntimeError)       a process of the run that is dead, or does not answer
+    ├── DataError (ValueError)           a prompt file, row or field is not usable
+    ├── EngineError (RuntimeError)       an SGLang server did not start, or a request to it failed
+    │   └── EngineTimeout                ... because of a time limit
+    ├── TeacherError (RuntimeError)      teacher scores are not available or not plausible
+    │   ├── TeacherMismatch              teacher and student have different vocabularies or tokenizers
+    │   └── TooManyFallbacks             more samples without scores than `--opd-max-fallback-fraction`
+    ├── CheckpointError (RuntimeError)   a checkpoint is missing, damaged or of another model
+    ├── WeightSyncError (RuntimeError)   an engine does not serve the trainer's weights
+    ├── NonFiniteError (RuntimeError)    loss or gradient are infinite or NaN for too many steps
+    ├── RehearsalError (RuntimeError)    this machine cannot rehearse a step
+    └── ProcessDied (RuntimeError)       a process of the run is dead, or does not answer
 
-Each also inherits the standard exception a caller would expect to catch. Each is built from
-one message string, so it survives pickling across processes and Ray.
+Each one also inherits from the standard exception that a caller would catch. Each is built from one message, so that it
+can be pickled, which Ray does.
 """
 
 
 class SlimeOPDError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the errors of this package."""
 
 
 class ConfigError(SlimeOPDError, ValueError):
-    """One or more options are wrong; the message holds one line per problem."""
+    """One or more flags are wrong; the message has one line per problem."""
 
 
 class DataError(SlimeOPDError, ValueError):
-    """Input data, or a field of a sample, is not what the reader needs."""
+    """A data file, a row, or a field of a sample is not usable."""
 
 
 class EngineError(SlimeOPDError, RuntimeError):
-    """An SGLang server failed to start, answer or obey."""
+    """An SGLang server did not start, or a request to it failed."""
 
 
 class EngineTimeout(EngineError):
-    """An SGLang server did not answer in the time it was given."""
+    """An SGLang server did not start or answer within its time limit."""
 
 
 class TeacherError(SlimeOPDError, RuntimeError):
-    """Teacher scores cannot be had, or cannot be trusted."""
+    """Teacher scores are not available, or not plausible."""
 
 
 class TeacherMismatch(TeacherError):
-    """Teacher and student do not share a vocabulary or a tokenizer."""
+    """Teacher and student have different vocabularies or tokenizers."""
 
 
 class TooManyFallbacks(TeacherError):
-    """The share of unscored samples passed `--opd-max-fallback-fraction`."""
+    """The fraction of samples without teacher scores is above `--opd-max-fallback-fraction`."""
 
 
 class CheckpointError(SlimeOPDError, RuntimeError):
-    """A checkpoint is missing, broken, or belongs to another model."""
+    """A checkpoint is missing, damaged, or of another model."""
 
 
 class WeightSyncError(SlimeOPDError, RuntimeError):
@@ -64,7 +64,7 @@ class NonFiniteError(SlimeOPDError, RuntimeError):
 
 
 class RehearsalError(SlimeOPDError, RuntimeError):
-    """A step cannot be rehearsed here: no compiler, another build of torch, or code that the rehearsal cannot follow."""
+    """A step cannot be rehearsed: no compiler, an unsupported build of torch, or unsupported code in the step."""
 
 
 class ProcessDied(SlimeOPDError, RuntimeError):

@@ -1,10 +1,10 @@
-"""How a run answers SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal): by way of every `finally`, with 128 + the signal.
+"""Signal handling of a run: SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end it with exit code 128 + signal.
 
-Where a run saves checkpoints, it saves the steps that are done first, if that fits into
-`--exit-grace-s`. The weights are those of a whole step while the student generates or is evaluated: there the signal
-interrupts. A step that trains is finished when its remaining time and a save fit, by what the last ones
-took; otherwise the run ends at once and says what is not saved. The grace is a deadline whatever was estimated.
-A second Ctrl-C gives up the save. Cleaning up is not interrupted, and ends by force when it hangs.
+The run ends through every `finally`. A run with --save first saves the finished steps, if that fits into
+`--exit-grace-s`. Generation and evaluation are interrupted at once, since the trainer then has the weights of a finished
+step. A training step is finished first, if its remaining time and a save fit, by the durations of the last step and the
+last save; else the run ends at once and reports what is not saved. The grace period is a deadline in any case. A second
+Ctrl-C cancels the save. Clean-up is not interrupted; if it hangs, the process is ended by force.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
-# Verbs during which the trainer holds the weights of a whole step, so that a signal may interrupt them.
+# Verbs during which the trainer has the weights of a finished step, so that a signal may interrupt them.
 INTERRUPTIBLE = ("start", "generate", "evaluate")
 
-# Seconds for stopping what the run started; then the process ends, and its warden ends what is left.
+# Seconds for clean-up after a signal; then the process ends by force, and its warden ends what is left.
 CLEANUP_LIMIT_S = 45.0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do about a signal: whether to save (and wait for that), and the sentence that says so."""
+    """The reaction to a signal: whether to save a checkpoint first, and the message to print."""
 
     save: bool
     message: str
@@ -48,10 +48,10 @@ def decide(
     last_train_s: float | None = None,
     last_save_s: float | None = None,
 ) -> Decision:
-    """Whether a run that was told to end saves a checkpoint first.
+    """Whether a run that received a signal saves a checkpoint first.
 
-    `verb`: what runs now; `elapsed_s`: for how many seconds. `saves`: the run has `--save`.
-    `unsaved`: steps are done that no checkpoint holds. A duration of None is not known yet and counts as 0: the grace still bounds it.
+    `verb`: the current verb; `elapsed_s`: its seconds so far. `saves`: the run has `--save`. `unsaved`: finished steps
+    are not in a checkpoint. A duration of None is not known yet and counts as 0; the grace period bounds it anyway.
     """
     if verb == "start":
         return Decision(False, "ending: nothing was trained yet")
@@ -66,17 +66,17 @@ def decide(
     rest_s = max((last_train_s or 0.0) - elapsed_s, 0.0) if verb == "train" else 0.0
     needed = rest_s + (last_save_s or 0.0)
     if needed > grace_s:
-        what = f"{rest_s:.0f} s more for the running step and {last_save_s or 0:.0f} s for a save"
-        return Decision(False, f"ending without a checkpoint: it needs {what}, --exit-grace-s is {grace_s:g}")
+        durations = f"{rest_s:.0f} s more for the running step and {last_save_s or 0:.0f} s for a save"
+        return Decision(False, f"ending without a checkpoint: it needs {durations}, --exit-grace-s is {grace_s:g}")
     first = "finishing the running step, then " if verb == "train" else ""
     return Decision(True, f"{first}saving a checkpoint before ending, within --exit-grace-s {grace_s:g}")
 
 
 class Stopping:
-    """The signals of a run, from `install` to the end of its process. Used from the main thread.
+    """Signal handlers of a run, from `install` to the end of its process. Used from the main thread.
 
-    As a context manager it gives the process the exit code 128 + signal, whatever exception the interruption became on
-    its way: Ray turns any SystemExit that is raised while it waits into one of its own.
+    As a context manager it sets the exit code 128 + signal, whatever exception arrives: Ray replaces a SystemExit that
+    is raised while it waits by its own.
     """
 
     def __init__(self, *, grace_s: float, saves: bool) -> None:
@@ -84,19 +84,19 @@ class Stopping:
         self._verb, self._since = "start", time.monotonic()
         self._seconds: dict[str, float] = {}
         self._ending = False
-        self.unsaved = False  # steps are done that no checkpoint holds
-        self.signal: int | None = None  # the first that came
-        self.save_first = False  # the run is to save before it ends
+        self.unsaved = False  # finished steps are not in a checkpoint
+        self.signal: int | None = None  # the first signal received
+        self.save_first = False  # the run has to save before it ends
 
     def install(self) -> None:
-        """Take the signals over."""
+        """Install the signal handlers."""
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
         signal.signal(signal.SIGALRM, self._on_deadline)
 
     @contextlib.contextmanager
     def during(self, verb: str) -> Iterator[None]:
-        """Say what the run does: a signal that waits for a safe point interrupts here, at the start of such a verb."""
+        """Context of a verb. A pending signal interrupts the run at the start of an interruptible verb."""
         self._verb, self._since = verb, time.monotonic()
         if self.signal is not None and verb in INTERRUPTIBLE:
             self._interrupt()
@@ -107,7 +107,7 @@ class Stopping:
         self._verb = "between"
 
     def begin_cleanup(self) -> None:
-        """From here on signals interrupt nothing; a clean-up that was begun by one, or meets one, ends by force when it hangs."""
+        """Ignore further signals. If there has been one, or one arrives, a clean-up that hangs is ended by force."""
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._ending = True
         if self.signal is not None:
@@ -172,13 +172,13 @@ class Stopping:
 
 
 def during(verb: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorates a method of an object that has its Stopping in `stopping`: the method is that verb."""
+    """Decorator that runs a method as a verb of `self.stopping`, a Stopping."""
 
     def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
-        def decorated(self: Any, *arguments: Any, **options: Any) -> Any:
+        def decorated(self: Any, *args: Any, **kwargs: Any) -> Any:
             with self.stopping.during(verb):
-                return method(self, *arguments, **options)
+                return method(self, *args, **kwargs)
 
         return decorated
 
@@ -186,13 +186,13 @@ def during(verb: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 @contextlib.contextmanager
-def daemons_apart() -> Iterator[None]:
-    """For starting Ray: this process keeps its signal handlers, and what is forked gets a session of its own.
+def keep_handlers_while_starting_ray() -> Iterator[None]:
+    """Context for starting Ray: this process keeps its signal handlers, and forked processes get their own sessions.
 
-    `ray.init` sets handlers of its own, in Python, which are ignored here, and in native code, which are
-    replaced when this ends: in the moment between, while Ray connects, SIGTERM ends the process by Ray's way and its
-    warden does the rest. The sessions keep Ctrl-C and signals to the process group from the daemons; for that they have to be
-    started by `os.fork` or by `subprocess` with a `preexec_fn`, as Ray does: only those run Python's hooks for forks.
+    `ray.init` installs handlers in Python, which are ignored here, and in native code, which are replaced at the end of
+    the context. In between, while Ray connects, SIGTERM ends the process through Ray's handler, and the warden cleans
+    up. The sessions keep Ctrl-C and signals to the process group from Ray's daemons. This works for processes started
+    by `os.fork`, or by `subprocess` with a `preexec_fn` as in Ray: only these run Python's fork hooks.
     """
     active = True
 
@@ -215,13 +215,13 @@ def daemons_apart() -> Iterator[None]:
 
 
 def _write(message: str) -> None:
-    # Not print: a signal may come in the middle of one.
+    # Not print, which is not reentrant: the signal may have interrupted a print.
     with contextlib.suppress(OSError):
         os.write(2, f"\nslime_opd: {message}\n".encode())
 
 
 def _drop_terminal() -> None:
-    """After the terminal has closed, writing to it is an error that would end the save."""
+    """Redirect output to a closed terminal to /dev/null, since writing to it raises an error that would end the save."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             with open(os.devnull, "wb") as nowhere:

@@ -18,7 +18,7 @@ from slime_opd.cluster.private_cluster import is_inside_job
 from slime_opd.config import Config
 from slime_opd.config.check_sizes import process_problem
 from slime_opd.errors import ConfigError, ProcessDied
-from slime_opd.stopping import daemons_apart
+from slime_opd.stopping import keep_handlers_while_starting_ray
 
 PLACEMENT_TIMEOUT_S = 120
 
@@ -63,7 +63,7 @@ def join(address: str) -> None:
     if ray.is_initialized():
         return
     try:
-        with daemons_apart():
+        with keep_handlers_while_starting_ray():
             ray.init(
                 address=None if is_inside_job() else address,
                 log_to_driver=True,

@@ -207,11 +207,11 @@ def test_signals_do_not_interrupt_the_clean_up():
 
 APART = """
 import os, signal, subprocess, sys, threading, time
-from slime_opd.stopping import daemons_apart
+from slime_opd.stopping import keep_handlers_while_starting_ray
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
 # A thread more, as a run has: a signal may be delivered to any of them.
 threading.Thread(target=lambda: time.sleep(30), daemon=True).start()
-with daemons_apart():
+with keep_handlers_while_starting_ray():
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(15))  # as ray.init does
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     command = [sys.executable, "-c", "import os; print(os.getsid(0) == os.getpid())"]
