@@ -1,4 +1,4 @@
-"""A whole drill: the files, the teacher and the uninterrupted runs that all share, then run after run until every kill is done."""
+"""A whole drill: the shared files, teacher and uninterrupted runs, then one run after another until all kills are done."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Campaign:
-    """Enter it to make the files; leaving it ends the teacher. `problems` are those that are of no kill."""
+    """Context manager that makes the files and ends the teacher. `problems`: those that no kill has caused."""
 
     def __init__(self, directory: Path, *, hang_limit_s: float = 90.0, stop_s: float = 20.0) -> None:
         self.problems: list[str] = []
@@ -45,7 +45,10 @@ class Campaign:
         jobs: int = 1,
         on_results: Callable[[list[Result]], None] = lambda results: None,
     ) -> list[Result]:
-        """Do all kills: a run for each batch, up to `jobs` at one time. `on_results` is given what each run adds, one run at a time."""
+        """Do all kills, with one run per batch and up to `jobs` concurrent runs.
+
+        `on_results` is called with the results of each finished run, never concurrently.
+        """
         self._on_results = on_results
         references: dict[str, Path] = {}
         teacher = self._start_teacher() if any(stack == SGLANG_TEACHER for stack, _ in batches) else None
@@ -68,17 +71,17 @@ class Campaign:
                 for done in pool.map(lambda batch: self._run_batch(setting, *batch), batches):
                     results += done
             except BaseException:
-                # The pool waits for its threads, so those must come to an end: their runs are killed, and no more are started.
+                # The pool waits for its threads. So their runs are killed, and no further runs are started.
                 setting.is_interrupted.set()
                 for lineage in list(self._running):
                     lineage.kill()
                 raise
         if teacher is not None and teacher.exit_code() is not None:
-            self.problems.append(f"the teacher, which is no part of the runs, ended with {teacher.exit_code()}")
+            self.problems.append(f"the teacher, which is not part of the runs, ended with {teacher.exit_code()}")
         return results
 
     def _run_batch(self, setting: Setting, stack: str, trials: Sequence[Trial]) -> list[Result]:
-        """Runs, until every kill of the batch is done: one run, unless it does not recover or is too short."""
+        """Start runs until all kills of the batch are done: one run, unless it fails to recover or is too short."""
         queue, results = deque(trials), []
         while queue:
             with self._lock:

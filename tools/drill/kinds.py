@@ -1,4 +1,4 @@
-"""The kinds of kill: what is killed, how, in which phase of a run, and what the run must then do."""
+"""The kinds of kills: the process, the signal, the phase of the run, and the expected outcome."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALL_STACKS = (SFT, SFT_TWO_RANKS, *WITH_ENGINE)
 
 
 class Phase(Enum):
-    """What a run does at the moment of a kill."""
+    """The activity of a run at the moment of a kill."""
 
     START = "start"
     GENERATE = "generate"
@@ -28,7 +28,7 @@ PHASES_OF_SFT = (Phase.START, Phase.TRAIN, Phase.SAVE)
 
 
 class Role(Enum):
-    """What a process of a run is."""
+    """The role of a process in a run."""
 
     DRIVER = "driver"
     GCS = "Ray's GCS"
@@ -56,7 +56,7 @@ class Way(Enum):
 
 
 class Outcome(Enum):
-    """What a run must do after the kill. Whatever it does, it leaves nothing behind and the same command continues it."""
+    """The expected outcome of a kill. In any case nothing must be left, and the same command must resume the run."""
 
     ENDS = "ends"
     SURVIVES = "survives"
@@ -67,8 +67,8 @@ class Outcome(Enum):
 class Kind:
     """One kind of kill.
 
-    `codes` are the exit codes that a run may end with, as `subprocess.Popen.returncode` has them. `sentence` is how a line
-    begins that the run prints after the kill if it ends; "" where it cannot print any.
+    `codes`: the expected exit codes, as in `subprocess.Popen.returncode`. `sentence`: the beginning of a line that a run
+    must print if it ends; "" if it cannot print one.
     """
 
     name: str
@@ -83,11 +83,11 @@ class Kind:
 
     @property
     def is_in_terminal(self) -> bool:
-        """Whether the run must have a terminal of its own."""
+        """Whether the run needs its own terminal."""
         return self.way is Way.HANG_UP
 
     def phases_on(self, stack: str) -> tuple[Phase, ...]:
-        """The phases of this kind that a run of `stack` has."""
+        """The phases of this kind that exist in a run of `stack`."""
         return tuple(phase for phase in self.phases if stack in WITH_ENGINE or phase in PHASES_OF_SFT)
 
 
@@ -96,7 +96,7 @@ _USING_THE_ENGINE = (Phase.START, Phase.GENERATE, Phase.UPDATE_WEIGHTS)
 
 
 def on_stacks(kinds: Iterable[Kind], stacks: Sequence[str]) -> list[Kind]:
-    """The kinds as far as they apply to these stacks; those that apply to none are left out."""
+    """The kinds, restricted to these stacks; without the kinds that apply to none of them."""
     narrowed = [replace(kind, stacks=tuple(stack for stack in kind.stacks if stack in stacks)) for kind in kinds]
     return [kind for kind in narrowed if kind.stacks]
 

@@ -1,4 +1,4 @@
-"""One run through several kills: the same command is started again after each, until it has finished."""
+"""One run with several kills: the same command is started again after each kill, until it finishes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from drill.stacks import Material, command, rollouts
 from drill.steps import check_start, indistinct, missing
 from drill.weights import differing_tensors
 
-# A run with fewer steps to go is finished: a kill needs steps before it and after it.
-_FEWEST_STEPS_LEFT = 9
-_MOST_TRIES = 3
+# A run with fewer steps left gets no further kills, since a kill needs steps before and after it.
+_MIN_STEPS_LEFT = 9
+_MAX_TRIES = 3
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs of a drill share. `references` are the final checkpoints of uninterrupted runs, by stack."""
+    """The settings that all runs of a drill share. `references`: final checkpoints of uninterrupted runs, by stack."""
 
     directory: Path
     material: Material
@@ -43,15 +43,15 @@ class Setting:
 
 
 class Interrupted(Exception):
-    """The drill itself is being ended."""
+    """The drill itself has been interrupted."""
 
 
 class Lineage:
-    """All starts of one command. `run` takes kills off a queue, does them, and lets the run finish."""
+    """All starts of one command. `run` does kills from a queue, and then lets the run finish."""
 
     def __init__(self, setting: Setting, stack: str, name: str) -> None:
         self.results: list[Result] = []
-        # What is wrong, and is no kill's doing or is also said of one.
+        # Problems of the whole run; some are also recorded in the result of a kill.
         self.problems: list[str] = []
         self._is_broken = False
         self._setting, self._stack, self.name = setting, stack, name
@@ -61,15 +61,15 @@ class Lineage:
         self._command = command(stack, setting.material, self.save, setting.teacher_url)
         self._attempt: Attempt | None = None
         self._starts = 0
-        # Kills since which no start has logged a step: what is wrong with the steps of the next start is theirs.
+        # Kills since which no start has logged a step; problems with the next start's steps are attributed to them.
         self._unsettled: list[Result] = []
-        # Kills that the present start has survived.
+        # Kills that the current start has survived.
         self._survived: list[Result] = []
 
     def run(self, queue: deque[Trial]) -> None:
-        """Do kills of the queue, as many as fit, and finish the run. A kill that could not be done goes back into the queue."""
+        """Do as many kills of the queue as fit, then let the run finish. A kill that could not be done is requeued."""
         try:
-            while not self._is_broken and self._has_room() and (trial := self._take(queue)) is not None:
+            while not self._is_broken and self._has_steps_left() and (trial := self._take(queue)) is not None:
                 if not self._do(trial):
                     self._put_back(trial, queue)
             if not self._is_broken:
@@ -78,14 +78,14 @@ class Lineage:
             if self._attempt is not None:
                 self._attempt.close()
 
-    def _has_room(self) -> bool:
+    def _has_steps_left(self) -> bool:
         left = rollouts(self._stack) - max([saved_step(self.save), *(self._attempt.steps() if self._attempt else [])])
-        return left >= _FEWEST_STEPS_LEFT
+        return left >= _MIN_STEPS_LEFT
 
     def _take(self, queue: deque[Trial]) -> Trial | None:
-        """The next kill that can be done now: a run that has survived is past its start, and has no terminal."""
+        """Remove the next possible kill from the queue: a run that survived a kill is past its start, without a terminal."""
         if any(result.kind == "warden-kill" for result in self._survived):
-            # What ends a run's processes after a violent death is gone: a second kill would be two faults at one time.
+            # Without its warden a run cannot clean up after a second kill: that would be two faults at the same time.
             return None
         for trial in queue:
             if self._attempt is None or (trial.phase is not Phase.START and not trial.kind.is_in_terminal):
@@ -94,16 +94,16 @@ class Lineage:
         return None
 
     def _put_back(self, trial: Trial, queue: deque[Trial]) -> None:
-        if trial.tries + 1 < _MOST_TRIES:
+        if trial.tries + 1 < _MAX_TRIES:
             queue.append(trial.again())
             return
         result = _result_of(trial)
-        result.problems.append(f"could not be done at {_MOST_TRIES} tries: no {trial.kind.role.value} at its moments")
+        result.problems.append(f"not done after {_MAX_TRIES} tries: no {trial.kind.role.value} at the chosen moments")
         self.results.append(result)
         self._say(result)
 
     def _do(self, trial: Trial) -> bool:
-        """Whether the kill could be done."""
+        """Do one kill and watch its outcome; returns whether it could be done."""
         if self._attempt is None:
             self._start(in_terminal=trial.kind.is_in_terminal)
         attempt = self._attempt
@@ -112,13 +112,13 @@ class Lineage:
         except (Ended, Stuck) as reason:
             if attempt.exit_code() == 0:
                 return False
-            self._break(f"the same command did not continue: {reason}")
+            self._break(f"the same command did not resume: {reason}")
             return False
         if target is None:
             return False
         result = _result_of(trial)
         self.results.append(result)
-        printed = attempt.log.stat().st_size
+        log_size = attempt.log.stat().st_size
         attempt.note_descendants()
         segments = shared_memory(attempt.known.values())
         begun = time.monotonic()
@@ -128,8 +128,9 @@ class Lineage:
         has_survived = result.code is None and not result.hung
         if not has_survived:
             self._look_at_what_is_left(attempt, result, segments)
-        result.output_lines = attempt.output(printed).count("\n")
-        result.problems += problems_of(result, trial.kind, attempt.output(printed), self._setting.clean_limit_s)
+        output = attempt.output(log_size)
+        result.output_lines = output.count("\n")
+        result.problems += problems_of(result, trial.kind, output, self._setting.clean_limit_s)
         if has_survived:
             self._survived.append(result)
         else:
@@ -150,7 +151,7 @@ class Lineage:
         self._attempt = Attempt(self._command, self.save, log, in_terminal=in_terminal)
 
     def _aim(self, attempt: Attempt, trial: Trial) -> Process | None:
-        """The process to kill, at a moment that suits; None where this start has no such moment (any more)."""
+        """Wait for a moment that fits the trial; returns the process to kill, None if there is no such moment left."""
         for _ in moments(attempt, trial):
             targets = [process for process in attempt.processes() if process.role is trial.kind.role]
             if targets:
@@ -171,7 +172,7 @@ class Lineage:
             target.send(signal.SIGCONT)
 
     def _watch(self, attempt: Attempt, kind: Kind, result: Result) -> None:
-        """Wait until the run has ended, or has done two more steps where it may survive."""
+        """Wait until the run has ended or, if it may survive, has done two more steps."""
         done = len(attempt.steps())
         limit = self._setting.hang_limit_s
         if kind.outcome is Outcome.ENDS:
@@ -181,13 +182,13 @@ class Lineage:
         try:
             attempt.wait(lambda: len(attempt.steps()) >= done + 2, limit)
         except Ended:
-            # A run that had but few steps to go has survived by finishing.
+            # A run with few steps left survives by finishing.
             result.code = attempt.exit_code() or None
         except Stuck:
             result.hung = True
 
     def _look_at_what_is_left(self, attempt: Attempt, result: Result, segments: set[Path]) -> None:
-        """Wait for all processes to end, up to the limit; then kill what is left, so that it does not disturb the next start."""
+        """Wait for all processes to end, up to the limit; then kill those left, which would disturb the next start."""
         begun = time.monotonic()
         if not result.hung:
             while (left := attempt.left()) and time.monotonic() - begun < self._setting.clean_limit_s:
@@ -210,13 +211,14 @@ class Lineage:
         problems = []
         if check.lost or check.doubled:
             problems.append(
-                f"the start after it found step {attempt.saved_before} saved and did steps {steps[0]} to {steps[-1]}: {len(check.lost)} lost, {len(check.doubled)} doubled"
+                f"the start after it found a checkpoint of step {attempt.saved_before} and did steps {steps[0]} to "
+                f"{steps[-1]}: {len(check.lost)} lost, {len(check.doubled)} doubled"
             )
         if attempt.saved_before and "resum" not in attempt.output():
-            problems.append("the start after it did not say that it resumed")
+            problems.append("the start after it did not print that it resumed")
         ended, survived = self._unsettled, self._survived
         self._unsettled, self._survived = [], []
-        # The kill that this start came after; where there was none, what it has survived.
+        # The kill before this start; without one, the last kill that it has survived.
         blamed = (ended or survived)[-1:]
         for result in blamed:
             result.lost, result.doubled = list(check.lost), list(check.doubled)
@@ -228,14 +230,14 @@ class Lineage:
             self._say(result)
 
     def _finish(self) -> None:
-        """Let the run end by itself, and look at what it has done in all."""
+        """Let the run finish, then check all its steps and its final weights."""
         if self._attempt is None:
             self._start()
         attempt = self._attempt
         try:
             attempt.wait(lambda: attempt.steps() or attempt.exit_code() is not None)
         except Stuck as reason:
-            self._break(f"the same command did not continue: {reason}")
+            self._break(f"the same command did not resume: {reason}")
             return
         attempt.processes()
         attempt.note_descendants()
@@ -250,7 +252,7 @@ class Lineage:
         self._settle()
         records = read_records(self.save)
         if repeated := indistinct(records):
-            result.problems.append(f"metrics.jsonl does not tell the attempts at steps {list(repeated)} apart")
+            result.problems.append(f"metrics.jsonl has several records of one attempt for steps {list(repeated)}")
         result.lost = list(missing([record["step"] for record in records], rollouts(self._stack)))
         if result.lost:
             result.problems.append(f"no metrics of steps {result.lost}")
@@ -271,7 +273,7 @@ class Lineage:
         return self.save / f"iter_{saved_step(self.save):07d}"
 
     def _break(self, reason: str) -> None:
-        """Give the run up: its last kill is what it did not recover from."""
+        """Abandon a run that has not recovered from its last kill."""
         attempt, self._attempt = self._attempt, None
         attempt.close()
         lines = attempt.output().strip().splitlines()

@@ -1,4 +1,4 @@
-"""Which kills a drill does, drawn from its seed: every kind equally often, over the stacks and phases it applies to."""
+"""The random plan of a drill: every kind of kill equally often, over the stacks and phases to which it applies."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from drill.kinds import ALL_STACKS, Kind, Phase
 
 @dataclass(frozen=True)
 class Trial:
-    """One kill to do.
+    """One planned kill.
 
-    `after` is the number of steps that the run does first; `fraction` (0 to 1) places the kill within its phase and
-    chooses among several processes of one role; `tries` counts the runs in which it could not be done.
+    `after`: number of steps before it. `fraction` (0 to 1): its moment within the phase; also selects among several
+    processes of the same role. `tries`: number of runs in which it could not be done.
     """
 
     number: int
@@ -45,21 +45,21 @@ def plan(kills: int, seed: int, kinds: Sequence[Kind]) -> list[Trial]:
 
 
 def batches(trials: Sequence[Trial], size: int = 5) -> list[tuple[str, list[Trial]]]:
-    """The kills that each run is put through: up to `size` of one stack, in order, with that stack."""
-    found = []
+    """The kills of each run: a stack, and up to `size` of its trials, in order."""
+    runs = []
     for stack in ALL_STACKS:
         own = [trial for trial in trials if trial.stack == stack]
-        found += [(stack, own[start : start + size]) for start in range(0, len(own), size)]
-    return found
+        runs += [(stack, own[start : start + size]) for start in range(0, len(own), size)]
+    return runs
 
 
 def _settings(kind: Kind, generator: random.Random) -> list[tuple[str, Phase]]:
-    """Every pair of stack and phase that a kind applies to, from a drawn one on; neighbours are of different stacks."""
+    """The pairs of stack and phase to which a kind applies, in random order; stacks alternate."""
     per_stack = []
     for stack in kind.stacks:
         phases = kind.phases_on(stack)
         per_stack.append([(stack, phase) for phase in generator.sample(phases, len(phases))])
     rounds = itertools.zip_longest(*per_stack)
-    pairs = [pair for pairs_of_round in rounds for pair in pairs_of_round if pair is not None]
+    pairs = [pair for round_pairs in rounds for pair in round_pairs if pair is not None]
     first = generator.randrange(len(pairs))
     return pairs[first:] + pairs[:first]

@@ -1,6 +1,7 @@
-"""Takes a terminal for its own and becomes a command: `python terminal.py /dev/pts/N COMMAND…`, in a new session.
+"""Run a command with a controlling terminal: `python terminal.py /dev/pts/N COMMAND…`, in a new session.
 
-The leader of a session that opens a terminal controls it from then on: the kernel sends it SIGHUP when the other end is closed.
+A session leader that opens a terminal gets it as its controlling terminal: the kernel sends it SIGHUP when the other end
+is closed.
 """
 
 import os

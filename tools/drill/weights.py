@@ -1,4 +1,4 @@
-"""Whether two runs have ended with the same tensors, bit for bit: weights, optimizer state and all."""
+"""Bitwise comparison of two checkpoints: weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def differing_tensors(one: Path, other: Path) -> list[str]:
     import torch
 
     with warnings.catch_warnings():
-        # Megatron's, about what is not installed.
+        # Megatron warns about packages that are not installed.
         warnings.simplefilter("ignore")
         from slime_opd.checkpoint.formats.torch_dist import Reader
 

@@ -107,12 +107,12 @@ def test_a_closed_terminal_reaches_the_run_as_a_hang_up(tmp_path, monkeypatch):
     ("fault", "kind", "expected"),
     [
         ("leaves a process", "driver-kill", "left after 1 s: another process"),
-        ("begins anew", "driver-kill", "saved and did steps 1 to 18: 0 lost"),
+        ("begins anew", "driver-kill", "a checkpoint of step 3 and did steps 1 to 18: 0 lost"),
         ("skips a step", "driver-kill", "1 lost, 0 doubled"),
-        ("silent", "driver-kill", "did not say that it resumed"),
+        ("silent", "driver-kill", "did not print that it resumed"),
         ("hangs", "driver-term", "hung for 1 s"),
-        ("none", "trainer-stop", "could not be done at 3 tries: no trainer rank at its moments"),
-        ("stalls", "driver-kill", "the same command did not continue: nothing for 2 s"),
+        ("none", "trainer-stop", "not done after 3 tries: no trainer rank at the chosen moments"),
+        ("stalls", "driver-kill", "the same command did not resume: no progress for 2 s"),
         ("refuses", "driver-kill", "the same command did not finish: exit code 1"),
     ],
 )
@@ -128,7 +128,7 @@ def test_attempts_that_the_metrics_do_not_tell_apart_are_a_problem_of_the_whole_
     # Killed after step 4, it goes on at 4.
     kill, end = drill(tmp_path, monkeypatch, "mixes attempts", trial("driver-kill"))
     assert kill.problems == []
-    assert end.problems == ["metrics.jsonl does not tell the attempts at steps [4] apart"]
+    assert end.problems == ["metrics.jsonl has several records of one attempt for steps [4]"]
 
 
 def test_a_start_that_has_lost_a_warden_takes_no_other_kill(tmp_path):

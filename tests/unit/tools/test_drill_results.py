@@ -24,5 +24,5 @@ def test_kills_that_went_well_are_done_and_those_that_failed_are_done_again(tmp_
 
 def test_a_file_of_another_drill_is_refused(tmp_path):
     ResultFile(tmp_path / "results.json", PLAN).add([result(1)])
-    with pytest.raises(ValueError, match="name another file"):
+    with pytest.raises(ValueError, match="use another file"):
         ResultFile(tmp_path / "results.json", {**PLAN, "seed": 1})
