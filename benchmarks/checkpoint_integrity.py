@@ -2,8 +2,9 @@
 
     python benchmarks/checkpoint_integrity.py [--gigabytes 2] [--ranks 2] [--directory DIR]
 
-Each rank saves random tensors through Megatron-core, as a run does, then hashes its share, syncs, and verifies. With enough memory
-the files are read from the page cache, so that hashing is measured and not the disk; `--drop-caches` (root) reads from the disk.
+Each rank saves random tensors through Megatron-core, as a run does, then hashes its share, syncs, and verifies. With
+enough memory the files are read from the page cache, so that hashing is measured and not the disk; `--drop-caches`
+(root) reads from the disk.
 """
 
 from __future__ import annotations

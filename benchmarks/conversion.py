@@ -1,9 +1,9 @@
-"""What converting a checkpoint costs: our tools, a tensor at a time, against reading all weights and then writing them.
+"""The cost of converting a checkpoint tensor by tensor, with verification, against reading and writing it whole.
 
     python benchmarks/conversion.py [--layers 24] [--directory DIR]
 
-Makes a random Qwen3 in bfloat16 in DIR (1.6B parameters with 24 layers), converts it to torch_dist and back, and compares every
-tensor. Prints seconds, the highest memory, and the ratios.
+Makes a random Qwen3 in bfloat16 in DIR (1.6B parameters with 24 layers), converts it to torch_dist and back, and
+compares every tensor. Prints seconds, the highest memory, and the ratios.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ torch.manual_seed(0)
 model = transformers.Qwen3ForCausalLM(config).to(torch.bfloat16)
 model.save_pretrained(sys.argv[1], max_shard_size=int(sys.argv[3]))
 """
-# The least that a converter can do which holds the whole model: every byte is read once and written once, and none is checked.
+# The lower bound for a converter that holds the whole model: each byte is read and written once, nothing is checked.
 ALL_AT_ONCE = """
 import sys, torch
 from pathlib import Path
@@ -45,10 +45,10 @@ torch.save(state, sys.argv[2])
 """
 
 
-def measured(*words: object) -> tuple[float, float]:
-    """Seconds and GiB of resident memory at most."""
+def measured(*arguments: object) -> tuple[float, float]:
+    """Run Python with `arguments`; returns seconds and peak resident memory in GiB."""
     started, highest = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, "-W", "ignore", *map(str, words)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-W", "ignore", *map(str, arguments)], stdout=subprocess.DEVNULL)
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status")
         try:
@@ -58,15 +58,15 @@ def measured(*words: object) -> tuple[float, float]:
         highest = max([highest, *(int(line.split()[1]) for line in lines)])
         time.sleep(0.02)
     if process.returncode:
-        sys.exit(f"'{words[0]}' failed; its output is above")
+        sys.exit(f"'{arguments[0]}' failed; its output is above")
     return time.perf_counter() - started, highest / 2**20
 
 
 def weights_of(directory: Path) -> Iterator[tuple[str, int]]:
-    """Name and checksum of every weight."""
+    """Name and checksum of each weight."""
     for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 (it is no dict)
+            for name in weights.keys():  # noqa: SIM118 (not a dict)
                 yield name, zlib.crc32(weights.get_tensor(name).view(torch.uint8).numpy())
 
 
@@ -75,27 +75,27 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--directory", type=Path, default=None)
     options = parser.parse_args()
-    place = Path(tempfile.mkdtemp(dir=options.directory))
-    source, made, back = place / "source", place / "torch_dist", place / "back"
+    workdir = Path(tempfile.mkdtemp(dir=options.directory))
+    source, torch_dist, back = workdir / "source", workdir / "torch_dist", workdir / "back"
     try:
         measured("-c", MODEL, source, options.layers, SHARD)
         size = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 2**30
-        there = measured(TOOLS / "convert_hf_to_torch_dist.py", "--hf-checkpoint", source, "--save", made)
-        words = ["--input-dir", made, "--output-dir", back, "--origin-hf-dir", source, "--chunk-size", SHARD]
-        and_back = measured(TOOLS / "convert_torch_dist_to_hf.py", *words)
-        plain = measured("-c", ALL_AT_ONCE, source, place / "all.pt")
+        to_torch_dist = measured(TOOLS / "convert_hf_to_torch_dist.py", "--hf-checkpoint", source, "--save", torch_dist)
+        flags = ["--input-dir", torch_dist, "--output-dir", back, "--origin-hf-dir", source, "--chunk-size", SHARD]
+        to_hugging_face = measured(TOOLS / "convert_torch_dist_to_hf.py", *flags)
+        plain = measured("-c", ALL_AT_ONCE, source, workdir / "all.pt")
         before, after = (dict(weights_of(directory)) for directory in (source, back))
         same = sum(before[name] == after.get(name) for name in before)
-        print(f"{size:.1f} GiB of weights; {same} of {len(before)} tensors came back bit for bit")
+        print(f"{size:.1f} GiB of weights; {same} of {len(before)} tensors are bit-identical after both conversions")
         print("| | seconds | GiB | time | memory |\n| --- | --- | --- | --- | --- |")
         for name, (seconds, memory) in (
             ("all at once, unchecked", plain),
-            ("to torch_dist", there),
-            ("to Hugging Face", and_back),
+            ("to torch_dist", to_torch_dist),
+            ("to Hugging Face", to_hugging_face),
         ):
             print(f"| {name} | {seconds:.1f} | {memory:.2f} | {seconds / plain[0]:.2f} | {memory / plain[1]:.2f} |")
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(workdir)
 
 
 if __name__ == "__main__":

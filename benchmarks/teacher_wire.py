@@ -1,10 +1,10 @@
-"""What an SGLang teacher costs per token, for each way to ask it for log-probs. Starts a server of a tiny model of its own.
+"""The cost per token of an SGLang teacher, for each way to request log-probs, on a server of a tiny model.
 
     python benchmarks/teacher_wire.py [--candidates 16] [--vocabulary 4096] [--lengths 64 512] [--noise 0.02 0.05]
 
-The candidates are the likeliest tokens of a student: the teacher's weights with `noise` of their size added. Every way's
-numbers are compared with Hugging Face's. Bytes count requests and answers; computed tokens are those that the server's
-cache did not have.
+The candidates are the top-k tokens of a student: the teacher's weights plus noise. All log-probs are compared with
+Hugging Face's. Bytes are those of requests and responses; computed tokens are those that were not in the server's
+prefix cache.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ PROMPT = 32
 
 
 class Meter:
-    """One way's requests for one response: their bytes, seconds and computed tokens."""
+    """Bytes, time and computed tokens of the requests that score one response."""
 
     def __init__(self, client: EngineClient) -> None:
         self._client, self._before, self._started = client, client.bytes_moved, time.perf_counter()
         self.computed = 0
 
-    async def ask(self, payload: dict[str, Any]) -> Any:
-        """The answer to `payload`, its computed tokens counted."""
-        answer = await self._client.post_generate(payload)
-        for one in answer if isinstance(answer, list) else [answer]:
-            self.computed += meta_info(one)["prompt_tokens"] - meta_info(one)["cached_tokens"]
-        return answer
+    async def post(self, payload: dict[str, Any]) -> Any:
+        """Post `payload` and count the computed tokens; returns the server's response."""
+        response = await self._client.post_generate(payload)
+        for row in response if isinstance(response, list) else [response]:
+            self.computed += meta_info(row)["prompt_tokens"] - meta_info(row)["cached_tokens"]
+        return response
 
     def read(self) -> np.ndarray:
         """Bytes, milliseconds and computed tokens so far."""
@@ -50,57 +50,57 @@ class Meter:
         return np.array([self._client.bytes_moved - self._before, milliseconds, self.computed])
 
 
-Way = Callable[[Meter, list[int], np.ndarray], Coroutine[Any, Any, np.ndarray]]
+Request = Callable[[Meter, list[int], np.ndarray], Coroutine[Any, Any, np.ndarray]]
 
 
 async def sampled_only(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
-    """The sampled tokens' log-probs alone: what the penalty needs."""
-    protocol.parse_scores(await meter.ask(protocol.score_payload(tokens, PROMPT)), tokens, PROMPT)
+    """Score the sampled tokens only, as the penalty needs."""
+    protocol.parse_scores(await meter.post(protocol.score_payload(tokens, PROMPT)), tokens, PROMPT)
     return np.full(candidates.shape, np.nan)
 
 
-def teachers_top(times: int) -> Way:
-    """The teacher's own top tokens, and what they know of the candidates."""
+def teacher_top(times: int) -> Request:
+    """Request the teacher's top `times` x K tokens; candidates that are not among them stay NaN."""
 
-    async def way(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
+    async def request(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
         n = times * candidates.shape[1]
-        answer = await meter.ask(protocol.score_payload(tokens, PROMPT, n))
-        return top_k.lookup(candidates, top_k.parse_top_k(answer, len(candidates), n))
+        response = await meter.post(protocol.score_payload(tokens, PROMPT, n))
+        return top_k.lookup(candidates, top_k.parse_top_k(response, len(candidates), n))
 
-    return way
+    return request
 
 
-def top_then_missing(times: int) -> Way:
-    """The teacher's own top tokens, then the candidates that were not among them."""
+def top_then_missing(times: int) -> Request:
+    """Request the teacher's top tokens, then the candidates that were not among them."""
 
-    async def way(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
-        known = await teachers_top(times)(meter, tokens, candidates)
+    async def request(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
+        known = await teacher_top(times)(meter, tokens, candidates)
         segments = top_k.missing_segments(candidates, np.isnan(known))
-        answers = await meter.ask(top_k.segments_payload(tokens, PROMPT, segments)) if segments else []
+        answers = await meter.post(top_k.segments_payload(tokens, PROMPT, segments)) if segments else []
         return top_k.fill(known, candidates, segments, answers, tokens, PROMPT)
 
-    return way
+    return request
 
 
-def segments_of(size: int | None) -> Way:
-    """All candidates by list, in segments of `size` positions; None is one segment, and one request."""
+def segments_of(size: int | None) -> Request:
+    """Request all candidates by id, one list for each segment of `size` positions (None: one segment)."""
 
-    async def way(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
+    async def request(meter: Meter, tokens: list[int], candidates: np.ndarray) -> np.ndarray:
         length = len(candidates)
-        if size is not None:  # the first request fills the server's cache
-            await meter.ask(protocol.score_payload(tokens, PROMPT))
+        if size is not None:  # fills the server's prefix cache
+            await meter.post(protocol.score_payload(tokens, PROMPT))
         starts = range(0, length, size or length)
         ends = [min(start + (size or length), length) for start in starts]
         segments = [top_k.Segment(a, b, np.unique(candidates[a:b])) for a, b in zip(starts, ends, strict=True)]
-        answers = await meter.ask(top_k.segments_payload(tokens, PROMPT, segments))
+        answers = await meter.post(top_k.segments_payload(tokens, PROMPT, segments))
         return top_k.fill(np.full(candidates.shape, np.nan), candidates, segments, answers, tokens, PROMPT)
 
-    return way
+    return request
 
 
-WAYS: dict[str, Way] = {
+REQUESTS: dict[str, Request] = {
     "sampled tokens alone": sampled_only,
-    "teacher's top K": teachers_top(1),
+    "teacher's top K": teacher_top(1),
     "one list of all candidates": segments_of(None),
     "lists of 64 positions": segments_of(64),
     "lists of 16 positions": segments_of(16),
@@ -113,7 +113,7 @@ WAYS: dict[str, Way] = {
 
 
 def save_model(directory: Path, vocabulary: int) -> Qwen3ForCausalLM:
-    """A random model of 64 dimensions whose distributions are about as peaked as a language model's."""
+    """Save a random model of hidden size 64 whose distributions are about as peaked as a language model's."""
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -127,7 +127,7 @@ def save_model(directory: Path, vocabulary: int) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def noisy(directory: Path, noise: float) -> Qwen3ForCausalLM:
-    """The student: the model at `directory` with noise of `noise` times each weight's standard deviation."""
+    """The student: the model at `directory` plus noise of `noise` standard deviations of each weight."""
     student = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     torch.manual_seed(1)
     for weight in student.parameters():
@@ -137,7 +137,7 @@ def noisy(directory: Path, noise: float) -> Qwen3ForCausalLM:
 
 @torch.no_grad()
 def log_probs(model: Qwen3ForCausalLM, tokens: list[int]) -> torch.Tensor:
-    """Of every id at every response position, [R, V]."""
+    """Log-probs of every token id at every response position, [response_length, vocabulary]."""
     return model(torch.tensor([tokens])).logits[0, PROMPT - 1 : -1].log_softmax(-1)
 
 
@@ -150,30 +150,29 @@ async def measure(url: str, sizes: argparse.Namespace, teacher: Qwen3ForCausalLM
         for length in sizes.lengths:
             print(f"\nresponses of {length} tokens, {sizes.candidates} candidates, noise {noise}")
             ours = None
-            for name, way in WAYS.items():
+            for name, request in REQUESTS.items():
                 totals, overlaps, missing = np.zeros(3), [], []
                 for _ in range(sizes.repeats):
                     tokens = random.integers(2, sizes.vocabulary, PROMPT + length).tolist()
-                    of_teacher, of_student = log_probs(teacher, tokens), log_probs(student, tokens)
-                    candidates = of_student.topk(sizes.candidates).indices.numpy().astype(np.int32)
-                    own = of_teacher.topk(sizes.candidates).indices.numpy()
+                    teacher_log_probs, student_log_probs = log_probs(teacher, tokens), log_probs(student, tokens)
+                    candidates = student_log_probs.topk(sizes.candidates).indices.numpy().astype(np.int32)
+                    own = teacher_log_probs.topk(sizes.candidates).indices.numpy()
                     overlaps.append((candidates[:, :, None] == own[:, None]).any(2).mean())
                     meter = Meter(client)
-                    found = await way(meter, tokens, candidates)
+                    scores = await request(meter, tokens, candidates)
                     totals += meter.read() / length / sizes.repeats
-                    expected = np.take_along_axis(of_teacher.numpy(), candidates, axis=1)
-                    missing.append(np.isnan(found).mean())
-                    np.testing.assert_allclose(found[~np.isnan(found)], expected[~np.isnan(found)], atol=1e-4)
+                    expected = np.take_along_axis(teacher_log_probs.numpy(), candidates, axis=1)
+                    known = ~np.isnan(scores)
+                    missing.append(1 - known.mean())
+                    np.testing.assert_allclose(scores[known], expected[known], atol=1e-4)
                 if name.endswith("(ours)"):
                     ours = totals
-                beside = (
-                    ""
-                    if ours is None
-                    else f"  ours/this: bytes {ours[0] / totals[0]:.2f}, time {ours[1] / totals[1]:.2f}"
-                )
+                ratios = ""
+                if ours is not None:
+                    ratios = f"  ours/this: bytes {ours[0] / totals[0]:.2f}, time {ours[1] / totals[1]:.2f}"
                 print(
                     f"{name:<38} {totals[0]:8.0f} bytes  {totals[1]:6.2f} ms  {totals[2]:5.2f} computed  "
-                    f"overlap {np.mean(overlaps):.2f}  unknown {np.mean(missing):.3f}{beside}"
+                    f"overlap {np.mean(overlaps):.2f}  unknown {np.mean(missing):.3f}{ratios}"
                 )
     await client.aclose()
 

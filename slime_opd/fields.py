@@ -11,14 +11,14 @@ happens, never a silent drop.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
 from slime_opd.errors import DataError
 
-RESPONSE = "response"
-SAMPLE = "sample"
+RESPONSE: Final = "response"
+SAMPLE: Final = "sample"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Functions of the user: imported by `MODULE.FUNCTION`, and called as this package or as slime calls them.
+"""User functions, loaded by `MODULE.FUNCTION`, with the signature of this package or of slime.
 
-This package passes what the function is about; slime passes its `args` first, so `f(sample)` and `f(args, sample)` both work,
-and the number of required parameters decides. A function in slime's form gets samples under slime's attribute names.
+Both `f(sample)` and slime's `f(args, sample)` are accepted; the number of required parameters decides. A function with
+slime's signature gets samples with slime's attribute names.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "p
 
 @dataclass(frozen=True)
 class Hook:
-    """A function of the user, and whether it takes slime's `args` first."""
+    """A user function, and whether its first parameter is slime's `args`."""
 
     function: Callable[..., Any]
     takes_args: bool
 
     def bind(self, config: Config) -> Callable[[Any], Any]:
-        """The function of one argument: a sample, or a sequence of samples."""
+        """The function of one argument, a sample or a sequence of samples."""
         if not self.takes_args:
             return self.function
         arguments = Arguments(config)
@@ -38,9 +38,9 @@ class Hook:
 
 
 def load_hook(option: str, path: str, about: str) -> Hook:
-    """The function `path` (MODULE.FUNCTION) that the flag `option` names, which takes `about` ("sample").
+    """Load the function `path` (MODULE.FUNCTION), the value of the flag `option`, that takes `about` ("sample").
 
-    Raises ConfigError, in one sentence, where it cannot be imported or takes other arguments.
+    Raises ConfigError if it cannot be imported or has other parameters.
     """
     function = _import(option, path)
     expected = f"expected ({about}) or slime's (args, {about})"
@@ -83,7 +83,7 @@ def _import(option: str, path: str) -> Callable[..., Any]:
         raise ConfigError(
             f"{option} {path}: importing {module_name} calls sys.exit; guard it with `if __name__ == '__main__'`"
         ) from error
-    except Exception as error:  # what a module does when it is imported can raise anything
+    except Exception as error:  # importing a module can raise anything
         raise ConfigError(f"{option} {path}: importing {module_name} raises {described(error)}") from error
     if not hasattr(module, function_name):
         raise ConfigError(f"{option} {path}: {module_name} has no function {function_name!r}")
@@ -96,9 +96,9 @@ def _import(option: str, path: str) -> Callable[..., Any]:
 
 
 def described(error: BaseException) -> str:
-    """An exception of the user's code on one line: its type, its message, and the line that raised it."""
+    """One line about an exception of user code: its type, its message, and the user's line that raised it."""
     message = " ".join(str(error).split())[:200]
-    # The last line of a file of the user's, rather than of a library that it calls.
+    # The last frame in a file of the user, not in a library that it calls.
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if not frame.filename.startswith(("<", *_LIBRARIES))] or frames[-1:]
     where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
@@ -106,7 +106,7 @@ def described(error: BaseException) -> str:
 
 
 class Arguments:
-    """The resolved options in one namespace, as slime passes them: `args.rollout_max_response_len`. Read-only."""
+    """All resolved options in one read-only namespace, as slime passes them: `args.rollout_max_response_len`."""
 
     def __init__(self, config: Config) -> None:
         self.__dict__["_config"] = config
@@ -126,7 +126,7 @@ class Arguments:
 
 @dataclass
 class SlimeSample:
-    """A sample under the attribute names of slime; changes to it stay in it."""
+    """A copy of a sample with slime's attribute names; changes to it do not reach the sample."""
 
     prompt: str
     response: str
@@ -142,12 +142,12 @@ class SlimeSample:
     Status: type[Status] = field(default=Status, repr=False)
 
     def get_reward_value(self, args: object) -> float | None:
-        """The reward, as filters of slime ask for it."""
+        """The reward; slime's filters call this method."""
         return self.reward
 
 
 def slime_sample(sample: Sample) -> SlimeSample:
-    """`sample` as slime's functions know it."""
+    """Copy `sample` into slime's form."""
     values = {
         name: sample.values[name].tolist() for name in ("loss_mask", "rollout_log_probs") if name in sample.values
     }

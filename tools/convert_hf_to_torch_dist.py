@@ -18,6 +18,7 @@ import os
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from slime_opd.checkpoint.lock import LOCK
 from slime_opd.config.config import Config
@@ -84,7 +85,8 @@ def with_defaults(config: Config, dtype: object) -> Config:
     training = config.training
     if not (training.bf16 or training.fp16 or training.fp32):
         flag = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}[str(dtype)]
-        config = dataclasses.replace(config, training=dataclasses.replace(training, **{flag: True}))
+        flags: dict[str, Any] = {flag: True}
+        config = dataclasses.replace(config, training=dataclasses.replace(training, **flags))
     return config
 
 

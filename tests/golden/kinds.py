@@ -1,4 +1,4 @@
-"""The kinds of training whose numbers are kept: flags, and the recorded rollouts that each of them trains on.
+"""The kinds of golden runs: their flags, and the recorded rollouts that they train on.
 
 `record.py` records the rollouts with real runs; `measure.py` trains five steps of each kind on them.
 """
@@ -15,18 +15,18 @@ NUM_ROLLOUTS = 5
 # Seeds of the tiny models (tests/conftest.py).
 STUDENT_SEED, TEACHER_SEED = 0, 1
 
-# Options of every kind. A sample is a few tokens long, so the limit makes several micro-batches of a step.
+# Flags of every kind. Samples have a few tokens, so --max-tokens-per-gpu 64 gives several micro-batches per step.
 COMMON = f"""
 --megatron-to-hf-mode bridge --rollout-batch-size 4 --n-samples-per-prompt 2 --rollout-max-response-len 12
 --num-rollout {NUM_ROLLOUTS} --use-dynamic-batch-size --max-tokens-per-gpu 64 --log-probs-chunk-size 16 --lr 1e-4
 """.split()
 
-# A random model is never right: every other response is rewarded, by a property of its text.
+# A random model never answers correctly, so the reward depends on the length of the response.
 _REWARD = "--custom-rm-path golden_reward.every_other"
 _SGLANG = "--use-opd --opd-type sglang --rm-url TEACHER_URL/generate"
 _MEGATRON = "--use-opd --opd-type megatron --opd-teacher-load TEACHER"
 
-# Recordings, and the flags of the runs that make them.
+# Recordings, with the flags of the runs that make them.
 RECORDINGS: Mapping[str, str] = {
     "fine-tuning": "--loss-type sft_loss --label-key response --n-samples-per-prompt 1 --rollout-batch-size 8",
     "rewards": _REWARD,
@@ -37,7 +37,7 @@ RECORDINGS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What is trained on the rollouts of a recording."""
+    """A golden run: a recording and the flags to train on it."""
 
     recording: str
     flags: str
@@ -64,11 +64,11 @@ KINDS: Mapping[str, Kind] = {
 
 
 def flags(text: str, student: str | Path, teacher: str | Path, teacher_url: str = "http://127.0.0.1:9") -> list[str]:
-    """The flags of a kind or recording, with the paths of this machine."""
+    """The arguments for the flags `text` of a kind or recording, with placeholders replaced by paths and URLs."""
     paths = {"TEACHER_URL": teacher_url, "TEACHER": str(teacher), "STUDENT": str(student)}
-    words = ["--hf-checkpoint", str(student), *COMMON]
-    for word in text.split():
+    argv = ["--hf-checkpoint", str(student), *COMMON]
+    for argument in text.split():
         for name, value in paths.items():
-            word = word.replace(name, value)
-        words.append(word)
-    return words
+            argument = argument.replace(name, value)
+        argv.append(argument)
+    return argv

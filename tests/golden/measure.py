@@ -1,9 +1,9 @@
-"""Train five steps of every kind on its recorded rollouts, and print or keep the numbers.
+"""Train every kind on its five recorded rollouts, and print or store the numbers.
 
-    python tests/golden/measure.py                 a digest of losses, gradient norms and weights, by kind and layout
-    python tests/golden/measure.py --write         the numbers of one process, into expected.json
+    python tests/golden/measure.py            prints a digest of losses, gradient norms and weights per kind and layout
+    python tests/golden/measure.py --write    writes the numbers of one process to expected.json
 
-Before and after a change that must change no number, on one machine, the first prints the same lines.
+A refactoring must not change the digests on one machine.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ METRICS = ("train/loss", "train/grad_norm")
 
 
 def save_models(directory: Path) -> None:
-    """The student and the teacher, as when the rollouts were recorded."""
+    """Save the student and the teacher that the rollouts were recorded with."""
     from conftest import save_tiny_model
 
     for name, seed in (("student", STUDENT_SEED), ("teacher", TEACHER_SEED)):
@@ -37,7 +37,7 @@ def save_models(directory: Path) -> None:
 
 
 def measure(layout: str, directory: Path) -> dict[str, Any]:
-    """By kind: METRICS of each rollout, over all ranks, and the weights after the last one, by their Hugging Face names."""
+    """Train every kind; returns for each METRICS per rollout, merged over ranks, and the final Hugging Face weights."""
     from ranks import run_ranks
 
     from slime_opd.metrics import merge, values
@@ -46,8 +46,8 @@ def measure(layout: str, directory: Path) -> dict[str, Any]:
     ranks = run_ranks(train_kinds, processes, directory, str(directory), tensor)
     outcomes = {}
     for name in KINDS:
-        of_steps = zip(*(rank[name]["steps"] for rank in ranks), strict=True)
-        steps = [values(merge([one for one in of_ranks if one])) for of_ranks in of_steps]
+        metrics_by_step = zip(*(rank[name]["steps"] for rank in ranks), strict=True)
+        steps = [values(merge([metrics for metrics in step if metrics])) for step in metrics_by_step]
         outcomes[name] = {
             "steps": [[step[metric] for metric in METRICS] for step in steps],
             "weights": ranks[0][name]["weights"],
@@ -56,7 +56,7 @@ def measure(layout: str, directory: Path) -> dict[str, Any]:
 
 
 def train_kinds(rank: int, world_size: int, init_method: str, directory: str, tensor: int) -> dict[str, Any]:
-    """By kind: this rank's metrics of each rollout, and the weights after the last one."""
+    """Train every kind; returns for each this rank's metrics per rollout and the final weights."""
     return {
         name: train_kind(name, rank, world_size, f"{init_method}_{i}", directory, tensor)
         for i, name in enumerate(KINDS)
@@ -64,7 +64,7 @@ def train_kinds(rank: int, world_size: int, init_method: str, directory: str, te
 
 
 def train_kind(name: str, rank: int, world_size: int, init_method: str, directory: str, tensor: int) -> dict[str, Any]:
-    """What `train_kinds` gives of one kind."""
+    """Train one kind; returns this rank's metrics per rollout and the final weights."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from rollouts import train
@@ -74,8 +74,8 @@ def train_kind(name: str, rank: int, world_size: int, init_method: str, director
     from slime_opd.trainer.trainer import Trainer
 
     layout = ["--actor-num-gpus-per-node", str(world_size), "--tensor-model-parallel-size", str(tensor)]
-    words = flags(KINDS[name].flags, Path(directory) / "student", Path(directory) / "teacher")
-    config = parse([*words, *layout])
+    argv = flags(KINDS[name].flags, Path(directory) / "student", Path(directory) / "teacher")
+    config = parse([*argv, *layout])
     recordings = Recordings(str(ROLLOUTS / KINDS[name].recording / "{rollout_id}.parquet"), VOCABULARY)
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
     steps = []
@@ -90,22 +90,22 @@ def train_kind(name: str, rank: int, world_size: int, init_method: str, director
 
 
 def summary(outcome: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of one kind: its metrics, and each weight's sum of squares and of its entries times their places."""
+    """The stored numbers of one kind: its metrics and, per weight, the sum of squares and a position-weighted sum."""
     import numpy as np
 
-    kept = {}
+    sums = {}
     for name, weight in outcome["weights"].items():
         flat = weight.astype(np.float64).ravel()
-        kept[name] = [float(flat @ flat), float(flat @ np.linspace(0, 1, flat.size))]
-    return {"steps": outcome["steps"], "weights": kept}
+        sums[name] = [float(flat @ flat), float(flat @ np.linspace(0, 1, flat.size))]
+    return {"steps": outcome["steps"], "weights": sums}
 
 
 def digest(outcome: dict[str, Any]) -> str:
-    """A hash of every bit of metrics and weights."""
-    found = hashlib.sha256(json.dumps(outcome["steps"]).encode())
+    """A hash of all bits of the metrics and weights."""
+    hashed = hashlib.sha256(json.dumps(outcome["steps"]).encode())
     for name, weight in sorted(outcome["weights"].items()):
-        found.update(name.encode() + weight.tobytes())
-    return found.hexdigest()[:16]
+        hashed.update(name.encode() + weight.tobytes())
+    return hashed.hexdigest()[:16]
 
 
 def main() -> None:
@@ -117,11 +117,11 @@ def main() -> None:
             outcomes = measure(layout, directory)
             if "--write" in sys.argv:
                 EXPECTED.write_text(
-                    json.dumps({name: summary(found) for name, found in outcomes.items()}, indent=1) + "\n"
+                    json.dumps({name: summary(outcome) for name, outcome in outcomes.items()}, indent=1) + "\n"
                 )
                 return
-            for name, found in outcomes.items():
-                print(f"{layout:12} {name:32} {digest(found)}  loss {found['steps'][-1][0]:.9g}", flush=True)
+            for name, outcome in outcomes.items():
+                print(f"{layout:12} {name:32} {digest(outcome)}  loss {outcome['steps'][-1][0]:.9g}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Record the golden rollouts anew, with real runs: python tests/golden/record.py
+"""Record the golden rollouts again, with real runs: python tests/golden/record.py [NAME...]
 
-By hand, and only when the format of recordings changes or a kind is added: then `python tests/golden/measure.py --write` too.
+Needed only when the format of recordings changes or a recording is added; then run `measure.py --write` as well.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from slime_opd.engine.server import EngineProcess  # noqa: E402
 
 
 def record(name: str, directory: Path, teacher_url: str) -> None:
-    """Record the rollouts of one recording. A run that fails raises."""
+    """Make one recording. Raises CalledProcessError if its run fails."""
     target = ROLLOUTS / name
     shutil.rmtree(target, ignore_errors=True)
-    words = flags(RECORDINGS[name], directory / "student", directory / "teacher", teacher_url)
-    words += ["--prompt-data", str(directory / "prompts.jsonl"), "--input-key", "prompt", "--rollout-shuffle"]
-    words += ["--ray-address", "local", "--run-dir", str(directory / name), "--no-tensorboard"]
-    words += ["--save-debug-rollout-data", str(target / "{rollout_id}.parquet")]
+    argv = flags(RECORDINGS[name], directory / "student", directory / "teacher", teacher_url)
+    argv += ["--prompt-data", str(directory / "prompts.jsonl"), "--input-key", "prompt", "--rollout-shuffle"]
+    argv += ["--ray-address", "local", "--run-dir", str(directory / name), "--no-tensorboard"]
+    argv += ["--save-debug-rollout-data", str(target / "{rollout_id}.parquet")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent.parent)])}
-    subprocess.run([sys.executable, "-m", "slime_opd.train", *words], check=True, env=environment)
+    subprocess.run([sys.executable, "-m", "slime_opd.train", *argv], check=True, env=environment)
 
 
 def main() -> None:
-    """Record all of them, or those that are named on the command line."""
+    """Make all recordings, or those named on the command line."""
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         for name, seed in (("student", STUDENT_SEED), ("teacher", TEACHER_SEED)):

@@ -62,8 +62,8 @@ def test_a_ramp_is_linear_between_its_points_and_constant_outside():
     ("0.5", "pairs"),
     ("start:0,1:1", "pairs of numbers such as 0:0,0.3:1"),
     ("0:inf", "pairs of numbers"),
-    ("0:0,0:1", "growing places"),
-    ("0.5:0,0.3:1", "growing places"),
+    ("0:0,0:1", "increasing values"),
+    ("0.5:0,0.3:1", "increasing values"),
     ("0:0,1.5:1", "between 0 and 1"),
     ("-0.5:0,1:1", "between 0 and 1"),
     ("nan:1", "between 0 and 1"),
@@ -78,9 +78,9 @@ def test_a_ramp_that_cannot_be_read_says_what_was_expected(text, expected):
 @given(st.integers(0, 20), st.integers(1, 20), st.integers(0, 300))
 def test_a_share_of_a_sequence_is_exact_from_its_start_to_anywhere(part, whole, length):
     share = min(part / whole, 1.0)
-    chosen = [is_chosen(place, share) for place in range(length)]
+    chosen = [is_chosen(index, share) for index in range(length)]
     assert sum(chosen) == min(part, whole) * length // whole
 
 
 def test_a_share_is_spread_evenly():
-    assert [is_chosen(place, 0.25) for place in range(8)] == [False, False, False, True] * 2
+    assert [is_chosen(index, 0.25) for index in range(8)] == [False, False, False, True] * 2

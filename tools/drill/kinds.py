@@ -1,4 +1,4 @@
-"""The kinds of kills: the process, the signal, the phase of the run, and the expected outcome."""
+"""The kinds of kill: what is killed, how, in which phase of a run, and what the run must then do."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from signal import Signals
+from typing import Any
 
 SFT, SFT_TWO_RANKS = "sft", "sft_two_ranks"
 GRPO, SGLANG_TEACHER, TWO_ENGINES = "grpo", "sglang_teacher", "two_engines"
@@ -14,7 +15,7 @@ ALL_STACKS = (SFT, SFT_TWO_RANKS, *WITH_ENGINE)
 
 
 class Phase(Enum):
-    """The activity of a run at the moment of a kill."""
+    """The part of a run in which a kill happens."""
 
     START = "start"
     GENERATE = "generate"
@@ -28,7 +29,7 @@ PHASES_OF_SFT = (Phase.START, Phase.TRAIN, Phase.SAVE)
 
 
 class Role(Enum):
-    """The role of a process in a run."""
+    """The kind of a process of a run."""
 
     DRIVER = "driver"
     GCS = "Ray's GCS"
@@ -56,7 +57,7 @@ class Way(Enum):
 
 
 class Outcome(Enum):
-    """The expected outcome of a kill. In any case nothing must be left, and the same command must resume the run."""
+    """What a run must do after the kill. In every case nothing is left behind and the same command resumes the run."""
 
     ENDS = "ends"
     SURVIVES = "survives"
@@ -67,8 +68,8 @@ class Outcome(Enum):
 class Kind:
     """One kind of kill.
 
-    `codes`: the expected exit codes, as in `subprocess.Popen.returncode`. `sentence`: the beginning of a line that a run
-    must print if it ends; "" if it cannot print one.
+    `codes`: exit codes that the run may end with, as in `subprocess.Popen.returncode`. `sentence`: the start of a line
+    that the run must print if it ends; "" if it cannot print one.
     """
 
     name: str
@@ -83,11 +84,11 @@ class Kind:
 
     @property
     def is_in_terminal(self) -> bool:
-        """Whether the run needs its own terminal."""
+        """Whether the run must have a terminal of its own."""
         return self.way is Way.HANG_UP
 
     def phases_on(self, stack: str) -> tuple[Phase, ...]:
-        """The phases of this kind that exist in a run of `stack`."""
+        """The phases of this kind that occur in a run of `stack`."""
         return tuple(phase for phase in self.phases if stack in WITH_ENGINE or phase in PHASES_OF_SFT)
 
 
@@ -96,7 +97,7 @@ _USING_THE_ENGINE = (Phase.START, Phase.GENERATE, Phase.UPDATE_WEIGHTS)
 
 
 def on_stacks(kinds: Iterable[Kind], stacks: Sequence[str]) -> list[Kind]:
-    """The kinds, restricted to these stacks; without the kinds that apply to none of them."""
+    """The kinds restricted to these stacks; kinds that apply to none of them are omitted."""
     narrowed = [replace(kind, stacks=tuple(stack for stack in kind.stacks if stack in stacks)) for kind in kinds]
     return [kind for kind in narrowed if kind.stacks]
 
@@ -105,7 +106,7 @@ def _of_driver(name: str, signal: Signals, code: int, way: Way = Way.SIGNAL, sen
     return Kind(name, Role.DRIVER, signal=signal, way=way, codes=(code,), sentence=sentence)
 
 
-def _survived(name: str, role: Role, **fields: object) -> Kind:
+def _survived(name: str, role: Role, **fields: Any) -> Kind:
     return Kind(name, role, outcome=Outcome.SURVIVES, **fields)
 
 
