@@ -30,4 +30,6 @@ def prepare_environment(address: str) -> None:
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     # "0" makes Ray start a cluster that has only the loopback address, as it does on Windows and macOS.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # Ray would start a worker per core in advance; each actor of a run has an environment, so a process, of its own.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault(GCS_TIMEOUT_VARIABLE, str(GCS_TIMEOUT_S))

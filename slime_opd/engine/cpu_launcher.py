@@ -143,6 +143,10 @@ def main(argv: Sequence[str]) -> None:
     if torch.cuda.is_available():
         sys.exit("cpu_launcher: this machine has CUDA; start the server with `python -m sglang.launch_server` instead")
 
+    if "--enable-torch-compile" not in arguments:
+        # SGLang compiles single functions whatever its options; on a CPU the C++ compiler takes longer than they ever would.
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
     from sglang.launch_server import run_server
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree

@@ -32,7 +32,8 @@ def outside_of_jobs(monkeypatch):
         if name.startswith("RAY_"):
             monkeypatch.delenv(name)
     # Restored after the test, whatever it sets.
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_prestart_worker_first_driver")
+    for name in names:
         monkeypatch.setenv(name, "before")
     monkeypatch.setenv(private_cluster.GCS_TIMEOUT_VARIABLE, "7")
     return monkeypatch

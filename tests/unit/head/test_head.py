@@ -58,7 +58,9 @@ def test_gradcheck(name):
     frozen = given["columns"] | {"log_probs": given["columns"]["ref_log_probs"].nan_to_num(-3.0)}
     given = given | {"columns": frozen}
     hidden, weight = leaves(given)
-    assert torch.autograd.gradcheck(lambda h, w: Once.apply(h, w, case, given), (hidden, weight), atol=1e-7)
+    # fast_mode: the derivative in a random direction of all inputs, in place of one for each of the 252.
+    loss = lambda h, w: Once.apply(h, w, case, given)  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (hidden, weight), atol=1e-7, fast_mode=True)
 
 
 class Once(torch.autograd.Function):
