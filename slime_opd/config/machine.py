@@ -23,9 +23,20 @@ from slime_opd.config.kernels import Machine
 
 # The driver's control device: without it no process of this machine reaches a GPU.
 _CONTROL_DEVICE = Path("/dev/nvidiactl")
+# The same of Windows' Linux (WSL) and of AMD, where torch knows the GPU as CUDA too.
+_OTHER_DEVICES = (Path("/dev/dxg"), Path("/dev/kfd"))
 _TIMEOUT_S = 300
 # Prints what a process of this machine could use.
 COMMAND = ("python", "-m", "slime_opd.config.machine")
+
+
+def has_cuda() -> bool:
+    """Whether this process can use a GPU. It imports torch only where there is a driver."""
+    if not any(device.exists() for device in (_CONTROL_DEVICE, *_OTHER_DEVICES)):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def of_this_process() -> Machine:

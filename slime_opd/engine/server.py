@@ -7,13 +7,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 import slime_opd
-from slime_opd.engine import weight_proof
+from slime_opd.config import machine
 from slime_opd.engine.health import Worker, server_workers, worst_status
 from slime_opd.engine.process import OwnedProcess
 from slime_opd.engine.with_key import command_with_key, key_environment
+
+# `weight_proof.LOADER`. The process that owns a server needs no torch, and to import it takes seconds of the start.
+_WEIGHT_LOADER = "slime_opd.engine.weight_proof.begin"
 
 
 def engine_command(
@@ -26,7 +27,7 @@ def engine_command(
     module = "sglang.launch_server" if has_cuda else "slime_opd.engine.cpu_launcher"
     command = [sys.executable, "-m", module, "--model-path", str(model_path), "--host", host, "--port", str(port)]
     overrides = {name.lstrip("-").replace("_", "-"): values for name, values in options.items()}
-    for name, values in ({"custom-weight-loader": (weight_proof.LOADER,)} | overrides).items():
+    for name, values in ({"custom-weight-loader": (_WEIGHT_LOADER,)} | overrides).items():
         command += [f"--{name}", *values]
     return command
 
@@ -47,9 +48,7 @@ class EngineProcess(OwnedProcess):
         log_path: Path,
         api_key: str | None = None,
     ) -> None:
-        command = engine_command(
-            model_path, host=host, port=port, options=options or {}, has_cuda=torch.cuda.is_available()
-        )
+        command = engine_command(model_path, host=host, port=port, options=options or {}, has_cuda=machine.has_cuda())
         package_root = str(Path(slime_opd.__file__).parent.parent)
         search_path = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
         super().__init__(

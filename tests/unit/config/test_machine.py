@@ -172,3 +172,17 @@ def test_without_a_driver_no_process_looks(tmp_path, monkeypatch):
     machine.of_this_computer.cache_clear()
     assert machine.of_this_computer() == Machine()
     machine.of_this_computer.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["_CONTROL_DEVICE", "_OTHER_DEVICES"])
+def test_cuda_is_looked_for_only_where_there_is_a_driver(device, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    absent, driver = tmp_path / "none", tmp_path / "driver"
+    driver.touch()
+    monkeypatch.setattr(machine, "_CONTROL_DEVICE", absent)
+    monkeypatch.setattr(machine, "_OTHER_DEVICES", (absent,))
+    assert not machine.has_cuda()
+    monkeypatch.setattr(machine, device, driver if device == "_CONTROL_DEVICE" else (absent, driver))
+    assert machine.has_cuda()
