@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 from slime_opd import lifetimes
 from slime_opd.cluster import private_cluster
-from slime_opd.config.checks import notes, validate
 from slime_opd.config.parser import command_line, parse
 from slime_opd.config.paths import with_absolute_paths
+from slime_opd.preflight.rules import notes, validate
 from slime_opd.stopping import Stopping
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def is_evaluation_due(done: int, config: Config) -> bool:
 
 def check(argv: list[str]) -> NoReturn:
     """Print the findings about the run that `argv` describes, and exit; the code is 2 where there is a problem."""
-    from slime_opd import preflight
+    from slime_opd.preflight import check as preflight
 
     sys.exit(preflight.check(argv))
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     config = parse(argv)
     validate(config)
     config = with_absolute_paths(config)
-    from slime_opd.preflight import require_ready
+    from slime_opd.preflight.check import require_ready
 
     require_ready(config)
     saves = config.checkpoint.save is not None and not config.debug.debug_rollout_only

@@ -33,9 +33,9 @@ def flags_page() -> str:
         rows = [_row(option) for option in options if option.stage == stage]
         heading = "| flag | default | range | only with, needs | if changed on resume | what it does |"
         parts.append(
-            "\n".join([f"## {title_of(stage_class)}\n", heading, "| --- | --- | --- | --- | --- | --- |", *rows])
+            "\n".join([f"## {title_of(stage_class)}\n", heading, "| --- | --- | --- | --- | --- | --- |", *rows, ""])
         )
-    return "\n".join(parts) + "\n"
+    return "\n".join(parts)
 
 
 def _row(option: Option) -> str:

@@ -16,8 +16,8 @@ from slime_opd.cluster.deaths import first_sentence
 from slime_opd.cluster.environment import Devices
 from slime_opd.cluster.private_cluster import is_inside_job
 from slime_opd.config import Config
-from slime_opd.config.check_sizes import process_problem
 from slime_opd.errors import ConfigError, ProcessDied
+from slime_opd.preflight.check_sizes import process_problem
 from slime_opd.stopping import keep_handlers_while_starting_ray
 
 PLACEMENT_TIMEOUT_S = 120

@@ -1,14 +1,13 @@
-"""Rules about recorded rollouts, and about runs that do one half of the work."""
+"""Rules between options: recorded rollouts, and runs that only generate or only train."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from slime_opd.config.config import Config
+from slime_opd.config.paths import names_each_rollout
 
 
 def check_debug(config: Config) -> list[str]:
-    """Paths that name no file per rollout, and halves that leave nothing to do."""
+    """Paths that do not name a file for each rollout, and runs that would neither generate nor train."""
     debug = config.debug
     paths = {
         "--save-debug-rollout-data": debug.save_debug_rollout_data,
@@ -17,7 +16,7 @@ def check_debug(config: Config) -> list[str]:
     problems = [
         f"{flag}: found {path!r}, expected a path with {{rollout_id}} in it and no other braces, such as rollouts/{{rollout_id}}.parquet"
         for flag, path in paths.items()
-        if path is not None and not _names_each_rollout(path)
+        if path is not None and not names_each_rollout(path)
     ]
     if debug.debug_rollout_only:
         others = {
@@ -37,21 +36,3 @@ def check_debug(config: Config) -> list[str]:
     if config.replays and debug.save_debug_rollout_data is not None:
         problems.append("--save-debug-rollout-data with --load-debug-rollout-data: the rollouts are recorded already")
     return problems
-
-
-def check_recordings_exist(config: Config) -> list[str]:
-    """No recording at all. Which are missing depends on where the run starts, and is reported once that is known."""
-    path = config.debug.load_debug_rollout_data
-    if path is None or not _names_each_rollout(path):
-        return []
-    numbers = range(1, (config.rollout.num_rollout or 0) + 1)
-    if not numbers or any(Path(path.format(rollout_id=number)).is_file() for number in numbers):
-        return []
-    return [f"--load-debug-rollout-data: found no file of {path} for any rollout from 1 to {len(numbers)}"]
-
-
-def _names_each_rollout(path: str) -> bool:
-    try:
-        return path.format(rollout_id=1) != path.format(rollout_id=2)
-    except (KeyError, IndexError, ValueError, AttributeError):
-        return False

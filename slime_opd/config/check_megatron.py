@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 from slime_opd.config.config import Config
-from slime_opd.config.families import number_of_experts
-from slime_opd.config.hf_config import architecture_of
 from slime_opd.config.megatron_options import is_default
 from slime_opd.config.megatron_rules import RECOMPUTED
 from slime_opd.config.megatron_support import OF_MODEL, SUPPORT, Answer
@@ -100,77 +97,7 @@ def _recompute_problems(config: Config) -> list[str]:
     return problems
 
 
-def has_engine(config: Config) -> bool:
-    """Whether layers will be Transformer Engine's, as far as this machine tells."""
-    return importlib.util.find_spec("transformer_engine") is not None and config.training.attention_backend != "local"
-
-
-def check_engine(config: Config) -> list[str]:
-    """Options that only Transformer Engine's layers and optimizers can follow."""
-    if has_engine(config):
-        return []
-    needed = [
-        (flag_with_value(name, value), SUPPORT[name].reason)
-        for name, value in given_values(config).items()
-        if SUPPORT[name].answer is Answer.ENGINE
-    ]
-    needed += [
-        (f"--recompute-modules {name}", "Megatron recomputes it with its help")
-        for name in _recomputed(config, "engine")
-    ]
-    if config.megatron.moe_token_dispatcher_type == "flex":
-        needed.append(("--moe-token-dispatcher-type flex", SUPPORT["moe_enable_deepep"].reason))
-    if (size := config.parallel.expert_tensor_parallel_size) > 1:
-        needed.append((f"--expert-tensor-parallel-size {size}", "its layers split an expert"))
-    local = config.training.attention_backend == "local"
-    why = "--attention-backend local is chosen" if local else "it is not installed here"
-    return [
-        f"{shown} needs Transformer Engine ({reason}), and {why}: drop the flag, or run on a machine with CUDA and Transformer Engine (tools/setup_gpu.sh)"
-        for shown, reason in needed
-    ]
-
-
-def check_flex_dispatcher(config: Config) -> list[str]:
-    """The flex dispatcher without DeepEP, or without ranks to dispatch to."""
-    stage, layout = config.megatron, config.parallel
-    is_flex = stage.moe_token_dispatcher_type == "flex"
-    problems = []
-    if not is_flex:
-        return []
-    if importlib.util.find_spec("deep_ep") is None:
-        problems.append(
-            "--moe-token-dispatcher-type flex needs the deep_ep package, which is not installed here: say alltoall"
-        )
-    if layout.expert_model_parallel_size * layout.expert_tensor_parallel_size == 1:
-        problems.append("--moe-token-dispatcher-type flex needs --expert-model-parallel-size 2 or more: say alltoall")
-    if stage.moe_shared_expert_overlap:
-        problems.append("--moe-shared-expert-overlap needs --moe-token-dispatcher-type alltoall, found flex")
-    return problems
-
-
-def check_kind_of_model(config: Config) -> list[str]:
-    """Options of a mixture of experts, or of latent attention, given for a model that is or has none."""
-    architecture, stage = architecture_of(config), config.megatron
-    if not architecture and config.model.num_layers is None:
-        return []
-    problems = []
-    if not (stage.num_moe_experts or number_of_experts(architecture)):
-        given = [
-            flag_with_value(name, value)
-            for name, value in given_values(config).items()
-            if name.startswith("moe_") and not SUPPORT[name].is_refused
-        ]
-        given += [f"--recompute-modules {name}" for name in _recomputed(config, "experts")]
-        problems += [f"{shown} has no effect: the model has no experts (--num-experts)" for shown in given]
-    if not (stage.multi_latent_attention or architecture.get("kv_lora_rank")):
-        problems += [
-            f"--recompute-modules {name} needs a model with latent attention (--multi-latent-attention)"
-            for name in _recomputed(config, "latent attention")
-        ]
-    return problems
-
-
-def _recomputed(config: Config, need: str) -> list[str]:
+def recomputed(config: Config, need: str) -> list[str]:
     """The parts of --recompute-modules that need something."""
     return [name for name in config.megatron.recompute_modules if need in RECOMPUTED.get(name, ())]
 

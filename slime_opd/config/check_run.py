@@ -5,6 +5,7 @@ from __future__ import annotations
 from slime_opd.config import megatron_options
 from slime_opd.config.config import Config
 from slime_opd.config.options import flag
+from slime_opd.config.paths import names_each_rollout
 
 
 def check_model(config: Config) -> list[str]:
@@ -72,6 +73,16 @@ def model_layout_problems(config: Config, layers: int | None, heads: int | None,
             f"--pipeline-model-parallel-size {pipeline} does not divide the model's {layers} layers{rest}; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers give the ends others"
         )
     return problems
+
+
+def check_context_parallel(config: Config) -> list[str]:
+    """What the packing of samples cannot lay out yet, with or without Transformer Engine."""
+    size = config.parallel.context_parallel_size
+    if size == 1:
+        return []
+    return [
+        f"--context-parallel-size {size}: packed rows are not split over ranks yet, so the result would be wrong; set it to 1 and lower --max-tokens-per-gpu, or raise --tensor-model-parallel-size"
+    ]
 
 
 def check_precision(config: Config) -> list[str]:
@@ -155,13 +166,9 @@ def check_engine_fits_node(config: Config) -> list[str]:
 def check_save_hf(config: Config) -> list[str]:
     """A path of Hugging Face checkpoints that would be the same for every step, or cannot be filled in."""
     path = config.checkpoint.save_hf
-    if path is None:
+    if path is None or names_each_rollout(path):
         return []
-    try:
-        is_filled = path.format(rollout_id=1) != path.format(rollout_id=2)
-    except (IndexError, KeyError, ValueError, AttributeError):
-        is_filled = False
-    return [] if is_filled else [f"--save-hf: found {path!r}, expected a path with {{rollout_id}} in it, for the step"]
+    return [f"--save-hf: found {path!r}, expected a path with {{rollout_id}} in it, for the step"]
 
 
 def check_weight_transport(config: Config) -> list[str]:

@@ -17,7 +17,7 @@ class DebugConfig:
 
     save_debug_rollout_data: str | None = option(
         None,
-        help="record each rollout, with all that training reads of it, as a Parquet file at this path; {rollout_id} stands for its number",
+        help="record each rollout, with all columns that training reads, in a Parquet file at this path with {rollout_id} in it",
         metavar="PATH",
         is_path=True,
     )

@@ -51,23 +51,23 @@ class OPDConfig:
     )
     opd_only_reward: bool = option(False, help="zero the base advantage: pure distillation")
     opd_kl_coef: float | None = option(
-        None, help="weight of the penalty; unset: 1, or 0 with --opd-divergence", within=COEFFICIENT
+        None, help="coefficient of the penalty; unset: 1, or 0 with --opd-divergence", within=COEFFICIENT
     )
     opd_kl_clamp: float | None = option(
         None,
-        help="largest size of a token's log-ratio in the penalty; unset: any",
+        help="clamp each token's log-ratio in the penalty to [-this, this]; unset: no clamp",
         within=POSITIVE,
         only_with=(PENALTY,),
     )
     opd_kl_discount: float = option(
         0.0,
-        help="discount of the later tokens' log-ratios that a token also pays for; 0: its own alone",
+        help="discount of the return-to-go of log-ratios within a response; 0: each token's own log-ratio",
         within=FRACTION,
         only_with=(PENALTY,),
     )
     opd_refresh_student: bool = option(
         False,
-        help="take the penalty with the policy of each optimizer step, not with that of the rollout's first",
+        help="compute the penalty with the current policy at each optimizer step, not with the policy at the rollout's first step",
         only_with=(PENALTY,),
     )
     opd_teacher_load: str | None = option(
@@ -95,15 +95,15 @@ class OPDConfig:
     )
     opd_teacher_timeout_s: float = option(
         30.0,
-        help="seconds without an answer of the teacher's server that end a request, beside the time for its tokens",
+        help="time limit of a teacher request in seconds, in addition to the time for its tokens",
         within=SECONDS,
     )
     opd_teacher_min_tokens_per_s: float = option(
         1000.0,
-        help="lowest speed at which the teacher is assumed to read tokens: a request may take longer by its tokens at this speed, and by those sent before it while they are answered; 0: --opd-teacher-timeout-s alone",
+        help="lowest assumed prefill speed of the teacher: a request's time limit grows by its tokens, and those of the requests ahead of it, at this speed; 0: --opd-teacher-timeout-s alone",
         within=NOT_NEGATIVE,
     )
-    opd_teacher_retries: int = option(2, help="times a failed teacher request is sent again", within=NOT_NEGATIVE)
+    opd_teacher_retries: int = option(2, help="retries of a failed teacher request", within=NOT_NEGATIVE)
     opd_teacher_concurrency: int = option(64, help="teacher requests in flight", within=POSITIVE)
     opd_teacher_check_interval: int = option(
         10,
@@ -112,7 +112,7 @@ class OPDConfig:
     )
     opd_max_fallback_fraction: float = option(
         0.1,
-        help="largest share of a rollout's samples that may go without teacher scores; above it the run stops",
+        help="largest fraction of a rollout's samples without teacher scores; above it the run stops",
         within=FRACTION,
     )
 
@@ -130,11 +130,11 @@ class DivergenceConfig:
         help="add this divergence to the loss; token_reward_direct: thunlp/OPD's reward on top-k tokens; unset: the penalty alone",
     )
     opd_divergence_coef: float = option(
-        1.0, help="weight of the divergence", within=COEFFICIENT, only_with=(DIVERGENCE,)
+        1.0, help="coefficient of the divergence", within=COEFFICIENT, only_with=(DIVERGENCE,)
     )
     opd_jsd_beta: float = option(
         0.5,
-        help="weight of the teacher in jsd's mixture, between 0 and 1",
+        help="weight of the teacher in the mixture of jsd",
         within=Range(above=0, below=1),
         only_with=(DIVERGENCE, divergence_is("jsd")),
     )
@@ -145,91 +145,91 @@ class DivergenceConfig:
     )
     opd_log_prob_top_k: int = option(
         0,
-        help="tokens of each model's top-k to compare on; 0: the whole vocabulary (needs a Megatron teacher)",
+        help="top-k tokens of each model that the divergence is computed on; 0: the whole vocabulary (needs a Megatron teacher)",
         within=NOT_NEGATIVE,
         only_with=(DIVERGENCE,),
     )
     opd_top_k_strategy: str = option(
         "only_stu",
         choices=("only_stu", "only_tch", "intersection", "union", "union-intersection"),
-        help="whose top-k: the student's, the teacher's, those in both, in either, in one alone",
+        help="candidate tokens: the student's top-k, the teacher's, tokens in both, in either, or in exactly one",
         only_with=(TOP_K_DIVERGENCE,),
     )
     opd_top_k_remainder: str = option(
         "tail",
         choices=("tail", "truncated", "renormalized"),
-        help="the mass outside the top-k: one more entry, left out, or left out and the rest scaled to 1",
+        help="probability mass outside the top-k: kept as one more entry, dropped, or dropped and the rest renormalized",
         only_with=(TOP_K_DIVERGENCE,),
     )
     opd_reward_weight_mode: str = option(
         "student_p",
         choices=("student_p", "teacher_p", "none"),
-        help="what weighs the tokens of token_reward_direct: a model's probabilities, or all alike",
+        help="weights of the tokens of token_reward_direct: the student's or the teacher's probabilities, or uniform",
         only_with=(DIVERGENCE, divergence_is("token_reward_direct")),
     )
     opd_schedule: str | None = option(
         None,
         metavar="KIND:SHARE,...",
-        help="divergences in turn, each for a share of the run: forward_kl:0.4,reverse_kl:0.6",
+        help="divergences in sequence, each for a fraction of the run: forward_kl:0.4,reverse_kl:0.6",
     )
     opd_coef_ramp: str | None = option(
         None,
         metavar="AT:FACTOR,...",
-        help="factor on both distillation weights, linear between points of the run: 0:0,0.3:1",
+        help="factor on both distillation coefficients, piecewise linear in the progress of the run: 0:0,0.3:1",
     )
     opd_off_policy_fraction: float = option(
         0.0,
-        help="share of the samples whose response is not the student's; they take part in the divergence alone",
+        help="fraction of the samples with a response that the student did not write; only the divergence trains on them",
         within=FRACTION,
         only_with=(DIVERGENCE,),
     )
     opd_off_policy_source: str = option(
         "teacher",
         choices=("teacher", "dataset"),
-        help="who writes those responses",
+        help="source of off-policy responses: the teacher, or a column of the data set",
         only_with=(is_set("opd_off_policy_fraction"),),
         needs={"dataset": ("opd_off_policy_key",)},
     )
     opd_off_policy_unit: str = option(
         "samples",
         choices=("samples", "rollouts"),
-        help="what the share is of: each rollout's samples, or whole rollouts",
+        help="unit of --opd-off-policy-fraction: samples within each rollout, or whole rollouts",
         only_with=(is_set("opd_off_policy_fraction"),),
     )
     opd_off_policy_key: str | None = option(
         None,
-        help="column of the responses",
+        help="column of the off-policy responses",
         only_with=(is_set("opd_off_policy_fraction"), equals("opd_off_policy_source", "dataset")),
     )
     opd_reward_beta: float | None = option(
         None,
-        help="weigh samples by softmax(correct / this): small trusts correct ones alone; unset: all alike",
+        help="weight samples by softmax(correct / this): a small value trusts correct ones alone; unset: uniform",
         within=POSITIVE,
     )
     opd_pass_rate_weights: tuple[float, ...] = option(
         (),
         metavar="ALPHA BETA",
-        help="weigh prompts by p^ALPHA (1-p)^BETA of their pass rate p (PACED: 1 1); unset: all alike",
+        help="weight prompts by p^ALPHA (1-p)^BETA of their pass rate p (PACED: 1 1); unset: uniform",
     )
     opd_token_weighting: str | None = option(
         None,
         choices=("soft", "top"),
-        help="weigh tokens by student entropy and divergence (TIP): by the score, or the best alone; unset: all alike",
+        help="weight tokens by student entropy and divergence (TIP): soft: by the score; top: the highest scores alone; unset: uniform",
     )
     opd_token_keep_fraction: float = option(
         0.5,
-        help="share of the tokens that are kept",
+        help="fraction of the tokens that are kept",
         within=POSITIVE_FRACTION,
         only_with=(equals("opd_token_weighting", "top"),),
     )
     opd_wire_dtype: str = option(
         "float32",
         choices=("float32", "float16"),
-        help="precision in which top-k log-probs of an SGLang teacher are kept",
+        help="dtype in which top-k log-probs of an SGLang teacher are kept",
         only_with=(TOP_K_DIVERGENCE,),
     )
     opd_metrics_top_k: int = option(
         16,
-        help="tokens of each model's top-k compared for the overlap metrics; 0: no such metrics",
+        help="top-k tokens of each model for the overlap metrics; 0: no such metrics",
         within=NOT_NEGATIVE,
     )

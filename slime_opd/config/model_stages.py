@@ -29,8 +29,8 @@ class ModelConfig:
         on_resume=COMPARED_SHAPES,
     )
     num_layers: int | None = option(None, help="transformer layers", within=POSITIVE, on_resume=ARCHITECTURE)
-    hidden_size: int | None = option(None, help="width of the model", within=POSITIVE, on_resume=ARCHITECTURE)
-    ffn_hidden_size: int | None = option(None, help="width of the MLP", within=POSITIVE, on_resume=ARCHITECTURE)
+    hidden_size: int | None = option(None, help="hidden size", within=POSITIVE, on_resume=ARCHITECTURE)
+    ffn_hidden_size: int | None = option(None, help="hidden size of the MLP", within=POSITIVE, on_resume=ARCHITECTURE)
     num_attention_heads: int | None = option(None, help="attention heads", within=POSITIVE, on_resume=ARCHITECTURE)
     group_query_attention: bool = option(
         False, help="share key and value heads between query heads", needs=("num_query_groups",), on_resume=ARCHITECTURE
@@ -43,7 +43,7 @@ class ModelConfig:
         on_resume=ARCHITECTURE,
     )
     kv_channels: int | None = option(
-        None, help="width of one head; unset: hidden size / heads", within=POSITIVE, on_resume=ARCHITECTURE
+        None, help="size of one attention head; unset: hidden size / heads", within=POSITIVE, on_resume=ARCHITECTURE
     )
     swiglu: bool = option(False, help="gated SiLU in the MLP", on_resume=ARCHITECTURE)
     normalization: str = option(
@@ -54,7 +54,7 @@ class ModelConfig:
     add_qkv_bias: bool = option(False, help="bias in the query, key and value projections", on_resume=ARCHITECTURE)
     disable_bias_linear: bool = option(False, help="no bias in the other linear layers", on_resume=ARCHITECTURE)
     untie_embeddings_and_output_weights: bool = option(
-        False, help="output layer with weights of its own", on_resume=ARCHITECTURE
+        False, help="output layer that does not share the embedding's weights", on_resume=ARCHITECTURE
     )
     use_rotary_position_embeddings: bool = option(
         False, help="rotary position embeddings (same as --position-embedding-type rope)", on_resume=NO_EFFECT
@@ -69,7 +69,7 @@ class ModelConfig:
     )
     rotary_base: int = option(10000, help="base of the rotary frequencies", within=POSITIVE, on_resume=ARCHITECTURE)
     rotary_percent: float = option(
-        1.0, help="share of a head that is rotated", within=POSITIVE_FRACTION, on_resume=ARCHITECTURE
+        1.0, help="fraction of each head that is rotated", within=POSITIVE_FRACTION, on_resume=ARCHITECTURE
     )
     use_rope_scaling: bool = option(False, help="Llama 3's scaling of the rotary frequencies", on_resume=ARCHITECTURE)
     rotary_scaling_factor: float = option(
@@ -78,7 +78,9 @@ class ModelConfig:
     max_position_embeddings: int | None = option(
         None, help="longest sequence; unset: the Hugging Face config's", within=POSITIVE, on_resume=HONOURED
     )
-    vocab_size: int | None = option(None, help="vocabulary without padding", within=POSITIVE, on_resume=ARCHITECTURE)
+    vocab_size: int | None = option(
+        None, help="vocabulary size without padding", within=POSITIVE, on_resume=ARCHITECTURE
+    )
     make_vocab_size_divisible_by: int = option(
         128,
         help="the vocabulary is padded to a multiple of this times the tensor-parallel size",
@@ -86,7 +88,7 @@ class ModelConfig:
         on_resume=COMPARED_SHAPES,
     )
     spec: tuple[str, ...] = option(
-        (), help="accepted for slime's scripts: the layers that a family needs are known here", on_resume=NO_EFFECT
+        (), help="accepted for slime's scripts: layers are chosen by the model's family", on_resume=NO_EFFECT
     )
     post_self_attn_layernorm: bool = option(
         False, help="norm of the attention's output, before the residual (GLM-4)", on_resume=ARCHITECTURE
@@ -96,7 +98,7 @@ class ModelConfig:
     )
     mtp_num_layers: int | None = option(
         None,
-        help="accepted for models that have layers for multi-token prediction; they stay as they are, untrained",
+        help="accepted for models with layers for multi-token prediction, which are not trained",
         on_resume=NO_EFFECT,
     )
     attention_dropout: float = option(0.0, help="dropout of attention weights", within=FRACTION, on_resume=HONOURED)
@@ -109,17 +111,17 @@ class ParallelConfig:
 
     on_resume: ClassVar[OnResume] = HONOURED
 
-    tensor_model_parallel_size: int = option(1, help="ranks that share each layer", within=POSITIVE)
-    pipeline_model_parallel_size: int = option(1, help="stages the layers are split into", within=POSITIVE)
+    tensor_model_parallel_size: int = option(1, help="ranks that each layer is split over", within=POSITIVE)
+    pipeline_model_parallel_size: int = option(1, help="pipeline stages", within=POSITIVE)
     context_parallel_size: int = option(
-        1, help="ranks that share a sequence (needs Transformer Engine)", within=POSITIVE
+        1, help="ranks that each sequence is split over (needs Transformer Engine)", within=POSITIVE
     )
-    expert_model_parallel_size: int = option(1, help="ranks that share the experts", within=POSITIVE)
+    expert_model_parallel_size: int = option(1, help="ranks that the experts are distributed over", within=POSITIVE)
     expert_tensor_parallel_size: int = option(
-        1, help="ranks that share one expert (needs Transformer Engine)", within=POSITIVE
+        1, help="ranks that each expert is split over (needs Transformer Engine)", within=POSITIVE
     )
     sequence_parallel: bool = option(
-        False, help="split norms and dropout over the tensor-parallel ranks; nothing where there is one"
+        False, help="split norms and dropout over the tensor-parallel ranks; no effect on one"
     )
     recompute_granularity: str | None = option(
         None,

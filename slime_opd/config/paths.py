@@ -21,3 +21,11 @@ def with_absolute_paths(config: Config) -> Config:
             stage = dataclasses.replace(getattr(config, option.stage), **{option.name: os.path.abspath(value)})
             config = dataclasses.replace(config, **{option.stage: stage})
     return config
+
+
+def names_each_rollout(path: str) -> bool:
+    """Whether a path has {rollout_id} in it and nothing else to fill in."""
+    try:
+        return path.format(rollout_id=1) != path.format(rollout_id=2)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        return False

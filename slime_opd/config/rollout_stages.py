@@ -36,7 +36,7 @@ class DataConfig:
         "input", help="column of the prompt: a string or a list of chat messages; dots reach into nested columns"
     )
     label_key: str | None = option(None, help="column of the answer (with sft_loss: of the response)")
-    metadata_key: str = option("metadata", help="column handed to custom rewards")
+    metadata_key: str = option("metadata", help="column passed to custom rewards")
     apply_chat_template: bool = option(False, help="render the prompt with the tokenizer's chat template")
     apply_chat_template_kwargs: str = option(
         "{}",
@@ -54,7 +54,7 @@ class DataConfig:
     too_long_prompts: str = option(
         "refuse",
         choices=("refuse", "drop"),
-        help="prompts, for training and evaluation, that leave no token for a response in the context (with sft_loss: with their response, longer than it or than --max-tokens-per-gpu): refuse to start, or drop and count them",
+        help="what to do with prompts (of training and evaluation) that leave no token of the context for a response, and with samples of sft_loss longer than the context or --max-tokens-per-gpu: refuse to start, or drop and count them",
     )
     max_row_bytes: int = option(
         16 * 1024 * 1024, help="largest row of a data file, in bytes; a larger one is refused", within=POSITIVE
@@ -78,7 +78,7 @@ class RolloutConfig:
         None, help="longest prompt plus response, in tokens; unset: the model's", within=POSITIVE
     )
     rollout_temperature: float = option(1.0, help="sampling temperature", within=TEMPERATURE)
-    rollout_top_p: float = option(1.0, help="nucleus of the sampling; 1: all", within=POSITIVE_FRACTION)
+    rollout_top_p: float = option(1.0, help="top-p (nucleus) sampling; 1: all tokens", within=POSITIVE_FRACTION)
     rollout_top_k: int = option(-1, help="most likely tokens to sample from; -1: all", within=TOP_K)
     rollout_stop: tuple[str, ...] = option((), help="strings that end a response")
     rollout_stop_token_ids: tuple[int, ...] = option(
@@ -87,12 +87,12 @@ class RolloutConfig:
     sglang_server_concurrency: int = option(512, help="requests in flight per engine", within=POSITIVE)
     dynamic_sampling_filter_path: str | None = option(
         None,
-        help="leave out groups of which `(samples) -> bool`, or slime's `(args, samples)`, is false, and generate others; slime's check_reward_nonzero_std is built in",
+        help="discard groups for which `(samples) -> bool`, or slime's `(args, samples)`, returns false, and generate others; slime's check_reward_nonzero_std is built in",
         metavar="MODULE.FUNCTION",
     )
     over_sampling_batch_size: int | None = option(
         None,
-        help="prompts taken at a time; unset: --rollout-batch-size",
+        help="prompts requested at a time; unset: --rollout-batch-size",
         only_with=(is_set("dynamic_sampling_filter_path"),),
     )
     rollout_function_path: str | None = option(
@@ -100,8 +100,10 @@ class RolloutConfig:
         help="accepted for slime's scripts: its sft_rollout.generate_rollout is built in as --loss-type sft_loss",
         metavar="MODULE.FUNCTION",
     )
-    rollout_request_timeout_s: float = option(600.0, help="seconds that one generation may take", within=SECONDS)
-    rollout_request_retries: int = option(8, help="times a failed generation is sent again", within=NOT_NEGATIVE)
+    rollout_request_timeout_s: float = option(
+        600.0, help="time limit of one generation request, in seconds", within=SECONDS
+    )
+    rollout_request_retries: int = option(8, help="retries of a failed generation request", within=NOT_NEGATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ class RewardConfig:
     )
     custom_function_timeout_s: float = option(
         60.0,
-        help="seconds that --custom-rm-path and --dynamic-sampling-filter-path may take when they are tried on made-up responses before the run; 0: not tried",
+        help="time limit in seconds of the trial of --custom-rm-path and --dynamic-sampling-filter-path on made-up responses before the run; 0: no trial",
         within=NOT_NEGATIVE,
     )
     custom_reward_post_process_path: str | None = option(
@@ -151,7 +153,7 @@ class EvaluationConfig:
     skip_eval_before_train: bool = option(False, help="no evaluation before the first step")
     n_samples_per_eval_prompt: int = option(1, help="responses per evaluation prompt", within=POSITIVE)
     eval_temperature: float = option(0.0, help="sampling temperature; 0: greedy", within=TEMPERATURE_OR_GREEDY)
-    eval_top_p: float = option(1.0, help="nucleus of the sampling", within=POSITIVE_FRACTION)
+    eval_top_p: float = option(1.0, help="top-p (nucleus) sampling", within=POSITIVE_FRACTION)
     eval_top_k: int = option(-1, help="most likely tokens to sample from; -1: all", within=TOP_K)
     eval_max_response_len: int | None = option(
         None, help="longest response, in tokens; unset: --rollout-max-response-len", within=POSITIVE

@@ -44,7 +44,7 @@ class ClusterConfig:
     ray_address: str = option("auto", help="Ray cluster to join; 'local' starts one for this run alone")
     watchdog_interval_s: float = option(
         60.0,
-        help="seconds without progress after which a line says who is waited for, then ever more rarely; 0: never",
+        help="seconds without progress before a warning that names what the run waits for, repeated at growing intervals; 0: never",
         within=NOT_NEGATIVE,
     )
     watchdog_timeout_s: float = option(
@@ -64,10 +64,10 @@ class AlgorithmConfig:
         "grpo", choices=("grpo",), help="base advantage; the OPD penalty is added to any of them"
     )
     normalize_advantages: bool = option(
-        False, help="whiten the base advantages over the whole rollout, before the OPD penalty"
+        False, help="whiten the base advantages over the whole rollout, before the OPD penalty is subtracted"
     )
     disable_rewards_normalization: bool = option(
-        False, help="use rewards as they are: no group mean, no group deviation"
+        False, help="use rewards as advantages: no group mean, no group standard deviation"
     )
     disable_grpo_std_normalization: bool = option(False, help="subtract the group mean only")
     disable_compute_advantages_and_returns: bool = option(
@@ -76,24 +76,24 @@ class AlgorithmConfig:
     kl_coef: float = option(
         0.0, help="accepted for slime's scripts, at 0: the KL to a reference is a loss, --kl-loss-coef"
     )
-    eps_clip: float = option(0.2, help="PPO clip below 1", within=POSITIVE)
-    eps_clip_high: float | None = option(None, help="PPO clip above 1; unset: --eps-clip", within=NOT_NEGATIVE)
+    eps_clip: float = option(0.2, help="PPO clip: lower bound 1 - this", within=POSITIVE)
+    eps_clip_high: float | None = option(
+        None, help="PPO clip: upper bound 1 + this; unset: --eps-clip", within=NOT_NEGATIVE
+    )
     eps_clip_c: float | None = option(
-        None, help="dual clip, the lower bound for negative advantages; unset: off", within=Range(above=1)
+        None, help="dual clip: bound of the ratio for negative advantages; unset: off", within=Range(above=1)
     )
     entropy_coef: float = option(
         0.0,
-        help="weight of the entropy bonus",
+        help="coefficient of the entropy bonus",
         within=Range(at_most=1e4, reason="it would drown every other part of the loss"),
     )
     use_kl_loss: bool = option(False, help="add a KL loss to the reference model (--ref-load)", needs=("ref_load",))
     kl_loss_coef: float = option(
-        0.0, help="weight of the KL loss", within=COEFFICIENT, only_with=(is_set("use_kl_loss"),)
+        0.0, help="coefficient of the KL loss", within=COEFFICIENT, only_with=(is_set("use_kl_loss"),)
     )
     kl_loss_type: str = option("k1", choices=("k1", "k2", "k3", "low_var_kl"), help="estimator of the KL loss")
-    use_rollout_logprobs: bool = option(
-        False, help="the engine's log-probs are the old policy's, instead of the trainer's"
-    )
+    use_rollout_logprobs: bool = option(False, help="old log-probs are the engine's, instead of the trainer's")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class WeightsConfig:
         choices=("auto", "tensor", "broadcast", "disk"),
         help="tensor: memory that the engines open (by CUDA IPC with --colocate, on CPUs on one node); broadcast: a process group with the engines; disk: a Hugging Face directory; auto: tensor where it works, else broadcast",
     )
-    update_weight_buffer_size: int = option(512 * 1024 * 1024, help="bytes sent at a time", within=POSITIVE)
+    update_weight_buffer_size: int = option(512 * 1024 * 1024, help="bytes of weights sent at a time", within=POSITIVE)
     update_weight_disk_dir: str | None = option(
         None,
         help="directory for disk updates; unset: in --run-dir",
@@ -129,7 +129,7 @@ class ObserveConfig:
 
     run_dir: str | None = option(
         None,
-        help="where metrics.jsonl, TensorBoard files and the resolved configuration go; unset: SAVE/run, or runs/DATE",
+        help="directory of metrics.jsonl, TensorBoard files and the resolved configuration; unset: SAVE/run, or runs/DATE",
         metavar="DIR",
         is_path=True,
     )
@@ -148,7 +148,7 @@ class ObserveConfig:
     )
     wandb_dir: str | None = option(
         None,
-        help="where wandb writes; unset: the run directory",
+        help="directory of wandb's files; unset: the run directory",
         metavar="DIR",
         only_with=(is_set("use_wandb"),),
         is_path=True,

@@ -40,7 +40,7 @@ class TrainingConfig:
     )
     num_steps_per_rollout: int | None = option(
         None,
-        help="optimizer steps per rollout; sets --global-batch-size from the other side",
+        help="optimizer steps per rollout; sets --global-batch-size to the samples of a rollout divided by it",
         within=POSITIVE,
         on_resume=BATCH_SIZE,
     )
@@ -49,7 +49,7 @@ class TrainingConfig:
         False, help="pack micro-batches up to --max-tokens-per-gpu", needs=("max_tokens_per_gpu",)
     )
     max_tokens_per_gpu: int | None = option(
-        None, help="tokens per micro-batch and GPU, with --use-dynamic-batch-size", within=POSITIVE
+        None, help="most tokens of a packed micro-batch on one GPU", within=POSITIVE
     )
     seq_length: int | None = option(
         None, help="accepted for Megatron-LM's scripts: samples are packed, whatever their lengths", on_resume=NO_EFFECT
@@ -74,7 +74,7 @@ class TrainingConfig:
     )
     log_probs_chunk_size: int | None = option(
         None,
-        help="tokens whose logits exist at one time; unset: 1024 for each tensor-parallel rank, so that a rank's share takes the same memory at any size, in fewer kernels",
+        help="tokens whose logits are computed at a time; unset: 1024 times the tensor-parallel size, which takes the same memory on a rank at any size",
         within=POSITIVE,
     )
     seed: int = option(1234, help="seed of the trainer", within=SEED, on_resume=RANDOM_STATE)
@@ -115,7 +115,7 @@ class OptimizerConfig:
     )
     lr_warmup_iters: int = option(0, help="optimizer steps of the warm-up", within=NOT_NEGATIVE, on_resume=LR_SCHEDULE)
     lr_warmup_fraction: float | None = option(
-        None, help="warm-up as a share of the decay", within=FRACTION, on_resume=LR_SCHEDULE
+        None, help="warm-up as a fraction of the decay", within=FRACTION, on_resume=LR_SCHEDULE
     )
     weight_decay: float = option(
         0.01,
@@ -139,7 +139,7 @@ class CheckpointConfig:
 
     load: str | None = option(
         None,
-        help="checkpoint to continue from; where it holds none yet, training starts from --ref-load or --hf-checkpoint",
+        help="checkpoint to resume from; if there is none yet, training starts from --ref-load or --hf-checkpoint",
         metavar="DIR",
         on_resume=START,
         is_path=True,
@@ -153,7 +153,7 @@ class CheckpointConfig:
     )
     save: str | None = option(
         None,
-        help="directory of the run's checkpoints; the same command continues from the newest in it",
+        help="directory of the run's checkpoints; the same command resumes from the newest in it",
         metavar="DIR",
         is_path=True,
     )
@@ -177,16 +177,18 @@ class CheckpointConfig:
         is_path=True,
     )
     keep_checkpoints: int = option(
-        0, help="newest checkpoints to keep; 0: all, but of those written by time the newest 2", within=NOT_NEGATIVE
+        0,
+        help="number of newest checkpoints to keep; 0: all, and of those saved by time the newest 2",
+        within=NOT_NEGATIVE,
     )
     exit_grace_s: float = option(
         60.0,
-        help="seconds that a run told to end (SIGTERM, Ctrl-C) may take to save unsaved steps; 0: end at once",
+        help="seconds after SIGTERM or Ctrl-C in which a run may save unsaved steps; 0: end at once",
         within=NOT_NEGATIVE,
     )
     no_save_optim: bool = option(False, help="save weights only")
     no_load_optim: bool = option(False, help="load weights only")
-    finetune: bool = option(False, help="take the weights of --load and start from step 0", on_resume=START)
+    finetune: bool = option(False, help="start from step 0 with the weights of --load", on_resume=START)
     no_verify_checkpoint: bool = option(
         False, help="load checkpoints without comparing their files with the checksums in manifest.sha256"
     )

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from slime_opd.config import Config
-from slime_opd.config.check_lengths import context_length
+from slime_opd.config.lengths import context_length
 from slime_opd.errors import DataError
 
 # Reasons to drop a row. Rows beyond PROMPT_LIMIT are always dropped; for the others --too-long-prompts decides.

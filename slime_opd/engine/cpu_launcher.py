@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> None:
     if torch.cuda.is_available():
         sys.exit("cpu_launcher: this machine has CUDA; start the server with `python -m sglang.launch_server` instead")
 
-    if "--enable-torch-compile" not in arguments:
+    if "--enable-torch-compile" not in argv:
         # SGLang compiles single functions whatever its options; on a CPU the C++ compiler takes longer than they ever would.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 

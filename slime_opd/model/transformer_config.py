@@ -10,7 +10,7 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 
 from slime_opd.config import Config, machine
-from slime_opd.config.check_kernels import kernels_of
+from slime_opd.config.attention import kernels_of
 from slime_opd.config.kernels import Kernels
 from slime_opd.model import device
 from slime_opd.model.options import settings

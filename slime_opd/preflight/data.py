@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from slime_opd.config import Config
-from slime_opd.config.check_lengths import context_length
+from slime_opd.config.lengths import context_length
 from slime_opd.data.source import PromptSource, read_eval_set
 from slime_opd.data.summary import Summary, counted
 from slime_opd.preflight.findings import Findings, attempt

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from slime_opd.checkpoint.saves import NEWEST_BY_TIME, save_policy
 from slime_opd.config import Config
-from slime_opd.memory_estimate import Size, bytes_text
 from slime_opd.preflight.findings import Findings
+from slime_opd.preflight.memory_estimate import Size, bytes_text
 
 
 def look_at_written_directories(config: Config, found: Findings) -> None:

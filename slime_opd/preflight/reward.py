@@ -21,7 +21,7 @@ import numpy as np
 from slime_opd import lifetimes
 from slime_opd.config import Config
 from slime_opd.config.check_learning import SLIME_FILTER
-from slime_opd.config.check_machine import check_custom_functions
+from slime_opd.preflight.check_packages import check_custom_functions
 from slime_opd.preflight.data import Inputs
 from slime_opd.preflight.findings import Findings, attempt
 from slime_opd.reward.custom import OPTION as CUSTOM_REWARD

@@ -10,9 +10,9 @@ from typing import Any
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.whole import problems_of
 from slime_opd.config import Config
-from slime_opd.config.check_machine import architecture_flags
 from slime_opd.config.hf_config import language_model, read_hf_config
 from slime_opd.errors import CheckpointError
+from slime_opd.preflight.check_architecture import architecture_flags
 from slime_opd.preflight.findings import Findings, attempt
 from slime_opd.preflight.hf_weights import weight_problems
 

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from slime_opd.config import Config
-from slime_opd.config.check_lengths import context_length
 from slime_opd.config.hf_config import end_token_ids, token_ids
+from slime_opd.config.lengths import context_length
 from slime_opd.engine.client import EngineClient
 from slime_opd.engine.protocol import SamplingParams
 from slime_opd.errors import ConfigError

@@ -65,7 +65,7 @@ def main(directory: Path) -> None:
     """Rehearse every case."""
     simulated_cuda.load()
     simulated_cuda.install()
-    from slime_opd.memory_estimate import size_of, step_bytes
+    from slime_opd.preflight.memory_estimate import size_of, step_bytes
     from slime_opd.rehearsal.batch import Load, rehearsed_config, rollout_tokens
     from slime_opd.rehearsal.step import rehearse
 

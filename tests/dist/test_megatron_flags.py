@@ -138,7 +138,8 @@ def build_drawn(_rank, _world_size, _init_method, directory: str, base: str, exa
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
 
-    from slime_opd.config import parse, problems
+    from slime_opd.config import parse
+    from slime_opd.preflight.rules import problems
 
     warnings.simplefilter("ignore")
     counts = {"built": 0, "refused": 0}

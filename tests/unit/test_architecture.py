@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each room with the rooms below it. A room is a folder or a file of slime_opd.
 GROUND = {"types", "fields", "metrics", "errors", "schedule", "config", "lifetimes", "stopping"}
-PURE_ROOMS = {"algorithm", "distill", "objective", "observe", "hooks", "memory_estimate"}
+PURE_ROOMS = {"algorithm", "distill", "objective", "observe", "hooks"}
 PARTS = {"engine", "data", "batch", "head", "model", "checkpoint"}
 STAGES = {"rollout", "reward", "teacher", "trainer", "weights"}
 LEVELS: tuple[set[str], ...] = (
@@ -23,6 +23,7 @@ LEVELS: tuple[set[str], ...] = (
     STAGES,
     {"cluster", "preflight", "rehearsal"},
     {"train"},
+    {"commands"},
     {"__main__"},
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

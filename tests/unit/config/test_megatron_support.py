@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from slime_opd.config import parse, problems
+from slime_opd.config import parse
 from slime_opd.config.check_megatron import notes_of_model_flags
 from slime_opd.config.config import Config
 from slime_opd.config.help import help_text
 from slime_opd.config.megatron_options import is_default, megatron_fields
 from slime_opd.config.megatron_support import SUPPORT, Answer
 from slime_opd.config.options import options_of
+from slime_opd.preflight.rules import problems
 
 OPTIONS = options_of(Config)
 DOCS = Path(__file__).parents[3] / "docs" / "megatron.md"

@@ -49,7 +49,7 @@ command_line(train.main)
 """
 
 
-@pytest.mark.parametrize("module", ["slime_opd.preflight", "rich.console", "transformers", "torch.nn"])
+@pytest.mark.parametrize("module", ["slime_opd.preflight.check", "rich.console", "transformers", "torch.nn"])
 def test_ctrl_c_while_the_check_imports_ends_it_with_130_and_one_line(module, tiny_model_dir, tmp_path):
     (tmp_path / "data.parquet").write_bytes(b"PAR1")
     arguments = ["--check", "--hf-checkpoint", str(tiny_model_dir), "--prompt-data", str(tmp_path / "data.parquet")]

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from slime_opd.preflight import LOOKS, check
+from slime_opd.preflight.check import LOOKS, check
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 # Values of every type of JSON, and sizes that are none.

@@ -8,9 +8,9 @@ import os
 import pytest
 
 from slime_opd.config import parse
-from slime_opd.memory_estimate import Size
 from slime_opd.preflight import disk
 from slime_opd.preflight.findings import Findings
+from slime_opd.preflight.memory_estimate import Size
 
 
 def test_a_directory_that_exists_or_can_be_made_is_writable_and_stays_as_it_was(tmp_path):

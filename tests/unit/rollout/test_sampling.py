@@ -6,7 +6,7 @@ import json
 import pytest
 from rollout_fakes import EOS, FakeClient, LetterTokenizer, config, generation, prompts
 
-from slime_opd.config.check_lengths import context_length
+from slime_opd.config.lengths import context_length
 from slime_opd.config.stages import EvaluationConfig, ModelConfig
 from slime_opd.errors import ConfigError
 from slime_opd.rollout import single_turn

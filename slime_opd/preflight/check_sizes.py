@@ -1,7 +1,4 @@
-"""Sizes that cannot be meant: far beyond what any run uses, and slow or dear to find out by starting one.
-
-The limits are generous on purpose; each sentence says why the value is refused, and how to get it all the same where there is a way.
-"""
+"""Rules about sizes that this machine cannot hold: samples of a rollout, processes without GPUs."""
 
 from __future__ import annotations
 
@@ -46,14 +43,6 @@ def process_problem(trainers: int, engines: int, cores: int) -> str | None:
         f"{trainers:,} training processes and {engines:,} of engines (--actor-num-nodes × --actor-num-gpus-per-node, --rollout-num-gpus) "
         f"are too many for {cores} CPU cores, and there is no GPU; lower them, or start Ray with `ray start --head --num-cpus N` and join it with --ray-address auto"
     )
-
-
-def packing_note(config: Config) -> str | None:
-    """Micro-batches that are smaller than one response may be; None where they are not. It is allowed: such a sample is a micro-batch of its own."""
-    tokens, longest = config.training.max_tokens_per_gpu, config.rollout.rollout_max_response_len
-    if not config.training.use_dynamic_batch_size or tokens is None or longest is None or tokens >= longest:
-        return None
-    return f"--max-tokens-per-gpu {tokens} is less than --rollout-max-response-len {longest}: a longer sample is a micro-batch of its own, and takes the memory of its own length"
 
 
 def _cores() -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from slime_opd.config import check_sizes, parse
-from slime_opd.config.checks import notes
+from slime_opd.config import parse
+from slime_opd.preflight import check_sizes
+from slime_opd.preflight.rules import notes
 
 
 def test_a_rollout_that_no_memory_holds_is_refused(monkeypatch):

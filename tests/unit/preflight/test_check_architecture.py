@@ -1,9 +1,12 @@
+"""Flags are compared with the architecture of --hf-checkpoint."""
+
 import json
-import sys
 
 import pytest
 
-from slime_opd.config import check_machine, check_megatron, parse, problems
+from slime_opd.config import parse
+from slime_opd.preflight import check_architecture
+from slime_opd.preflight.rules import problems
 
 
 @pytest.fixture
@@ -15,69 +18,18 @@ def student(tmp_path):
     return directory
 
 
-def test_model_directories_that_are_there_are_no_problem(student, tmp_path):
-    words = ["--hf-checkpoint", str(student), "--ref-load", str(student), "--opd-teacher-load", str(student)]
-    assert check_machine.check_checkpoints_exist(parse([*words, "--load", str(tmp_path / "not-yet")])) == []
-
-
-@pytest.mark.parametrize("flag", ["--hf-checkpoint", "--ref-load", "--opd-teacher-load"])
-def test_a_missing_model_directory_is_named(flag, tmp_path):
-    missing = tmp_path / "missing"
-    assert check_machine.check_checkpoints_exist(parse([flag, str(missing)])) == [
-        f"{flag}: found no directory {missing}, expected one with a checkpoint"
-    ]
-
-
-def test_an_empty_directory_is_no_checkpoint(tmp_path):
-    assert check_machine.check_checkpoints_exist(parse(["--ref-load", str(tmp_path)])) == [
-        f"--ref-load: found the empty directory {tmp_path}, expected one with a checkpoint"
-    ]
-    assert check_machine.check_checkpoints_exist(parse(["--hf-checkpoint", str(tmp_path)])) == [
-        f"--hf-checkpoint: found no config.json in {tmp_path}, expected a Hugging Face checkpoint"
-    ]
-
-
-@pytest.mark.parametrize("flag", ["--load", "--save"])
-def test_a_file_is_no_checkpoint_directory(flag, student):
-    file = student / "config.json"
-    assert check_machine.check_checkpoints_exist(parse([flag, str(file)])) == [
-        f"{flag}: found the file {file}, expected a directory"
-    ]
-
-
-def test_missing_data_is_named_and_a_slice_is_no_part_of_the_name(tmp_path):
-    there = tmp_path / "there.jsonl"
-    there.write_text("{}\n")
-    fine = ["--prompt-data", f"{there}@[0:5]", "--eval-prompt-data", "a", str(there)]
-    assert check_machine.check_data_exists(parse(fine)) == []
-    missing = ["--prompt-data", "gone.jsonl@[0:5]", "--eval-prompt-data", "a", str(there), "b", "gone.parquet"]
-    assert check_machine.check_data_exists(parse(missing)) == [
-        "--prompt-data: found no file gone.jsonl, expected one in JSONL, JSON, CSV or Parquet",
-        "--eval-prompt-data: found no file gone.parquet, expected one in JSONL, JSON, CSV or Parquet",
-    ]
-
-
 def test_the_layout_must_divide_the_checkpoints_architecture(student):
     words = f"--megatron-to-hf-mode bridge --hf-checkpoint {student} --pipeline-model-parallel-size 3".split()
-    assert check_machine.check_layout_of_checkpoint(parse([*words, "--tensor-model-parallel-size", "4"])) == [
+    assert check_architecture.check_layout_of_checkpoint(parse([*words, "--tensor-model-parallel-size", "4"])) == [
         "--tensor-model-parallel-size 4 does not divide the model's 2 key-value heads (query groups)",
         "--pipeline-model-parallel-size 3 does not divide the model's 4 layers; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers give the ends others",
     ]
-    assert check_machine.check_layout_of_checkpoint(parse(words[:4])) == []
+    assert check_architecture.check_layout_of_checkpoint(parse(words[:4])) == []
     ends = ["--decoder-first-pipeline-num-layers", "1", "--decoder-last-pipeline-num-layers", "1"]
-    assert check_machine.check_layout_of_checkpoint(parse([*words, *ends])) == []
+    assert check_architecture.check_layout_of_checkpoint(parse([*words, *ends])) == []
     (student / "config.json").write_text("{")
-    assert check_machine.check_layout_of_checkpoint(parse(words)) == []
-    assert check_machine.check_hf_config(parse(words)) == [f"--hf-checkpoint: {student}/config.json is not JSON"]
-
-
-def test_layouts_of_transformer_engine_are_refused_without_it(monkeypatch):
-    config = parse(["--expert-tensor-parallel-size=2"])
-    monkeypatch.setattr(check_megatron.importlib.util, "find_spec", lambda name: None)
-    (problem,) = check_megatron.check_engine(config)
-    assert problem.startswith("--expert-tensor-parallel-size 2 needs Transformer Engine (")
-    monkeypatch.setattr(check_megatron.importlib.util, "find_spec", lambda name: object())
-    assert check_megatron.check_engine(config) == []
+    assert check_architecture.check_layout_of_checkpoint(parse(words)) == []
+    assert check_architecture.check_hf_config(parse(words)) == [f"--hf-checkpoint: {student}/config.json is not JSON"]
 
 
 @pytest.mark.parametrize("entry", ["rope_scaling", "rope_parameters"])
@@ -88,7 +40,7 @@ def test_rotary_flags_are_compared_with_what_transformers_4_and_5_write(student,
         config = {"model_type": "llama", "rope_parameters": rotary | {"rope_theta": 5e5}}
     (student / "config.json").write_text(json.dumps(config))
     words = f"--hf-checkpoint {student} --use-rope-scaling --rotary-scaling-factor 8 --rotary-base 10000".split()
-    found = check_machine.check_architecture_flags(parse(words))
+    found = check_architecture.check_architecture_flags(parse(words))
     assert sorted(problem.partition(":")[0] for problem in found) == ["--rotary-base", "--rotary-scaling-factor"]
 
 
@@ -111,54 +63,24 @@ MIXTURE = {"model_type": "qwen3_moe", "num_experts": 6, "num_hidden_layers": 4}
 )
 def test_layouts_that_a_mixture_cannot_be_trained_at(student, words, expected):
     (student / "config.json").write_text(json.dumps(MIXTURE))
-    found = check_machine.check_mixture(parse(["--hf-checkpoint", str(student), *words.split()]))
+    found = check_architecture.check_mixture(parse(["--hf-checkpoint", str(student), *words.split()]))
     assert [problem.startswith(expected) for problem in found] == [True] if expected else found == []
 
 
 def test_a_model_without_experts_has_none_to_share(student):
-    (problem,) = check_machine.check_mixture(
+    (problem,) = check_architecture.check_mixture(
         parse(["--hf-checkpoint", str(student), "--expert-model-parallel-size", "2"])
     )
     assert problem == "--expert-model-parallel-size: found 2, expected 1: the model has no experts to share"
-    assert check_machine.check_mixture(parse(["--expert-model-parallel-size", "2"])) == []
-
-
-def test_context_parallelism_is_refused_with_or_without_transformer_engine():
-    (problem,) = check_machine.check_context_parallel(parse(["--context-parallel-size", "2"]))
-    assert problem.startswith("--context-parallel-size 2: ")
-    assert check_machine.check_context_parallel(parse([])) == []
-
-
-def test_a_custom_reward_is_found_without_importing_it(tmp_path, monkeypatch):
-    package = tmp_path / "my_rewards"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    (package / "strict.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert check_machine.check_custom_functions(parse(["--custom-rm-path", "my_rewards.strict.score"])) == []
-    assert check_machine.check_custom_functions(parse(["--custom-rm-path", "my_rewards.score"])) == []
-    assert "my_rewards" not in sys.modules
-
-
-@pytest.mark.parametrize("path", ["no_such_module_here.score", "json.decoder.deeper.score", "os.path.missing.score"])
-def test_a_custom_reward_whose_module_is_not_there_is_refused(path):
-    (problem,) = check_machine.check_custom_functions(parse(["--custom-rm-path", path]))
-    assert "found no module" in problem
-
-
-@pytest.mark.parametrize("path", ["score", "my.", ".score", "my/file.py:score", "a.b-c"])
-def test_a_custom_reward_that_is_no_dotted_name_is_refused(path):
-    assert check_machine.check_custom_functions(parse(["--custom-rm-path", path])) == [
-        f"--custom-rm-path: found {path!r}, expected MODULE.FUNCTION"
-    ]
+    assert check_architecture.check_mixture(parse(["--expert-model-parallel-size", "2"])) == []
 
 
 def test_a_top_k_larger_than_the_vocabulary_is_refused(student):
     words = ["--hf-checkpoint", str(student), "--opd-log-prob-top-k"]
-    assert check_machine.check_top_k_of_vocabulary(parse([*words, "64"])) == []
-    (problem,) = check_machine.check_top_k_of_vocabulary(parse([*words, "65"]))
+    assert check_architecture.check_top_k_of_vocabulary(parse([*words, "64"])) == []
+    (problem,) = check_architecture.check_top_k_of_vocabulary(parse([*words, "65"]))
     assert problem.startswith("--opd-log-prob-top-k: found 65, expected at most the vocabulary's 64 tokens")
-    assert check_machine.check_top_k_of_vocabulary(parse(["--opd-log-prob-top-k", "65"])) == []
+    assert check_architecture.check_top_k_of_vocabulary(parse(["--opd-log-prob-top-k", "65"])) == []
 
 
 @pytest.mark.parametrize(
@@ -183,15 +105,15 @@ def test_a_top_k_larger_than_the_vocabulary_is_refused(student):
 def test_a_config_of_another_family_or_with_wrong_values_is_refused_in_a_sentence(student, config, sentence):
     (student / "config.json").write_text(json.dumps(config))
     options = parse(["--hf-checkpoint", str(student)])
-    (problem,) = check_machine.check_hf_config(options)
+    (problem,) = check_architecture.check_hf_config(options)
     assert sentence in problem
     assert all(isinstance(line, str) for line in problems(options))
 
 
 def test_a_supported_family_and_an_absent_config_are_no_problem(student):
     (student / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
-    assert check_machine.check_hf_config(parse(["--hf-checkpoint", str(student)])) == []
-    assert check_machine.check_hf_config(parse(["--hf-checkpoint", str(student / "absent")])) == []
+    assert check_architecture.check_hf_config(parse(["--hf-checkpoint", str(student)])) == []
+    assert check_architecture.check_hf_config(parse(["--hf-checkpoint", str(student / "absent")])) == []
 
 
 LLAMA_3 = {
@@ -205,10 +127,10 @@ ITS_FLAGS = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --vocab-siz
 def test_flags_that_describe_the_checkpoint_are_no_problem(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
     words = ["--hf-checkpoint", str(tmp_path), *ITS_FLAGS.split()]
-    assert check_machine.check_architecture_flags(parse(words)) == []
+    assert check_architecture.check_architecture_flags(parse(words)) == []
     # In bridge mode the flags are not read.
     bridge = ["--hf-checkpoint", str(tmp_path), "--megatron-to-hf-mode", "bridge"]
-    assert check_machine.check_architecture_flags(parse(bridge)) == []
+    assert check_architecture.check_architecture_flags(parse(bridge)) == []
 
 
 @pytest.mark.parametrize(
@@ -229,5 +151,5 @@ def test_flags_that_describe_the_checkpoint_are_no_problem(tmp_path):
 def test_flags_of_another_model_are_named_with_what_the_checkpoint_has(change, sentence, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
     words = ["--hf-checkpoint", str(tmp_path), *ITS_FLAGS.replace(*change).split()]
-    (problem,) = check_machine.check_architecture_flags(parse(words))
+    (problem,) = check_architecture.check_architecture_flags(parse(words))
     assert sentence in problem

@@ -5,9 +5,11 @@ import subprocess
 
 import pytest
 
-from slime_opd.config import check_kernels, parse
-from slime_opd.config.checks import CHECKS
+from slime_opd.config import parse
+from slime_opd.config.attention import attention_of
 from slime_opd.config.kernels import Attention, Machine
+from slime_opd.preflight import check_kernels
+from slime_opd.preflight.rules import RULES
 
 H100_TE = Machine(has_cuda=True, compute_capability=(9, 0), engine="2.11.0")
 LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -49,7 +51,7 @@ def bridge(tmp_path):
     ],
 )  # fmt: skip
 def test_attention_is_read_from_a_config_json(bridge, config, expected):
-    assert check_kernels.attention_of(parse(bridge(**config)), has_cuda=True) == expected
+    assert attention_of(parse(bridge(**config)), has_cuda=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -68,7 +70,7 @@ def test_attention_is_read_from_a_config_json(bridge, config, expected):
     ],
 )  # fmt: skip
 def test_attention_is_read_from_the_flags(flags, expected):
-    assert check_kernels.attention_of(parse(flags.split()), has_cuda=True) == expected
+    assert attention_of(parse(flags.split()), has_cuda=True) == expected
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_attention_is_read_from_the_flags(flags, expected):
     ],
 )  # fmt: skip
 def test_the_dtype_is_the_trainers(flags, has_cuda, dtype):
-    assert check_kernels.attention_of(parse(flags), has_cuda=has_cuda).dtype == dtype
+    assert attention_of(parse(flags), has_cuda=has_cuda).dtype == dtype
 
 
 def test_flash_without_flash_attn_is_refused_before_any_work(on):
@@ -96,7 +98,7 @@ def test_a_computer_without_a_gpu_refuses_no_kernel_since_others_may_train(on):
 
 def test_a_fused_rotation_that_is_wrong_everywhere_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(check_kernels.machines, "of_this_computer", lambda: pytest.fail("looked at the machine"))
-    assert check_kernels.check_rope_fusion in CHECKS
+    assert check_kernels.check_rope_fusion in RULES
     assert check_kernels.check_rope_fusion(parse(["--apply-rope-fusion"])) == []
     assert check_kernels.check_rope_fusion(parse(["--rotary-interleaved"])) == []
     (problem,) = check_kernels.check_rope_fusion(parse(["--apply-rope-fusion", "--rotary-interleaved"]))

@@ -14,7 +14,7 @@ from slime_opd.checkpoint.formats.architecture import sizes_at
 from slime_opd.config import machine, parse
 from slime_opd.config.kernels import Machine
 from slime_opd.errors import ConfigError
-from slime_opd.preflight import preflight, require_ready
+from slime_opd.preflight.check import preflight, require_ready
 
 QWEN3_8B = {
     "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,

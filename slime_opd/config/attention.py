@@ -1,14 +1,11 @@
-"""The kernels of a configuration: what its model's attention needs, and whether this machine has it."""
+"""What the attention of a configuration's model needs of a kernel, and the kernels for it on a machine."""
 
 from __future__ import annotations
 
-import subprocess
-
-from slime_opd.config import machine as machines
 from slime_opd.config.config import Config
+from slime_opd.config.families import FAMILIES
 from slime_opd.config.hf_config import architecture_of
-from slime_opd.config.kernels import Attention, Kernels, Machine, choose_kernels, rope_fusion_problem
-from slime_opd.errors import ConfigError
+from slime_opd.config.kernels import Attention, Kernels, Machine, choose_kernels
 
 
 def attention_of(config: Config, *, has_cuda: bool) -> Attention:
@@ -41,9 +38,10 @@ def _raw_shape(config: Config) -> dict:
 
 def _bridge_shape(architecture: dict) -> dict:
     scaling = architecture.get("rope_scaling") or architecture.get("rope_parameters") or {}
+    family = FAMILIES.get(architecture.get("model_type") or "")
     shape = {
         "dropout": architecture.get("attention_dropout") or 0.0,
-        "is_interleaved": architecture.get("model_type") == "glm4",
+        "is_interleaved": family is not None and family.has_interleaved_rotary,
     }
     if architecture.get("kv_lora_rank"):
         widths = (architecture.get(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
@@ -68,44 +66,3 @@ def _latent_shape(content: int, rotated: int, value: int, has_yarn: bool) -> dic
 def kernels_of(config: Config, machine: Machine) -> Kernels:
     """The kernels of the model on a machine. Raises ConfigError, in one sentence, where what is asked for cannot run."""
     return choose_kernels(machine, attention_of(config, has_cuda=machine.has_cuda))
-
-
-def check_rope_fusion(config: Config) -> list[str]:
-    """A fused rotation that is wrong on every machine."""
-    attention = attention_of(config, has_cuda=True)
-    reason = rope_fusion_problem(attention) if attention.rope_fusion else None
-    return [] if reason is None else [f"--apply-rope-fusion: {reason}; drop the flag"]
-
-
-def check_kernels(config: Config) -> list[str]:
-    """Kernels that this computer's GPU does not have; nothing where there is none, since other computers may train.
-
-    It starts a process that imports what is installed, which takes seconds: rules that need only the flags come first.
-    """
-    try:
-        machine = machines.of_this_computer()
-    except (OSError, subprocess.SubprocessError, ValueError) as error:
-        return [
-            f"the GPUs of this machine cannot be looked at: {_reason(error)}; does `{' '.join(machines.COMMAND)}` run?"
-        ]
-    try:
-        if machine.has_cuda:
-            kernels_of(config, machine)
-    except ConfigError as error:
-        return [str(error)]
-    return []
-
-
-def notes(config: Config) -> list[str]:
-    """What may surprise of the kernels that a machine with a GPU chooses; `check_kernels` reports what cannot run."""
-    try:
-        note = kernels_of(config, machines.of_this_computer()).note
-    except (ConfigError, OSError, subprocess.SubprocessError, ValueError):
-        return []
-    return [] if note is None else [note]
-
-
-def _reason(error: Exception) -> str:
-    """The last line of what a process that failed printed, or of the error itself."""
-    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-    return lines[-1] if lines else type(error).__name__

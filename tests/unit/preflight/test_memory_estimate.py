@@ -2,10 +2,10 @@
 
 import pytest
 from model_families import family_config
-from test_scripts import MODELS, PARAMETERS, model_arguments
+from model_scripts import MODELS, PARAMETERS, model_arguments
 
 from slime_opd.config import parse
-from slime_opd.memory_estimate import bytes_text, count_text, estimates, size_of, step_bytes
+from slime_opd.preflight.memory_estimate import bytes_text, count_text, estimates, size_of, step_bytes
 
 QWEN3_8B = {
     "hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,

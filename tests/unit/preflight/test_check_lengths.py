@@ -5,7 +5,7 @@ import json
 import pytest
 
 from slime_opd.config import parse
-from slime_opd.config.check_lengths import check_lengths, context_length
+from slime_opd.preflight.check_lengths import check_lengths, context_length
 
 
 def run(tmp_path, *flags, **model):

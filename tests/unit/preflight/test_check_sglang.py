@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from slime_opd.config import check_sglang, parse
+from slime_opd.config import parse
+from slime_opd.preflight import check_sglang
 
 
 @pytest.mark.parametrize(

@@ -1,81 +1,16 @@
-"""Rules that look at this machine: files, hooks and installed packages.
-
-Nothing is imported or written, and no file larger than a model's config.json is read.
-"""
+"""Rules that compare flags with the architecture in --hf-checkpoint's config.json."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from importlib.machinery import PathFinder
-from pathlib import Path
 from typing import Any
 
-from slime_opd.config.check_learning import SLIME_FILTER
+from slime_opd.config.check_megatron import flag_with_value, given_values, recomputed
 from slime_opd.config.check_run import model_layout_problems
 from slime_opd.config.config import Config
 from slime_opd.config.families import FAMILIES, family_problem, number_of_experts
 from slime_opd.config.hf_config import architecture_of, read_hf_config
-from slime_opd.config.megatron_support import OF_MODEL
+from slime_opd.config.megatron_support import OF_MODEL, SUPPORT
 from slime_opd.config.options import flag
-
-
-def check_checkpoints_exist(config: Config) -> list[str]:
-    """Model directories that are not there. --load may be absent: training starts afresh."""
-    checkpoint, problems = config.checkpoint, []
-    directories = {
-        "hf_checkpoint": config.model.hf_checkpoint,
-        "ref_load": checkpoint.ref_load,
-        "opd_teacher_load": config.opd.opd_teacher_load,
-    }
-    for name, found in directories.items():
-        if found is None:
-            continue
-        if not os.path.isdir(found):
-            problems.append(f"{flag(name)}: found no directory {found}, expected one with a checkpoint")
-        elif name == "hf_checkpoint" and not os.path.isfile(os.path.join(found, "config.json")):
-            problems.append(f"--hf-checkpoint: found no config.json in {found}, expected a Hugging Face checkpoint")
-        elif _is_empty(found):
-            problems.append(f"{flag(name)}: found the empty directory {found}, expected one with a checkpoint")
-    problems += [
-        f"{flag(name)}: found the file {found}, expected a directory"
-        for name, found in (("load", checkpoint.load), ("save", checkpoint.save))
-        if found is not None and os.path.isfile(found)
-    ]
-    return problems
-
-
-def _is_empty(directory: str) -> bool:
-    """Whether a directory has no entries; not, for one that may not be listed, whose files are looked at by name."""
-    try:
-        with os.scandir(directory) as entries:
-            return next(entries, None) is None
-    except OSError:
-        return False
-
-
-def check_data_exists(config: Config) -> list[str]:
-    """Prompt files that are not there; `FILE@[a:b]` is a slice of FILE."""
-    files = [] if config.replays else [("--prompt-data", config.data.prompt_data)]
-    if config.evaluates:
-        files += [("--eval-prompt-data", file) for file in config.evaluation.eval_prompt_data[1::2]]
-    problems = []
-    for name, found in files:
-        path = None if found is None else Path(_without_slice(found))
-        if path is not None and os.path.isdir(path):
-            names = sorted(
-                file.name for file in path.iterdir() if file.suffix in (".jsonl", ".json", ".parquet", ".csv")
-            )
-            example = f" in it, such as {', '.join(names[:3])}" if names else ""
-            problems.append(f"{name}: found the directory {path}, expected a file{example}")
-        elif path is not None and not os.path.isfile(path):
-            problems.append(f"{name}: found no file {path}, expected one in JSONL, JSON, CSV or Parquet")
-    return problems
-
-
-def _without_slice(file: str) -> str:
-    path, slice_mark, _ = file.rpartition("@[")
-    return path if slice_mark and file.endswith("]") else file
 
 
 def check_hf_config(config: Config) -> list[str]:
@@ -229,16 +164,6 @@ def check_top_k_of_vocabulary(config: Config) -> list[str]:
     ]
 
 
-def check_context_parallel(config: Config) -> list[str]:
-    """What the packing of samples cannot lay out yet, with or without Transformer Engine."""
-    size = config.parallel.context_parallel_size
-    if size == 1:
-        return []
-    return [
-        f"--context-parallel-size {size}: packed rows are not split over ranks yet, so the result would be wrong; set it to 1 and lower --max-tokens-per-gpu, or raise --tensor-model-parallel-size"
-    ]
-
-
 def check_mixture(config: Config) -> list[str]:
     """Layouts that a mixture of experts cannot be trained at, and experts of a model that has none."""
     layout = config.parallel
@@ -263,43 +188,23 @@ def check_mixture(config: Config) -> list[str]:
     return problems
 
 
-def check_custom_functions(config: Config) -> list[str]:
-    """Functions of the user that are no `module.function`, or whose module does not exist. `preflight.reward` imports them."""
-    given = {
-        "--custom-rm-path": config.reward.custom_rm_path,
-        "--dynamic-sampling-filter-path": config.rollout.dynamic_sampling_filter_path,
-    }
-    problems = []
-    for name, path in given.items():
-        if path in (None, SLIME_FILTER):
-            continue
-        module, _, function = path.rpartition(".")
-        if not module or not all(part.isidentifier() for part in path.split(".")):
-            problems.append(f"{name}: found {path!r}, expected MODULE.FUNCTION")
-        elif not _module_exists(module):
-            problems.append(f"{name}: found no module {module!r} with {function!r}; is its folder on PYTHONPATH?")
-    return problems
-
-
-def _module_exists(name: str) -> bool:
-    """Whether a module can be found, without importing any of its parents."""
-    top, *inner = name.split(".")
-    try:
-        spec, found = importlib.util.find_spec(top), top
-    except ValueError:  # a module without a specification, as __main__
-        return False
-    for part in inner:
-        if spec is None or spec.submodule_search_locations is None:
-            return False
-        found = f"{found}.{part}"
-        spec = PathFinder.find_spec(found, list(spec.submodule_search_locations))
-    return spec is not None
-
-
-def check_wandb_is_installed(config: Config) -> list[str]:
-    """Weights & Biases without its package."""
-    if not config.observe.use_wandb or importlib.util.find_spec("wandb") is not None:
+def check_kind_of_model(config: Config) -> list[str]:
+    """Options of a mixture of experts, or of latent attention, given for a model that is or has none."""
+    architecture, stage = architecture_of(config), config.megatron
+    if not architecture and config.model.num_layers is None:
         return []
-    return [
-        "--use-wandb needs the wandb package, and it is not installed here: pip install 'slime_opd[wandb]', or drop the flag"
-    ]
+    problems = []
+    if not (stage.num_moe_experts or number_of_experts(architecture)):
+        given = [
+            flag_with_value(name, value)
+            for name, value in given_values(config).items()
+            if name.startswith("moe_") and not SUPPORT[name].is_refused
+        ]
+        given += [f"--recompute-modules {name}" for name in recomputed(config, "experts")]
+        problems += [f"{shown} has no effect: the model has no experts (--num-experts)" for shown in given]
+    if not (stage.multi_latent_attention or architecture.get("kv_lora_rank")):
+        problems += [
+            f"--recompute-modules {name} needs a model with latent attention (--multi-latent-attention)"
+            for name in recomputed(config, "latent attention")
+        ]
+    return problems

@@ -1,0 +1,137 @@
+"""`--check`: everything about a run that can be found out without starting it; the quick looks also run when a run starts.
+
+The rules of `preflight.rules`, and what takes reading or asking: weights, checkpoints, data, rewards, the teacher, the disk. All
+problems are printed together, and what could not be looked at. An estimate of memory is no problem but a figure.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from slime_opd.checkpoint import directory
+from slime_opd.config import Config
+from slime_opd.config.hf_config import architecture_of
+from slime_opd.config.output import print_text, terminal_width
+from slime_opd.config.parser import parse_all
+from slime_opd.errors import ConfigError
+from slime_opd.observe import console
+from slime_opd.preflight import check_kernels
+from slime_opd.preflight.disk import look_at_disk, look_at_written_directories
+from slime_opd.preflight.findings import Findings, guarded, internal_error
+from slime_opd.preflight.inputs import look_at_inputs
+from slime_opd.preflight.memory_estimate import estimates, size_of
+from slime_opd.preflight.rules import notes, problems
+from slime_opd.preflight.start import look_at_start, trainer_config
+from slime_opd.preflight.teacher import ask_teacher
+from slime_opd.preflight.weights import look_at_checkpoints, look_at_weights
+
+
+@dataclass
+class Subject:
+    """The run that is looked at, what several looks need of it, and what they found."""
+
+    config: Config
+    found: Findings
+
+    @cached_property
+    def architecture(self) -> dict[str, Any]:
+        """--hf-checkpoint's config.json; {} where there is none that can be read."""
+        return architecture_of(self.config)
+
+    @cached_property
+    def trainer_config(self) -> Config:
+        """What the trainers would load: --load is the checkpoint that the run starts from, if it is one."""
+        return trainer_config(self.config)
+
+
+@dataclass(frozen=True)
+class Look:
+    """One part of `--check`. With `at_start` it reads little enough to be repeated by every run before it starts."""
+
+    name: str
+    run: Callable[[Subject], None]
+    at_start: bool = False
+
+
+def _rules(subject: Subject) -> None:
+    subject.found.problems += problems(subject.config)
+    subject.found.notes += notes(subject.config)
+
+
+def _kernels(subject: Subject) -> None:
+    subject.found.problems += check_kernels.check_kernels(subject.config)
+    subject.found.notes += check_kernels.notes(subject.config)
+
+
+def _weights(subject: Subject) -> None:
+    subject.found.problems += directory.problems(subject.trainer_config)
+    look_at_weights(subject.trainer_config, subject.found)
+
+
+def _start(subject: Subject) -> None:
+    if subject.config.model.hf_checkpoint is not None:
+        look_at_start(subject.config, subject.found)
+
+
+def _data_and_teacher(subject: Subject) -> None:
+    inputs = look_at_inputs(subject.config, subject.found)
+    if inputs is not None:
+        ask_teacher(subject.config, inputs.tokenizer, subject.found)
+
+
+def _sizes(subject: Subject) -> None:
+    size = size_of(subject.architecture)
+    if size is None:
+        subject.found.unchecked.append("memory and disk: no size could be read from --hf-checkpoint's config.json")
+        return
+    subject.found.figures += estimates(subject.config, subject.architecture, size)
+    look_at_disk(subject.config, size, subject.found)
+
+
+LOOKS: tuple[Look, ...] = (
+    Look("flags", _rules),
+    Look("directories to write to", lambda s: look_at_written_directories(s.config, s.found), at_start=True),
+    Look("kernels", _kernels, at_start=True),
+    # A run chooses its start once it has read its prompts, and refuses then.
+    Look("start", _start),
+    Look("weights", _weights, at_start=True),
+    Look("data and teacher", _data_and_teacher),
+    Look("architectures", lambda s: look_at_checkpoints(s.trainer_config, s.architecture, s.found)),
+    Look("memory and disk", _sizes),
+)
+
+
+def preflight(config: Config, flag_problems: list[str], looks: tuple[Look, ...] = LOOKS) -> Findings:
+    """Look at everything, whatever is wrong with the rest."""
+    found = Findings([*flag_problems])
+    subject = Subject(config, found)
+    for look in looks:
+        with console.working(f"checking: {look.name}"):
+            guarded(found, look.name, lambda look=look: look.run(subject))
+    return found
+
+
+def check(arguments: list[str], looks: tuple[Look, ...] = LOOKS) -> int:
+    """Print what is found about the run that `arguments` describe; returns the exit code, 2 where there is a problem."""
+    found = Findings()
+    try:
+        found = preflight(*parse_all(arguments), looks)
+    except ConfigError as error:  # of --help with a group that there is none of
+        found.problems += str(error).splitlines()
+    except Exception as error:
+        found.internal_errors.append(internal_error(error))
+    print_text("\n".join(found.lines(terminal_width(sys.stdout))))
+    return found.exit_code
+
+
+def require_ready(config: Config) -> None:
+    """The quick looks, before a run starts. Raises ConfigError with every problem, one line each."""
+    found = preflight(config, [], tuple(look for look in LOOKS if look.at_start))
+    for error in found.internal_errors:
+        console.warn(error)
+    if found.problems:
+        raise ConfigError("\n".join(dict.fromkeys(found.problems)))
