@@ -26,7 +26,7 @@ from slime_opd.preflight.inputs import look_at_inputs
 from slime_opd.preflight.memory_estimate import estimates, size_of
 from slime_opd.preflight.rules import notes, problems
 from slime_opd.preflight.start import look_at_start, trainer_config
-from slime_opd.preflight.teacher import ask_teacher
+from slime_opd.preflight.teacher import look_at_teacher
 from slime_opd.preflight.weights import look_at_checkpoints, look_at_weights
 
 
@@ -80,7 +80,7 @@ def _start(subject: Subject) -> None:
 def _data_and_teacher(subject: Subject) -> None:
     inputs = look_at_inputs(subject.config, subject.found)
     if inputs is not None:
-        ask_teacher(subject.config, inputs.tokenizer, subject.found)
+        look_at_teacher(subject.config, inputs.tokenizer, subject.found)
 
 
 def _sizes(subject: Subject) -> None:
