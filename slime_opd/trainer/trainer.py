@@ -157,9 +157,8 @@ class Trainer:
         self.wrapped = wrap(self.config, self.model)
         self.optimizer: MegatronOptimizer = self._role.make_optimizer(self.config, self.wrapped)
         self.scheduler = make_scheduler(self.config, self.optimizer)
-        self._teacher_shard = teacher.shard
+        self._teacher = teacher
         self.model_pass = ModelPass(self.config, self.model, self.wrapped, self.shard)
-        self._scorer = Scorer(self.config, self.model_pass, self.snapshots, teacher)
 
     @property
     def num_micro_batches(self) -> int:
@@ -175,7 +174,8 @@ class Trainer:
         `progress`: the share of the run's rollouts that came before. Returns those of the columns `names` that were
         scored, in the batch's order; {} on ranks that do not report.
         """
-        self._batch, self._teacher_states = self._scorer.score(batch, self._role.settings(self.config, progress))
+        scorer = Scorer(self.config, self.model_pass, self.snapshots, self._teacher)
+        self._batch, self._teacher_states = scorer.score(batch, self._role.settings(self.config, progress))
         columns = self._batch.samples.columns
         return {name: columns[name] for name in sorted(names & columns.keys())} if self.layout.reports else {}
 
@@ -204,7 +204,7 @@ class Trainer:
 
         def objective(hidden: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Objective]:
             head = self._role.make_head(
-                model_pass, micro_batch, settings, hidden, self._teacher_states, self._teacher_shard
+                model_pass, micro_batch, settings, hidden, self._teacher_states, self._teacher.shard
             )
             total = chunked_objective(hidden, self.model.output_weight(), self.shard, head, model_pass.chunk_size)
             return total.loss, total

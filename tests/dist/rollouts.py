@@ -37,6 +37,15 @@ def train(trainer, samples: Sequence, progress: float = 0.0) -> dict:
     return metrics if trainer.layout.reports else {}
 
 
+def assembled(samples: Sequence, config):
+    """The samples as an assembled RolloutBatch, without scores of the trainer."""
+    from slime_opd.batch.assemble import assemble
+    from slime_opd.objective.options import objective_options
+    from slime_opd.types import RolloutBatch
+
+    return assemble(RolloutBatch.from_samples(samples), config, objective_options(config, 0.0))
+
+
 def train_assembled(trainer, batch, progress: float = 0.0) -> dict:
     """Train on a RolloutBatch that has its advantages and weights; returns the rank's metrics."""
     from slime_opd.batch.shares import plan_shares

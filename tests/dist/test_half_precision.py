@@ -14,7 +14,7 @@ import pytest
 from conftest import save_tiny_model
 from model_families import save_model
 from ranks import run_ranks
-from rollouts import train, train_assembled
+from rollouts import assembled, train, train_assembled
 from test_objective_layouts import FULL, make_config, make_samples, objective
 
 pytestmark = pytest.mark.dist
@@ -106,9 +106,11 @@ def overflow(rank, world_size, init_method, models):
 
     config = make_config(*models, world_size, 1, 1)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, fp16=True))
+    # An objective without scores that the driver reads, so that the batch can be assembled here.
+    config = objective(config, *CHOSEN["reverse KL"])
     trainer = Trainer(config, rank=rank, world_size=world_size, init_method=init_method)
     before = {name: weight.clone() for name, weight in trainer.exported_weights()}
-    batch = assemble(make_samples(), config)
+    batch = assembled(make_samples(), config)
     metrics = [values(train_assembled(trainer, batch))]
     unchanged = all(weight.equal(before[name]) for name, weight in trainer.exported_weights())
     scaler = trainer.optimizer.chained_optimizers[0].grad_scaler

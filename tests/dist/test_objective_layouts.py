@@ -129,7 +129,7 @@ def train_all(rank, world_size, init_method, student, teacher, tensor, pipeline)
     found = {}
     for name, (opd, divergence) in OBJECTIVES.items():
         trainer.config = objective(config, opd, divergence)
-        assert len(batch.steps) == 2
+        assert trainer.config.steps_per_rollout == 2
         found[name] = train(trainer, make_samples(), progress=0.5)
     trainer.config = objective(config, {"opd_type": "sglang", "opd_teacher_load": None}, TOP_K)
     trainer.snapshots = WeightSnapshots(trainer.model)
