@@ -42,8 +42,8 @@ async def evaluate(
     takes part. The first error cancels all other samples and is raised.
     """
 
-    async def rewarded_sample(sampler: Sampler, prompt: Prompt, number: int) -> Sample:
-        sample = await sampler.sample(generate, prompt, number)
+    async def rewarded_sample(sampler: Sampler, prompt: Prompt, sample_index: int) -> Sample:
+        sample = await sampler.sample(generate, prompt, sample_index)
         sample.set("reward", await compute_reward(reward, sample))
         if on_sample is not None:
             on_sample(sample)
@@ -51,9 +51,9 @@ async def evaluate(
 
     async def samples_of(eval_set: EvalSet) -> list[Sample]:
         sampler = evaluation_sampler(client, tokenizer, config, eval_set.name)
-        numbers = range(config.evaluation.n_samples_per_eval_prompt)
+        indices = range(config.evaluation.n_samples_per_eval_prompt)
         return await gather(
-            rewarded_sample(sampler, prompt, number) for prompt in eval_set.prompts for number in numbers
+            rewarded_sample(sampler, prompt, sample_index) for prompt in eval_set.prompts for sample_index in indices
         )
 
     metrics: dict[str, Mean] = {}

@@ -59,9 +59,9 @@ class Generator:
         raised.
         """
         samples = await gather(
-            self._scored_sample(prompt, number, on_sample)
+            self._scored_sample(prompt, sample_index, on_sample)
             for prompt in prompts
-            for number in range(self._samples_per_prompt)
+            for sample_index in range(self._samples_per_prompt)
         )
         size = self._samples_per_prompt
         return [SampleGroup(prompt, samples[i * size : (i + 1) * size]) for i, prompt in enumerate(prompts)]
@@ -71,23 +71,23 @@ class Generator:
         (group,) = await self.generate([prompt], on_sample)
         return group
 
-    async def _scored_sample(self, prompt: Prompt, number: int, on_sample: OnSample | None) -> Sample:
-        sample, failure = await self._sample(prompt, number)
+    async def _scored_sample(self, prompt: Prompt, sample_index: int, on_sample: OnSample | None) -> Sample:
+        sample, failure = await self._sample(prompt, sample_index)
         await gather([self._set_reward(sample), self._set_teacher_scores(sample, failure)])
         if on_sample is not None:
             on_sample(sample)
         return sample
 
-    async def _sample(self, prompt: Prompt, number: int) -> tuple[Sample, EngineError | None]:
+    async def _sample(self, prompt: Prompt, sample_index: int) -> tuple[Sample, EngineError | None]:
         """A response, and the error for which it is the student's although it should be off-policy."""
         sample, failure = None, None
-        if self._mix is not None and self._mix.is_off_policy(prompt, number):
+        if self._mix is not None and self._mix.is_off_policy(prompt, sample_index):
             try:
-                sample = await self._mix.sample(prompt, number)
+                sample = await self._mix.sample(prompt, sample_index)
             except EngineError as error:
                 failure = error
         if sample is None:
-            sample = await self._sampler.sample(self._generate, prompt, number)
+            sample = await self._sampler.sample(self._generate, prompt, sample_index)
         if self._student_top_k and "student_top_ids" not in sample.values:
             _, top = await self._client.score_top_k(sample.tokens, len(prompt.tokens), self._student_top_k)
             sample.set("student_top_ids", top.ids)

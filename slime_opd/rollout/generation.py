@@ -65,21 +65,22 @@ class Row:
 class GenerateContext:
     """What a generate function works with, for one response: the engines, the tokenizer and the length limits.
 
-    number: which of the prompt's responses this is, from 0.
+    sample_index: which of the prompt's responses this is, from 0.
     max_response_tokens: largest length of the response, all its spans together; at least 1.
     max_context: largest length of prompt and response together; None: no limit.
-    params: sampling options of the run. seed: of this response. num_top_logprobs: K of the spans' `top_ids`; 0: none.
+    params: sampling options of the run. turn_seed: the seed of each turn, from 0.
+    num_top_logprobs: K of the spans' `top_ids`; 0: none.
     """
 
     client: EngineClient
     tokenizer: Any
     params: SamplingParams
     prompt: Prompt
-    number: int
+    sample_index: int
     is_evaluation: bool
     max_response_tokens: int
     max_context: int | None
-    seed: Callable[[int], int]
+    turn_seed: Callable[[int], int]
     num_top_logprobs: int = 0
     num_turns: int = 0
 
@@ -97,9 +98,9 @@ class GenerateContext:
             self.params,
             max_new_tokens=num_tokens,
             stop=(*self.params.stop, *stop),
-            # Only --sglang-enable-deterministic-inference uses it, and without it draws all samples of a prompt from one
-            # default seed.
-            seed=self.seed(self.num_turns),
+            # SGLang reads it in its deterministic mode only, which would otherwise draw all samples of a prompt from one
+            # default seed (--sglang-enable-deterministic-inference).
+            seed=self.turn_seed(self.num_turns),
         )
         self.num_turns += 1
         generation = await self.client.generate(token_ids, params, self.num_top_logprobs)
@@ -121,13 +122,16 @@ class GenerateContext:
 
 
 class GenerateFunction(Protocol):
-    """Generates one response to a prompt, as one row. Raises EngineError where an engine fails."""
+    """Generates one response to a prompt. Raises EngineError where an engine fails.
+
+    Returns the response's rows: one. Several, of a conversation that branches, are refused so far.
+    """
 
     async def __call__(self, prompt: Prompt, context: GenerateContext, /) -> Sequence[Row]: ...
 
 
 async def generate_row(generate: GenerateFunction, prompt: Prompt, context: GenerateContext) -> Row:
-    """The row that `generate` returns. Raises DataError for several rows, or one that is longer than allowed."""
+    """The row that `generate` returns. Raises DataError for any other number of rows, and for one that is too long."""
     rows = await generate(prompt, context)
     if len(rows) != 1:
         raise DataError(f"the generate function returned {len(rows)} rows for prompt {prompt.index}, expected 1")
@@ -160,9 +164,9 @@ def make_sample(prompt: Prompt, row: Row, text: str) -> Sample:
     return sample
 
 
-def sampling_seed(seed: int, purpose: str, prompt_index: int, number: int, turn: int = 0) -> int:
+def sampling_seed(seed: int, purpose: str, prompt_index: int, sample_index: int, turn: int = 0) -> int:
     """A seed in [0, 2^31) for one turn of one response, the same in a run that is repeated or resumed."""
-    name = f"{seed}/{purpose}/{prompt_index}/{number}" + (f"/{turn}" if turn else "")
+    name = f"{seed}/{purpose}/{prompt_index}/{sample_index}" + (f"/{turn}" if turn else "")
     digest = hashlib.blake2b(name.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") & 0x7FFFFFFF
 

@@ -27,17 +27,17 @@ class OffPolicyMix:
         self._options, self._rollout = config.divergence, config.rollout
         self._sampler, self._generate, self._client = sampler, generate, client
 
-    def is_off_policy(self, prompt: Prompt, number: int) -> bool:
-        """Whether response `number` to `prompt` is off-policy."""
+    def is_off_policy(self, prompt: Prompt, sample_index: int) -> bool:
+        """Whether response `sample_index` to `prompt` is off-policy."""
         if self._options.opd_off_policy_unit == "rollouts":
             index = prompt.index // self._rollout.rollout_batch_size
         else:
-            index = prompt.index * self._rollout.n_samples_per_prompt + number
+            index = prompt.index * self._rollout.n_samples_per_prompt + sample_index
         return schedule.is_chosen(index, self._options.opd_off_policy_fraction)
 
-    async def sample(self, prompt: Prompt, number: int) -> Sample:
-        """Response `number` to `prompt`, with off_policy set. Raises EngineError where the teacher's server fails."""
-        sample = await self._sampler.sample(self._generate, prompt, number)
+    async def sample(self, prompt: Prompt, sample_index: int) -> Sample:
+        """A response to `prompt`, with off_policy set. Raises EngineError where the teacher's server fails."""
+        sample = await self._sampler.sample(self._generate, prompt, sample_index)
         sample.set("off_policy", 1.0)
         return sample
 

@@ -55,25 +55,25 @@ class Sampler:
         self._is_evaluation = is_evaluation
         self._num_top_logprobs = num_top_logprobs
 
-    async def sample(self, generate: GenerateFunction, prompt: Prompt, number: int) -> Sample:
-        """Response `number` to `prompt` by `generate`, with the fields that `make_sample` sets.
+    async def sample(self, generate: GenerateFunction, prompt: Prompt, sample_index: int) -> Sample:
+        """Response `sample_index` to `prompt` by `generate`, with the fields that `make_sample` sets.
 
         Its text leaves special tokens out. Raises EngineError where an engine fails.
         """
-        row = await generate_row(generate, prompt, self._context(prompt, number))
+        row = await generate_row(generate, prompt, self._context(prompt, sample_index))
         return make_sample(prompt, row, response_text(self._tokenizer, row.token_ids, self._eos))
 
-    def _context(self, prompt: Prompt, number: int) -> GenerateContext:
+    def _context(self, prompt: Prompt, sample_index: int) -> GenerateContext:
         return GenerateContext(
             self._client,
             self._tokenizer,
             self._params,
             prompt,
-            number,
+            sample_index,
             self._is_evaluation,
             self._max_response_tokens(prompt),
             self._max_context,
-            partial(sampling_seed, self._seed, self._purpose, prompt.index, number),
+            partial(sampling_seed, self._seed, self._purpose, prompt.index, sample_index),
             self._num_top_logprobs,
         )
 

@@ -71,7 +71,7 @@ def test_evaluation_calls_the_same_function_and_tells_it_so():
     seen = []
 
     async def function(prompt, context):
-        seen.append((context.is_evaluation, context.number))
+        seen.append((context.is_evaluation, context.sample_index))
         return await two_turns(prompt, context)
 
     client = FakeClient(lambda number: generation([[2, 3], [4, EOS]][number % 2]))
