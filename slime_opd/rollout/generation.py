@@ -98,8 +98,8 @@ class GenerateContext:
             self.params,
             max_new_tokens=num_tokens,
             stop=(*self.params.stop, *stop),
-            # SGLang reads it in its deterministic mode only, which would otherwise draw all samples of a prompt from one
-            # default seed (--sglang-enable-deterministic-inference).
+            # SGLang reads it in its deterministic mode (--sglang-enable-deterministic-inference), which would otherwise
+            # draw all samples of a prompt from one default seed.
             seed=self.turn_seed(self.num_turns),
         )
         self.num_turns += 1
