@@ -67,18 +67,18 @@ class FakeClient:
 
 
 class FakeTeacher:
-    """Scores every token -0.5; `fail` names the prompts it fails on. Sets `asked` at the first request."""
+    """Scores every token -0.5; `fail` names the prompts it fails on. Sets `has_request` at the first request."""
 
     latest_failure = None
 
     def __init__(self, fail=()):
         self.fail = fail
-        self.asked = asyncio.Event()
+        self.has_request = asyncio.Event()
         self.requests = []
 
     async def score(self, sample):
         self.requests.append(sample)
-        self.asked.set()
+        self.has_request.set()
         if sample.prompt.index in self.fail:
             return self.failed_scores(sample, "no answer")
         return TeacherScores(np.full(sample.response_length, -0.5, dtype=np.float32))

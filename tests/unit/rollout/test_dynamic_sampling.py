@@ -70,12 +70,12 @@ def test_groups_that_all_differ_take_one_batch_of_prompts():
     assert run(mixed) == ([0, 1, 2, 3], 0, [4], [])
 
 
-def test_groups_whose_rewards_are_all_the_same_are_replaced():
+def test_groups_whose_rewards_are_equal_are_replaced():
     indices, num_rejected, taken, _ = run(lambda index: (1.0, 1.0) if index % 2 else (0.0, 1.0))
     assert indices == [0, 2, 4, 6] and num_rejected >= 3 and taken == [4, 4]
 
 
-def test_what_is_still_in_flight_is_cancelled_when_there_are_enough():
+def test_groups_in_flight_are_cancelled_when_there_are_enough():
     indices, num_rejected, taken, cancelled = run(
         mixed, prompts_per_request=8, delay=lambda index: 0.0 if index < 4 else 60.0
     )
@@ -121,7 +121,7 @@ def test_rewards_differ_where_the_group_has_an_advantage(rewards, differ):
     assert rewards_differ(group(0, rewards).samples) is differ
 
 
-def test_filters_are_found_by_name():
+def test_filters_are_imported_by_name():
     assert load_filter(SLIME_FILTER, Config()) is rewards_differ
     by_name = load_filter("slime_opd.rollout.dynamic_sampling.rewards_differ", Config())
     assert [by_name(group(0, rewards).samples) for rewards in ((0.0, 1.0), (1.0, 1.0))] == [True, False]

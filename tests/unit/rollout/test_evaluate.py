@@ -34,7 +34,7 @@ def test_each_set_has_its_mean_reward_length_and_share_of_truncated():
     }
 
 
-def test_every_prompt_is_answered_as_often_as_asked_and_greedily():
+def test_every_prompt_gets_the_requested_number_of_greedy_responses():
     client, seen = FakeClient(lambda _: generation([2])), []
     metrics = evaluated(client, {"one": 2}, on_sample=seen.append, n_samples_per_eval_prompt=3)
     assert metrics["eval/one/accuracy"].count == len(client.requests) == len(seen) == 6

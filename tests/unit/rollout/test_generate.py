@@ -107,7 +107,7 @@ def test_the_teacher_scores_a_response_while_others_are_still_generated():
 
         async def last_waits_for_the_teacher(number):
             if number == 1:
-                await teacher.asked.wait()
+                await teacher.has_request.wait()
             return generation([2])
 
         generator = Generator(
@@ -121,7 +121,7 @@ def test_the_teacher_scores_a_response_while_others_are_still_generated():
 def test_reward_and_teacher_work_on_a_response_at_the_same_time():
     class WaitsForTheTeacher(FirstLetterReward):
         async def __call__(self, sample):
-            await asyncio.wait_for(teacher.asked.wait(), timeout=10)
+            await asyncio.wait_for(teacher.has_request.wait(), timeout=10)
             return 0.5
 
     class WaitsForTheReward(FakeTeacher):
@@ -136,7 +136,7 @@ def test_reward_and_teacher_work_on_a_response_at_the_same_time():
 
 
 @pytest.mark.parametrize("error", [EngineError("engine down"), DataError("bad")])
-def test_an_error_cancels_what_is_in_flight_and_is_raised_alone(error):
+def test_an_error_cancels_the_requests_in_flight_and_is_raised_alone(error):
     async def fails_third(number):
         if number == 2:
             raise error
@@ -149,7 +149,7 @@ def test_an_error_cancels_what_is_in_flight_and_is_raised_alone(error):
     assert client.cancelled == 4
 
 
-def test_what_is_cancelled_has_ended_before_the_error_is_raised():
+def test_cancelled_requests_have_ended_before_the_error_is_raised():
     ended = []
 
     async def cleans_up(number):

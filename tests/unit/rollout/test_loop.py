@@ -40,7 +40,7 @@ def test_everything_runs_on_one_loop_in_a_daemon_thread(loop):
     assert thread is not threading.current_thread() and thread.daemon
 
 
-def test_submitted_work_runs_beside_what_the_driver_waits_for(loop):
+def test_submitted_work_runs_while_the_driver_waits_for_other_work(loop):
     async def make_event():
         return asyncio.Event()
 
@@ -69,7 +69,7 @@ def endless(started, ended):
     return run()
 
 
-def test_closing_cancels_what_still_runs_waits_for_it_and_may_be_repeated():
+def test_closing_cancels_running_coroutines_waits_for_them_and_may_be_repeated():
     loop, started, ended = BackgroundLoop(), threading.Event(), threading.Event()
     future = loop.submit(endless(started, ended))
     assert started.wait(10)

@@ -68,7 +68,7 @@ def recordings(tmp_path) -> Recordings:
     return Recordings(str(tmp_path / "deep" / "rollout_{rollout_id}.parquet"), VOCABULARY)
 
 
-def test_what_is_read_is_what_was_written_bit_for_bit(recordings):
+def test_a_recording_is_read_as_it_was_written_bit_for_bit(recordings):
     written = a_rollout()
     file = recordings.write(7, written)
     assert file.name == "rollout_7.parquet"

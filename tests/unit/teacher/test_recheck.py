@@ -87,13 +87,13 @@ def test_answers_that_cannot_be_scores_are_counted_failures_and_no_change():
 
 def test_one_reading_that_is_off_is_taken_again_before_the_run_stops():
     off, right = ScriptedTeacher(model=1), ScriptedTeacher()
-    asked = iter([off] * 4 + [right] * 100)
-    recheck, _ = rechecked(ScriptedTeacher(), lambda request: next(asked)(request))
+    servers = iter([off] * 4 + [right] * 100)
+    recheck, _ = rechecked(ScriptedTeacher(), lambda request: next(servers)(request))
     assert recheck.drift == 0
 
 
-def test_the_teacher_is_asked_at_its_interval_and_never_with_an_interval_of_zero():
-    def asked_at(interval: int) -> list[int]:
+def test_the_teacher_is_read_at_its_interval_and_never_with_an_interval_of_zero():
+    def steps_read(interval: int) -> list[int]:
         seen = []
         recheck = TeacherRecheck(teacher_of(ScriptedTeacher()), fingerprint_of(ScriptedTeacher()), interval, at_once)
         for rollout in range(7):
@@ -104,9 +104,9 @@ def test_the_teacher_is_asked_at_its_interval_and_never_with_an_interval_of_zero
             recheck.finish()
         return seen
 
-    assert asked_at(3) == [3, 6]
-    assert asked_at(1) == [1, 2, 3, 4, 5, 6]
-    assert asked_at(0) == []
+    assert steps_read(3) == [3, 6]
+    assert steps_read(1) == [1, 2, 3, 4, 5, 6]
+    assert steps_read(0) == []
 
 
 def test_a_reading_that_is_still_out_delays_nothing_and_is_looked_at_later():

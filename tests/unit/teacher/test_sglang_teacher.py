@@ -86,7 +86,7 @@ def test_an_empty_response_is_scored_without_a_request():
         (lambda request: httpx.Response(200, json={"object": "error"}), "no meta_info"),
     ],
 )
-def test_a_teacher_that_fails_or_lies_leaves_nan_and_the_reason(answer, reason):
+def test_a_teacher_with_failed_or_false_answers_leaves_nan_and_the_reason(answer, reason):
     [scores], teacher = scores_of(answer, sample((7, 8, 9)))
     assert scores.log_probs.shape == (3,)
     assert np.isnan(scores.log_probs).all()
@@ -125,7 +125,7 @@ def log_probs_at(position: int) -> np.ndarray:
 
 
 def with_top_k(request: httpx.Request) -> httpx.Response:
-    """Answers one sequence or a batch, with the server's own top-k and with the ids that are asked for."""
+    """Answers one sequence or a batch, with the server's own top-k and with the requested ids."""
     body = json.loads(request.content)
     if not isinstance(body["input_ids"][0], list):
         return httpx.Response(200, json=answer_of(body, body["input_ids"], body["logprob_start_len"], None))
@@ -133,15 +133,15 @@ def with_top_k(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json=[answer_of(body, *one) for one in batch])
 
 
-def answer_of(body: dict, tokens: list[int], start: int, asked: list[int] | None) -> dict:
+def answer_of(body: dict, tokens: list[int], start: int, requested: list[int] | None) -> dict:
     assert body.get("top_logprobs_num", 0) <= VOCABULARY, "sglang would end here"
     positions = range(start + 1, len(tokens))
     row = lambda ids, position: [[float(log_probs_at(position)[i]), int(i), None] for i in ids]  # noqa: E731
     meta = {"input_token_logprobs": [[None, tokens[start], None], *(row([tokens[at]], at)[0] for at in positions)]}
     if k := body.get("top_logprobs_num"):
         meta["input_top_logprobs"] = [None, *(row(np.argsort(-log_probs_at(at))[:k], at) for at in positions)]
-    if asked is not None:
-        meta["input_token_ids_logprobs"] = [None, *(row(asked, at) for at in positions)]
+    if requested is not None:
+        meta["input_token_ids_logprobs"] = [None, *(row(requested, at) for at in positions)]
     return {"meta_info": meta}
 
 
@@ -165,7 +165,7 @@ def requested_scores(request: ScoreRequest, one: Sample, answer=with_top_k) -> T
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 @pytest.mark.parametrize(("top_k", "student_top_k"), [(TOP, 0), (0, 2), (TOP, 2), (VOCABULARY, 2)])
-def test_top_k_scores_are_of_the_ids_asked_for_in_compact_arrays(top_k, student_top_k, dtype):
+def test_top_k_scores_are_of_the_requested_ids_in_compact_arrays(top_k, student_top_k, dtype):
     scores = requested_scores(ScoreRequest(top_k, student_top_k, VOCABULARY, dtype), with_candidates((7, 8, 9)))
     table = np.stack([log_probs_at(at) for at in (2, 3, 4)])
     assert scores.failure is None

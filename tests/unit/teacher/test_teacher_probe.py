@@ -66,7 +66,7 @@ def test_another_end_of_sequence_is_refused_and_a_shared_one_suffices():
     assert probed(ScriptedTeacher(eos=(1, 5)), eos_ids=(1, 7)).eos_ids == (1,)
 
 
-def test_what_cannot_be_checked_is_said():
+def test_the_report_names_what_could_not_be_checked():
     report = probed(ScriptedTeacher(texts=None), eos_ids=())
     assert report.checked_tokens == 0
     assert [gap.split(" (")[0] for gap in report.unchecked] == ["tokenizer", "end-of-sequence"]
@@ -117,7 +117,7 @@ def test_the_students_facts_come_from_its_directory(tmp_path):
 
 
 @pytest.mark.parametrize("told", [0, 4])
-def test_a_server_that_does_not_tell_its_most_likely_tokens_is_refused_where_they_are_wanted(told):
+def test_a_server_that_does_not_return_its_top_k_tokens_is_refused_where_they_are_needed(told):
     assert probed(ScriptedTeacher(top_k=told)).vocabulary_size == SIZE
     with pytest.raises(TeacherError, match=r"does not score: the engine returned .*top-k"):
         probed(ScriptedTeacher(top_k=told), top_k=8)
