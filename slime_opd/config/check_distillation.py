@@ -43,7 +43,7 @@ def check_sampling_of_opd(config: Config) -> list[str]:
 
 
 def check_divergence(config: Config) -> list[str]:
-    """A divergence that is named twice, or whose parts its teacher cannot give."""
+    """A divergence that is given twice, or needs scores that its teacher does not have."""
     options, problems = config.divergence, []
     if not config.opd.use_opd or not config.has_divergence:
         return []
@@ -69,7 +69,7 @@ def check_opd_temperature(config: Config) -> list[str]:
     fixed, temperature = config.teacher.fixed_temperature, config.divergence.opd_temperature
     if fixed is not None and temperature not in (None, fixed):
         return [
-            f"--opd-temperature {temperature} with --opd-type sglang: a server scores at temperature 1 whatever it is asked; drop it, or use --opd-type megatron"
+            f"--opd-temperature {temperature} with --opd-type sglang: a server always scores at temperature 1; drop it, or use --opd-type megatron"
         ]
     return []
 
@@ -80,9 +80,9 @@ def check_opd_coef_ramp(config: Config) -> list[str]:
 
 
 def check_off_policy(config: Config) -> list[str]:
-    """Responses of another model that nobody could write."""
+    """Off-policy responses that the run's teacher cannot generate."""
     options = config.divergence
-    if not config.opd.use_opd or not _mixes(config):
+    if not config.opd.use_opd or not _has_off_policy(config):
         return []
     if options.opd_off_policy_source == "teacher" and not config.teacher.can_generate:
         return [
@@ -92,7 +92,7 @@ def check_off_policy(config: Config) -> list[str]:
 
 
 def check_distillation_weights(config: Config) -> list[str]:
-    """Weights by an answer's being right, without answers."""
+    """Weights by correctness in a run without rewards."""
     options, problems = config.divergence, []
     if not config.opd.use_opd:
         return []
@@ -105,14 +105,14 @@ def check_distillation_weights(config: Config) -> list[str]:
             "--opd-pass-rate-weights with --n-samples-per-prompt 1: one response has no pass rate; sample more"
         )
     problems += [
-        f"{flag(name)} needs a reward (--rm-type, --custom-rm-path): without one no answer is right or wrong"
+        f"{flag(name)} needs a reward (--rm-type, --custom-rm-path): without one no response is correct or wrong"
         for name, value in (("opd_reward_beta", options.opd_reward_beta), ("opd_pass_rate_weights", rates))
         if value and not config.has_reward
     ]
     return problems
 
 
-def _mixes(config: Config) -> bool:
+def _has_off_policy(config: Config) -> bool:
     return config.divergence.opd_off_policy_fraction > 0
 
 

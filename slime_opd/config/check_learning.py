@@ -89,17 +89,17 @@ def check_signal(config: Config) -> list[str]:
 
 def check_evaluation(config: Config) -> list[str]:
     """Evaluation data that is missing, not in pairs, or without answers."""
-    evaluation, words = config.evaluation, config.evaluation.eval_prompt_data
+    evaluation, values = config.evaluation, config.evaluation.eval_prompt_data
     problems = []
-    if not words:
+    if not values:
         if only_evaluates(config):
             problems.append("--num-rollout 0 only evaluates: found no --eval-prompt-data, expected NAME FILE pairs")
         elif evaluation.eval_interval is not None:
             problems.append("--eval-interval needs --eval-prompt-data: NAME FILE pairs to evaluate on")
         return problems
-    if len(words) % 2:
-        problems.append(f"--eval-prompt-data: found {len(words)} words {list(words)}, expected pairs of NAME FILE")
-    names = words[::2]
+    if len(values) % 2:
+        problems.append(f"--eval-prompt-data: found {len(values)} values {list(values)}, expected pairs of NAME FILE")
+    names = values[::2]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"--eval-prompt-data: found the name {', '.join(repeated)} twice, expected a name per file")
     if config.reward.custom_rm_path is None and not (evaluation.eval_label_key or config.data.label_key):
@@ -118,12 +118,12 @@ def only_evaluates(config: Config) -> bool:
     return config.rollout.num_rollout == 0
 
 
-# slime's layer specs whose layers are here without a word: Megatron's flags describe them.
+# slime's layer specs that need none here: Megatron's flags describe the layers.
 SLIME_SPECS = ("slime_plugins.models.glm4",)
 
 
-def check_words_of_slime(config: Config) -> list[str]:
-    """Flags of slime's that are accepted where they say what is so anyway."""
+def check_slime_flags(config: Config) -> list[str]:
+    """slime's flags, accepted when they match built-in behaviour."""
     problems, function = [], config.rollout.rollout_function_path
     if function not in (None, SLIME_SFT_ROLLOUT):
         problems.append(
@@ -140,8 +140,8 @@ def check_words_of_slime(config: Config) -> list[str]:
     }
     problems += [
         f"{flag(name)} is for supervised fine-tuning: add --loss-type sft_loss, or drop it"
-        for name, is_said in only_sft.items()
-        if is_said and not config.is_sft
+        for name, is_given in only_sft.items()
+        if is_given and not config.is_sft
     ]
     if config.algorithm.kl_coef:
         problems.append(
@@ -151,18 +151,18 @@ def check_words_of_slime(config: Config) -> list[str]:
 
 
 def check_dynamic_sampling(config: Config) -> list[str]:
-    """A filter of groups that has nothing to look at, or numbers of a filter that is not there."""
+    """A filter of groups without rewards to filter by, or with options that contradict it."""
     rollout, problems = config.rollout, []
-    path, at_once = rollout.dynamic_sampling_filter_path, rollout.over_sampling_batch_size
+    path, over_sampling = rollout.dynamic_sampling_filter_path, rollout.over_sampling_batch_size
     if path is None:
         return []
     if not config.has_reward:
         problems.append("--dynamic-sampling-filter-path needs a reward (--rm-type, --custom-rm-path) to tell groups by")
     if rollout.n_samples_per_prompt == 1:
         problems.append("--dynamic-sampling-filter-path with --n-samples-per-prompt 1: a group of one has one reward")
-    if at_once is not None and at_once < (rollout.rollout_batch_size or 1):
+    if over_sampling is not None and over_sampling < (rollout.rollout_batch_size or 1):
         problems.append(
-            f"--over-sampling-batch-size: found {at_once}, expected at least --rollout-batch-size {rollout.rollout_batch_size}"
+            f"--over-sampling-batch-size: found {over_sampling}, expected at least --rollout-batch-size {rollout.rollout_batch_size}"
         )
     if config.divergence.opd_off_policy_unit == "rollouts":
         problems.append(

@@ -45,7 +45,7 @@ CHECKS: tuple[Check, ...] = (
     check_learning.check_reward,
     check_learning.check_signal,
     check_learning.check_evaluation,
-    check_learning.check_words_of_slime,
+    check_learning.check_slime_flags,
     check_learning.check_dynamic_sampling,
     check_debug.check_debug,
     check_distillation.check_opd_has_rollouts,

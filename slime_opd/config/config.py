@@ -31,7 +31,7 @@ class Config:
     observe: stages.ObserveConfig = field(default_factory=stages.ObserveConfig)
     debug: stages.DebugConfig = field(default_factory=stages.DebugConfig)
     megatron: stages.MegatronConfig = field(default_factory=stages.MegatronConfig)
-    # Options of the SGLang engines (`--sglang-X` is their `--X`), as words.
+    # Options of the SGLang engines (`--sglang-X` is their `--X`), as strings.
     sglang: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -86,7 +86,7 @@ class Config:
 
     @property
     def has_reward(self) -> bool:
-        """Whether something rewards the samples."""
+        """Whether samples are rewarded."""
         return self.reward.rm_type is not None or self.reward.custom_rm_path is not None
 
     @property
@@ -134,7 +134,7 @@ class Config:
 
     @property
     def penalty_coefficient(self) -> float:
-        """Weight of the penalty on the sampled tokens."""
+        """Coefficient of the penalty on the sampled tokens."""
         if not self.opd.use_opd:
             return 0.0
         if self.opd.opd_kl_coef is not None:

@@ -1,7 +1,7 @@
-"""Options of Megatron-core: every field of its dataclasses that a word can say, read from the installed package's source.
+"""Options of Megatron-core: every field of its dataclasses that a command line can give, from the installed package's source.
 
-Read and not imported: the import takes torch along, and a wrong flag is to be answered at once. A field that is not set
-here keeps what the model, the run or Megatron gives it.
+The source is parsed, not imported: the import takes torch along, and a wrong flag should be reported at once. A field
+that is not set keeps the value of the model, the run or Megatron.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from slime_opd.config.megatron_support import MANAGED, OF_MODEL, SUPPORT
 from slime_opd.config.options import flag, option
 from slime_opd.config.resume import ARCHITECTURE, COMPARED_SHAPES
 
-# Where the dataclasses are, and what of the run each configures.
+# Source file and name of each dataclass, and the part of the run that it configures.
 _SOURCES = (
     ("model_parallel_config.py", "ModelParallelConfig", "transformer"),
     ("transformer/transformer_config.py", "TransformerConfig", "transformer"),
@@ -32,7 +32,7 @@ _SOURCES = (
 
 _KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
 DTYPES = ("fp32", "bf16", "fp16", "fp8")
-# Types that are one value per layer: a number, or Megatron-LM's expression of lists such as ([0]*3+[1]*45).
+# Types with one value per layer: a number, or Megatron-LM's expression of lists such as ([0]*3+[1]*45).
 _PATTERNS = ("Union[int, List[int]]",)
 
 # Flags of slime's and Megatron-LM's that are known and not supported, and why.
@@ -40,7 +40,7 @@ REFUSED = {
     "--enable-mtp-training": "layers for multi-token prediction stay as they are (see --mtp-num-layers): drop the flag",
 }
 
-# Megatron-LM's names of fields that are called otherwise, and the value that a name without one stands for.
+# Megatron-LM's flags for fields with another name, and the value that a switch stands for.
 NAMES: dict[str, tuple[str, str | None]] = {
     "--num-experts": ("num_moe_experts", None),
     "--fp8-format": ("fp8", None),
@@ -74,13 +74,12 @@ NAMES: dict[str, tuple[str, str | None]] = {
     "--no-pin-cpu-params": ("pin_cpu_params", "false"),
 }
 
-# What --no-X of a name that is longer here means, beside --no-X of every switch.
 _NO = "--no-"
 
 
 @dataclass(frozen=True)
 class Field:
-    """One field of Megatron's: its name, the parts of the run that have it, its type in words, default and help."""
+    """One field of Megatron's: name, the parts of the run that have it, annotation and default as text, and help."""
 
     name: str
     parts: tuple[str, ...]
@@ -90,7 +89,7 @@ class Field:
 
     @property
     def declared(self) -> tuple[Any, tuple[str, ...]] | None:
-        """Its annotation as an option and its choices; None where a word cannot say it."""
+        """Its annotation as an option and its choices; None for a type that a command line cannot give."""
         inner = _without_none(self.annotation)
         if inner in _KINDS:
             return _KINDS[inner] | None, ()
@@ -166,8 +165,8 @@ def _declare(field: Field) -> tuple[str, Any, Any]:
     return field.name, annotation, option(() if is_many else None, **(declaration | RULES.get(field.name, {})))
 
 
-def spelled(flag_name: str, stage_names: set[str]) -> tuple[str, str | None] | None:
-    """The field that a flag which is no field's own name means, and the word that it stands for, if any.
+def resolve_alias(flag_name: str, stage_names: set[str]) -> tuple[str, str | None] | None:
+    """The field of a flag that is not a field's name, and the value that the flag stands for, if any.
 
     Megatron-LM's names (`NAMES`), and `--no-X` for a switch X.
     """
@@ -251,7 +250,7 @@ def _pattern_of(node: ast.expr) -> Any:
         left, right = _pattern_of(node.left), _pattern_of(node.right)
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
             return left + right
-        # A model of a million layers is a slip of the hand.
+        # A longer list is a typing error.
         if (
             isinstance(node.op, ast.Mult)
             and isinstance(left, list)
@@ -280,7 +279,7 @@ def _fields_of(tree: ast.Module, class_name: str, part: str) -> Iterator[Field]:
 
 
 def _default(node: ast.expr | None) -> str:
-    """A default as it is read: `field(default=x, …)` is x."""
+    """A default as text; that of `field(default=x, …)` is x."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "field":
         given = {keyword.arg: keyword.value for keyword in node.keywords}
         node = given.get("default")

@@ -122,12 +122,12 @@ class Option:
         """What one value of this option may be, for messages."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        return {int: "a whole number", float: "a number", str: "a word", bool: "true or false"}[self.kind]
+        return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[self.kind]
 
-    def expected_instead_of(self, word: str) -> str:
-        """`expected`, for a word that `value_of` refused; of a number, what kind of number."""
+    def expected_instead_of(self, text: str) -> str:
+        """`expected`, for a text that `parse` refused; if it is a number, the kind of number."""
         try:
-            number = self.kind(word) if self.kind in (int, float) and not self.choices else None
+            number = self.kind(text) if self.kind in (int, float) and not self.choices else None
         except ValueError:
             number = None
         if number is None:
@@ -138,20 +138,20 @@ class Option:
         """This option's value in a Config."""
         return getattr(getattr(config, self.stage), self.name)
 
-    def value_of(self, word: str) -> Any:
-        """`word` as one value of this option. Raises ValueError where it is none."""
-        if self.choices and word not in self.choices:
-            raise ValueError(word)
+    def parse(self, text: str) -> Any:
+        """One value of this option. Raises ValueError for a text that is none."""
+        if self.choices and text not in self.choices:
+            raise ValueError(text)
         if self.kind is bool:
-            return {"true": True, "false": False}[word] if word in ("true", "false") else _refuse(word)
-        value = self.kind(word)
+            return {"true": True, "false": False}[text] if text in ("true", "false") else _refuse(text)
+        value = self.kind(text)
         # Beyond 64 bits no library below can take it.
         is_usable = self.kind is str or (math.isfinite(value) if self.kind is float else abs(value) < 2**63)
-        return value if is_usable else _refuse(word)
+        return value if is_usable else _refuse(text)
 
 
-def _refuse(word: str) -> typing.NoReturn:
-    raise ValueError(word)
+def _refuse(text: str) -> typing.NoReturn:
+    raise ValueError(text)
 
 
 @functools.cache

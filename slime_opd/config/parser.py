@@ -1,9 +1,7 @@
-"""Words to Config: the command line, and a YAML file of the same options.
+"""Parses the command line, and a YAML file of the same options, into a Config.
 
-The command line wins over the file, the file over the defaults. `--sglang-X` words that
-are not options of this package go to the SGLang engines as their `--X`. What is wrong
-with the words is reported together, one line per problem; what is wrong with their
-combination is for `checks`.
+The command line wins over the file, the file over the defaults. `--sglang-X` goes to the SGLang engines as their `--X`.
+Arguments that cannot be parsed are reported together, one line per problem; how options fit together is for `checks`.
 """
 
 from __future__ import annotations
@@ -24,14 +22,13 @@ from slime_opd.errors import ConfigError
 
 SGLANG = "sglang-"
 
-# slime reaches its SGLang teacher through this hook. Here that teacher is built in, so the words
-# that ask for it mean what the default already does.
+# slime reaches its SGLang teacher through this hook. Here that teacher is built in, so the hook is the default.
 SLIME_TEACHER_HOOK = "slime.rollout.on_policy_distillation.reward_func"
 
 
 @dataclass
-class Given:
-    """What one source says: option values, options of the engines, and what is wrong with it."""
+class Parsed:
+    """What was parsed from one source: option values, options of the engines, and problems."""
 
     values: dict[str, Any] = field(default_factory=dict)
     sglang: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -39,11 +36,10 @@ class Given:
 
 
 def parse(argv: list[str]) -> Config:
-    """The configuration that the words of a command line describe.
+    """The configuration of a command line, which still has to pass `validate`.
 
-    `--config FILE.yaml` reads the same options from a file first. `--help [GROUP]` prints
-    and leaves with SystemExit(0). Raises ConfigError with one line per wrong word. The
-    result still has to pass `validate`.
+    `--config FILE.yaml` reads the same options from a file first. `--help [GROUP]` prints and raises SystemExit(0).
+    Raises ConfigError with one line per argument that cannot be parsed.
     """
     config, problems = parse_all(argv)
     if problems:
@@ -52,18 +48,18 @@ def parse(argv: list[str]) -> Config:
 
 
 def parse_all(argv: list[str]) -> tuple[Config, list[str]]:
-    """The configuration that the words which can be read describe, and one line per word that cannot."""
+    """The configuration of the arguments that can be parsed, and one line for each of the others."""
     options = options_of(Config)
     flags = _split(argv)
-    for name, words in flags:
+    for name, values in flags:
         if name in ("--help", "-h"):
-            print_text(help_text(Config, words, terminal_width(sys.stdout)))
+            print_text(help_text(Config, values, terminal_width(sys.stdout)))
             raise SystemExit(0)
-    files = [words for name, words in flags if name == "--config"]
+    files = [values for name, values in flags if name == "--config"]
     from_file = _read_files(files, options)
-    given = _read_words([(name, words) for name, words in flags if name != "--config"], options)
-    config = build({**from_file.values, **given.values}, {**from_file.sglang, **given.sglang})
-    return config, from_file.problems + given.problems
+    parsed = _read_arguments([(name, values) for name, values in flags if name != "--config"], options)
+    config = build({**from_file.values, **parsed.values}, {**from_file.sglang, **parsed.sglang})
+    return config, from_file.problems + parsed.problems
 
 
 def build(values: Mapping[str, Any], sglang: Mapping[str, tuple[str, ...]] | None = None) -> Config:
@@ -79,7 +75,7 @@ def build(values: Mapping[str, Any], sglang: Mapping[str, tuple[str, ...]] | Non
 
 
 def command_line(main: Callable[[list[str]], object]) -> NoReturn:
-    """Run `main` on the words of this process's command line and leave the process.
+    """Run `main` on this process's command-line arguments and exit.
 
     A ConfigError goes to stderr, one `slime_opd: error:` line per problem, and the exit
     code is 2; Ctrl-C ends it with 130. A program that wants `--help` to be fast imports what is heavy inside
@@ -98,103 +94,103 @@ def command_line(main: Callable[[list[str]], object]) -> NoReturn:
 
 
 def _split(argv: list[str]) -> list[tuple[str, list[str]]]:
-    """Each flag with the words up to the next one; words before the first come under ''."""
+    """Each flag with its values; values before the first flag come under ''."""
     flags: list[tuple[str, list[str]]] = [("", [])]
-    for word in argv:
-        if word == "-h" or word.startswith("--"):
-            name, equals, value = word.partition("=")
+    for argument in argv:
+        if argument == "-h" or argument.startswith("--"):
+            name, equals, value = argument.partition("=")
             flags.append((name, [value] if equals else []))
         else:
-            flags[-1][1].append(word)
+            flags[-1][1].append(argument)
     return flags
 
 
-def _read_words(flags: list[tuple[str, list[str]]], options: Mapping[str, Option]) -> Given:
-    given = Given()
+def _read_arguments(flags: list[tuple[str, list[str]]], options: Mapping[str, Option]) -> Parsed:
+    parsed = Parsed()
     by_flag = {option.flag: option for option in options.values()}
     names = set(options)
-    for name, words in flags:
-        if name not in by_flag and (meant := megatron_options.spelled(name, names)):
-            field_name, word = meant
-            if words and word is not None:
-                given.problems.append(f"{name}: found {' '.join(words)!r}, expected no value: it is a switch")
+    for name, values in flags:
+        if name not in by_flag and (alias := megatron_options.resolve_alias(name, names)):
+            field_name, implied = alias
+            if values and implied is not None:
+                parsed.problems.append(f"{name}: found {' '.join(values)!r}, expected no value: it is a switch")
                 continue
-            name, words = options[field_name].flag, words if word is None else [word]
+            name, values = options[field_name].flag, values if implied is None else [implied]
         if name == "":
-            if words:
-                given.problems.append(f"found {words[0]!r} before any flag, expected flags that start with --")
+            if values:
+                parsed.problems.append(f"found {values[0]!r} before any flag, expected flags that start with --")
         elif option := by_flag.get(name):
             try:
-                given.values[option.name] = _value(option, words)
+                parsed.values[option.name] = _value(option, values)
             except ValueError as error:
-                given.problems.append(str(error))
+                parsed.problems.append(str(error))
         elif name.removeprefix("--").startswith(SGLANG):
-            given.sglang[name.removeprefix("--" + SGLANG)] = tuple(words)
+            parsed.sglang[name.removeprefix("--" + SGLANG)] = tuple(values)
         elif reason := megatron_support.MANAGED.get(name.removeprefix("--").replace("-", "_")):
-            given.problems.append(f"{name} is set by this package: {reason}")
+            parsed.problems.append(f"{name} is set by this package: {reason}")
         elif reason := megatron_options.REFUSED.get(name):
-            given.problems.append(f"{name} is not supported: {reason}")
+            parsed.problems.append(f"{name} is not supported: {reason}")
         else:
             known = [*by_flag, *megatron_options.NAMES, "--config", "--help", "--check"]
-            given.problems.append(f"{name}: unknown flag{synonym_hint(name) or suggestion(name, known)}")
-    return given
+            parsed.problems.append(f"{name}: unknown flag{synonym_hint(name) or suggestion(name, known)}")
+    return parsed
 
 
-def _value(option: Option, words: list[str]) -> Any:
-    """The typed value of a flag's words. Raises ValueError with the sentence to print."""
-    if option.is_switch and not words:
+def _value(option: Option, arguments: list[str]) -> Any:
+    """The typed value of a flag's arguments. Raises ValueError with the sentence to print."""
+    if option.is_switch and not arguments:
         return True
-    if option.is_switch and (len(words) > 1 or words[0] not in ("true", "false")):
-        raise ValueError(f"{option.flag}: found {' '.join(words)!r}, expected no value, true or false: it is a switch")
-    if not words:
+    text = " ".join(arguments)
+    if option.is_switch and text not in ("true", "false"):
+        raise ValueError(f"{option.flag}: found {text!r}, expected no value, true or false: it is a switch")
+    if not arguments:
         raise ValueError(f"{option.flag}: found no value, expected {option.expected}")
-    if len(words) > 1 and not option.many:
-        raise ValueError(f"{option.flag}: found {len(words)} values {words}, expected {option.expected}")
+    if len(arguments) > 1 and not option.many:
+        raise ValueError(f"{option.flag}: found {len(arguments)} values {arguments}, expected {option.expected}")
     values = []
-    for word in words:
+    for argument in arguments:
         try:
-            values.append(option.value_of(word))
+            values.append(option.parse(argument))
         except ValueError:
-            hint = suggestion(word, option.choices)
-            raise ValueError(
-                f"{option.flag}: found {word!r}, expected {option.expected_instead_of(word)}{hint}"
-            ) from None
+            hint = suggestion(argument, option.choices)
+            expected = option.expected_instead_of(argument)
+            raise ValueError(f"{option.flag}: found {argument!r}, expected {expected}{hint}") from None
     return tuple(values) if option.many else values[0]
 
 
-def _read_files(files: list[list[str]], options: Mapping[str, Option]) -> Given:
+def _read_files(files: list[list[str]], options: Mapping[str, Option]) -> Parsed:
     if not files:
-        return Given()
+        return Parsed()
     if len(files) > 1 or len(files[0]) != 1:
-        found = " ".join(word for words in files for word in words) or "no value"
-        return Given(problems=[f"--config: found {found!r}, expected one YAML file"])
-    given = Given()
+        found = " ".join(value for values in files for value in values) or "no value"
+        return Parsed(problems=[f"--config: found {found!r}, expected one YAML file"])
+    parsed = Parsed()
     try:
         entries = yaml_file.read(files[0][0])
     except ConfigError as error:
-        return Given(problems=[str(error)])
+        return Parsed(problems=[str(error)])
     seen: dict[str, int] = {}
     for entry in entries:
         name = entry.key.replace("-", "_")
         if name in seen:
-            given.problems.append(f"{entry.where}: {entry.key!r} is also on line {seen[name]}, expected it once")
+            parsed.problems.append(f"{entry.where}: {entry.key!r} is also on line {seen[name]}, expected it once")
         seen[name] = entry.line
-        _read_entry(entry, name, options, given)
-    return given
+        _read_entry(entry, name, options, parsed)
+    return parsed
 
 
-def _read_entry(entry: yaml_file.Entry, name: str, options: Mapping[str, Option], given: Given) -> None:
+def _read_entry(entry: yaml_file.Entry, name: str, options: Mapping[str, Option], parsed: Parsed) -> None:
     option = options.get(name)
     try:
         if option is not None:
-            given.values[name] = yaml_file.value_of(option, entry)
+            parsed.values[name] = yaml_file.value_of(option, entry)
         elif name.startswith(SGLANG.replace("-", "_")):
-            words = yaml_file.words_of(entry)
-            if words is not None:
-                given.sglang[name.removeprefix(SGLANG.replace("-", "_")).replace("_", "-")] = words
+            values = yaml_file.engine_values(entry)
+            if values is not None:
+                parsed.sglang[name.removeprefix(SGLANG.replace("-", "_")).replace("_", "-")] = values
         else:
-            given.problems.append(
+            parsed.problems.append(
                 f"{entry.where}: unknown option {entry.key!r}{synonym_hint(flag(name)) or suggestion(name, options)}"
             )
     except ValueError as error:
-        given.problems.append(str(error))
+        parsed.problems.append(str(error))

@@ -1,7 +1,7 @@
-"""Options in a YAML file, and a Config written as one.
+"""Reads options from a YAML file, and writes a Config as one.
 
-A file is one flat mapping from option names (dashes or underscores) to values; a switch
-is true or false, null is "unset", and `sglang-X` is an option of the engines.
+A file is one flat mapping from option names (dashes or underscores) to values; a switch is true or false, null is
+"unset", and `sglang-X` is an option of the engines.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Entry:
 
     @property
     def where(self) -> str:
-        """The entry's place, for messages."""
+        """The entry's file and line, for messages."""
         return f"{self.file}:{self.line}"
 
 
@@ -83,11 +83,11 @@ def value_of(option: Option, entry: Entry) -> Any:
 
 
 def _one(option: Option, entry: Entry, value: Any) -> Any:
-    # YAML 1.1 reads 1e-6 as a string, so words are converted as those of a command line are.
+    # YAML 1.1 reads 1e-6 as a string, so values are parsed as on a command line.
     is_scalar = isinstance(value, str | int | float) and isinstance(value, bool) == option.is_switch
     try:
         if is_scalar:
-            return option.value_of(str(value).lower() if isinstance(value, bool) else str(value))
+            return option.parse(str(value).lower() if isinstance(value, bool) else str(value))
     except ValueError:
         pass
     expected = option.expected_instead_of(str(value)) if is_scalar else option.expected
@@ -101,8 +101,8 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, int | float) else repr(value)
 
 
-def words_of(entry: Entry) -> tuple[str, ...] | None:
-    """The words of an engine option: none for true; None (not given) for false or null."""
+def engine_values(entry: Entry) -> tuple[str, ...] | None:
+    """The values of an engine option: () for true; None, not given, for false or null."""
     if entry.value is True:
         return ()
     if entry.value is False or entry.value is None:
@@ -120,12 +120,12 @@ def to_yaml(config: Config) -> str:
     for stage, stage_class in stages_of(Config).items():
         values = {option.name: option.read(config) for option in options if option.stage == stage}
         if stage == "megatron":
-            # Hundreds, and each unset one is Megatron's business.
+            # There are hundreds; those that are not set are Megatron's defaults.
             values = {name: value for name, value in values.items() if value not in (None, ())}
         if values:
             parts.append(f"# {(stage_class.__doc__ or stage).splitlines()[0]}\n{_dump(values)}")
     if config.sglang:
-        engines = {f"sglang-{name}": words or True for name, words in config.sglang.items()}
+        engines = {f"sglang-{name}": values or True for name, values in config.sglang.items()}
         parts.append(f"# Options of the SGLang engines\n{_dump(engines)}")
     return "\n".join(parts)
 

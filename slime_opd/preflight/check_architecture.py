@@ -38,8 +38,8 @@ def check_layout_of_checkpoint(config: Config) -> list[str]:
     )
 
 
-# Megatron's flags of the architecture, and the keys of a Hugging Face config that say the same.
-_SAME = {
+# Megatron's flags of the architecture, and the same settings in a Hugging Face config.
+_HF_KEYS = {
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "ffn_hidden_size": "intermediate_size",
@@ -67,14 +67,14 @@ def check_architecture_flags(config: Config) -> list[str]:
     architecture = architecture_of(config)
     if config.model.megatron_to_hf_mode != "raw":
         return _contradictions_in_bridge_mode(config, architecture)
-    # transformers 5 has one entry for all that is said of rotary embeddings.
+    # transformers 5 has one entry for all settings of rotary embeddings.
     rotary = architecture.get("rope_parameters") or {}
     architecture = {**rotary, "rope_scaling": rotary, **architecture}
-    said = {name: _said(config, name) for name in _SAME}
+    flags = {name: _flag_value(config, name) for name in _HF_KEYS}
     differing = {
-        name: (said[name], architecture[key])
-        for name, key in _SAME.items()
-        if architecture.get(key) is not None and said[name] not in (None, architecture[key])
+        name: (flags[name], architecture[key])
+        for name, key in _HF_KEYS.items()
+        if architecture.get(key) is not None and flags[name] not in (None, architecture[key])
     }
     if config.megatron.multi_latent_attention:
         # There `head_dim` is of the rotary part alone, and every head has keys of its own.
@@ -92,19 +92,19 @@ def check_architecture_flags(config: Config) -> list[str]:
         differing["rotary_scaling_factor"] = config.model.rotary_scaling_factor, scaling["factor"]
     file = f"{config.model.hf_checkpoint}/config.json"
     problems = [
-        f"{flag(name)}: found {found}, but {file} has {_SAME.get(name, 'experts:')} {has}: take the MODEL_ARGS of its own model"
+        f"{flag(name)}: found {found}, but {file} has {_HF_KEYS.get(name, 'experts:')} {has}: take the MODEL_ARGS of its own model"
         for name, (found, has) in differing.items()
     ]
     return problems + [
-        f"{flag(name)} is {'set' if _said(config, name) else 'missing'}, but {file} has {has}: {'drop' if _said(config, name) else 'add'} it"
-        for name, wanted, has in _switches(architecture)
-        if bool(_said(config, name)) != wanted
+        f"{flag(name)} is {'set' if _flag_value(config, name) else 'missing'}, but {file} has {has}: {'drop' if _flag_value(config, name) else 'add'} it"
+        for name, expected, has in _switches(architecture)
+        if bool(_flag_value(config, name)) != expected
     ]
 
 
 def _contradictions_in_bridge_mode(config: Config, architecture: dict[str, Any]) -> list[str]:
     """Flags of the model that nothing reads in bridge mode, and that are wrong besides."""
-    has = {name: architecture.get(_SAME[name]) for name in _SAME if name in OF_MODEL}
+    has = {name: architecture.get(_HF_KEYS[name]) for name in _HF_KEYS if name in OF_MODEL}
     if architecture:
         has["num_moe_experts"] = number_of_experts(architecture) or 0
     return [
@@ -115,16 +115,16 @@ def _contradictions_in_bridge_mode(config: Config, architecture: dict[str, Any])
 
 
 def architecture_flags(config: Config) -> dict[str, Any]:
-    """What the flags say of the architecture, under Hugging Face's names."""
-    said = {key: _said(config, name) for name, key in _SAME.items()}
+    """The architecture that the flags describe, under Hugging Face's names."""
+    flags = {key: _flag_value(config, name) for name, key in _HF_KEYS.items()}
     if not config.model.group_query_attention:
-        said["num_key_value_heads"] = config.model.num_attention_heads
+        flags["num_key_value_heads"] = config.model.num_attention_heads
     if not config.model.use_rope_scaling:
-        said.pop("rope_scaling.factor")
-    return {key: value for key, value in said.items() if value is not None}
+        flags.pop("rope_scaling.factor")
+    return {key: value for key, value in flags.items() if value is not None}
 
 
-def _said(config: Config, name: str) -> Any:
+def _flag_value(config: Config, name: str) -> Any:
     """The value of an architecture flag, which is ours or Megatron's."""
     return getattr(config.model if hasattr(config.model, name) else config.megatron, name)
 

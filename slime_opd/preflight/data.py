@@ -90,7 +90,7 @@ def size_notes(config: Config, lengths: np.ndarray) -> list[str]:
 
 
 def _report(found: Findings, name: str, summary: Summary) -> None:
-    found.fine.append(f"{name}: {summary}")
+    found.ok.append(f"{name}: {summary}")
     _note(found, summary.notes)
 
 

@@ -64,7 +64,7 @@ def look_at_disk(config: Config, size: Size, found: Findings) -> None:
     elif free < one * count:
         found.problems.append(f"{summary}: lower the number with --keep-checkpoints, or free some space")
     else:
-        found.fine.append(summary)
+        found.ok.append(summary)
 
 
 def _nearest_existing(directory: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""What a look at a run found: sentences, by what they mean, and how they are printed."""
+"""The findings of the checks before a run: sentences by severity, and how they are printed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from slime_opd.errors import SlimeOPDError
 
 @dataclass
 class Findings:
-    """What was found: problems, what could not be checked and why, what was looked at and is in order, notes, figures, and a table of what differs.
+    """Problems, checks that could not be made and why, checks that passed, notes, memory figures, and a table of differences.
 
-    `internal_errors` are of the check itself: `--check` counts them as problems, since what they name was not checked; a run starts.
+    `internal_errors` are exceptions of a check itself. `--check` counts them as problems; a run starts all the same.
     """
 
     problems: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
-    fine: list[str] = field(default_factory=list)
+    ok: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Findings:
     def lines(self, width: int | None = None) -> Iterator[str]:
         """As they are printed: a group for each kind, the problems last, and a closing line; wrapped where a width in columns is given."""
         groups = (
-            ("ok", self.fine),
+            ("ok", self.ok),
             ("note", self.notes),
             ("memory", self.figures),
             ("not checked", self.unchecked),
@@ -63,14 +63,14 @@ class Findings:
 
 
 def attempt(found: Findings, look: Callable[[], Any]) -> Any:
-    """What `look` gives; a sentence is noted as fine, an error as a problem."""
+    """The result of `look`; a sentence is added to `ok`, an error to `problems`, with None as the result."""
     try:
         result = look()
     except SlimeOPDError as error:
         found.problems += str(error).splitlines()
         return None
     if isinstance(result, str):
-        found.fine.append(result)
+        found.ok.append(result)
     return result
 
 

@@ -26,7 +26,7 @@ def load_inputs(config: Config) -> Inputs:
     """The inputs of a run, with a line about each on the console. Raises ConfigError with every problem, one line each."""
     found = Findings()
     inputs = look_at_inputs(config, found)
-    for line in found.fine:
+    for line in found.ok:
         console.say(line)
     for line in found.notes:
         console.say(f"note: {line}")

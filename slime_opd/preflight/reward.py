@@ -108,7 +108,7 @@ def _try(config: Config, task: RewardTask | FilterTask, name: str, found: Findin
     problem = run_trial(task, limit)
     tried = len(task.samples) if isinstance(task, RewardTask) else len(task.group)
     if problem is None and tried:
-        found.fine.append(f"{name}: imported, tried on {tried} made-up responses")
+        found.ok.append(f"{name}: imported, tried on {tried} made-up responses")
     elif problem is None:
         found.unchecked.append(f"{name}: it was imported but not called, for there is no row to call it with")
     else:

@@ -58,40 +58,40 @@ def validate(config: Config) -> None:
 
 
 def notes(config: Config) -> list[str]:
-    """What is not wrong, but worth saying at the start of a run."""
-    said = []
+    """Sentences for the start of a run about options that are valid but may surprise."""
+    sentences = []
     rollout, checkpoint = config.rollout, config.checkpoint
     if config.teacher.fixed_temperature not in (None, rollout.rollout_temperature):
-        said.append(
-            f"--rollout-temperature {rollout.rollout_temperature}: an SGLang teacher scores at temperature 1 whatever it is asked for, so the trainer scores the student at temperature 1 too for the penalty"
+        sentences.append(
+            f"--rollout-temperature {rollout.rollout_temperature}: an SGLang teacher always scores at temperature 1, so the trainer scores the student at temperature 1 too for the penalty"
         )
     is_group_of_one = rollout.n_samples_per_prompt == 1 and config.algorithm.advantage_estimator == "grpo"
     is_normalised = is_group_of_one and not config.algorithm.disable_rewards_normalization
     if config.opd.use_opd and config.has_reward and is_normalised:
-        said.append(
+        sentences.append(
             "--n-samples-per-prompt 1: group normalisation of a group of one gives 0, so only the teacher teaches"
         )
     if checkpoint.save is None and rollout.num_rollout != 0 and not config.debug.debug_rollout_only:
-        said.append("no --save: no checkpoint is written, so a run that ends early is lost")
+        sentences.append("no --save: no checkpoint is written, so a run that ends early is lost")
     is_continued = checkpoint.save is not None and _holds_checkpoint(checkpoint.save)
     if checkpoint.load is not None and not _holds_checkpoint(checkpoint.load) and not is_continued:
         start = "--ref-load" if checkpoint.ref_load is not None else "--hf-checkpoint"
-        said.append(f"--load {checkpoint.load} holds no checkpoint yet: training starts from {start}")
+        sentences.append(f"--load {checkpoint.load} holds no checkpoint yet: training starts from {start}")
     if config.cluster.colocate:
-        said.append(
+        sentences.append(
             "--colocate: trainer and engines keep their memory on the GPUs at the same time, as nothing releases it between rollouts; engines start once the trainers have loaded, and take --sglang-mem-fraction-static of what is free then, so set it low enough for the optimizer's state and the activations"
         )
     if config.debug.debug_rollout_only:
-        said.append(
+        sentences.append(
             "--debug-rollout-only: nothing is trained, --save and --load are not used, and the engines keep the weights of --hf-checkpoint"
         )
     if config.evaluation.eval_prompt_data and not config.evaluates:
-        said.append("nothing is evaluated: training alone starts no engine")
+        sentences.append("nothing is evaluated: training alone starts no engine")
     if note := _packing_note(config):
-        said.append(note)
+        sentences.append(note)
     if config.reward.custom_reward_post_process_path is not None:
-        said.append("--custom-reward-post-process-path can go: what slime's hook does is built in")
-    return said + notes_of_model_flags(config)
+        sentences.append("--custom-reward-post-process-path can go: what slime's hook does is built in")
+    return sentences + notes_of_model_flags(config)
 
 
 def _holds_checkpoint(directory: str) -> bool:

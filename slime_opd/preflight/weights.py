@@ -27,7 +27,7 @@ def look_at_weights(config: Config, found: Findings) -> None:
         problems, summary = weight_problems(path)
         found.problems += [f"{name}: {problem}" for problem in problems]
         if not problems:
-            found.fine.append(f"{name}: {summary}")
+            found.ok.append(f"{name}: {summary}")
 
 
 def _weight_directories(config: Config) -> Iterator[tuple[str, str]]:
@@ -92,7 +92,7 @@ def look_at_checkpoints(config: Config, architecture: dict, found: Findings) -> 
         if differing:
             found.problems.append(f"{name} {path} is not of --hf-checkpoint's architecture: {'; '.join(differing)}")
         else:
-            found.fine.append(f"{name} {path}: {', '.join(f'{key} {value}' for key, value in shapes.items())}")
+            found.ok.append(f"{name} {path}: {', '.join(f'{key} {value}' for key, value in shapes.items())}")
     found.differences += _differences(columns)
 
 
@@ -113,14 +113,14 @@ def _shapes_of(location: directory.Location) -> dict[str, Any]:
     return sizes_at(str(location.directory))
 
 
-def _differences(places: dict[str, dict[str, Any]]) -> list[str]:
-    """A table of the names whose values differ between places, as lines; none where nothing does."""
-    names = dict.fromkeys(name for place in places.values() for name in place)
-    rows = [[name, *(place.get(name) for place in places.values())] for name in names]
-    # A place that says nothing of a name agrees with all.
+def _differences(columns: dict[str, dict[str, Any]]) -> list[str]:
+    """A table, as lines, of the names whose values differ between columns; empty if none does."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(column.get(name) for column in columns.values())] for name in names]
+    # A column without a value agrees with all.
     rows = [row for row in rows if len({value for value in row[1:] if isinstance(value, int | float | str)}) > 1]
     if not rows:
         return []
-    words = [["", *places], *([str("–" if value is None else value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*words, strict=True)]
-    return ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in words]
+    cells = [["", *columns], *([str("–" if value is None else value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]

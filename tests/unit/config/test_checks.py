@@ -170,7 +170,7 @@ RULES = {
         f"{MEGATRON} --opd-divergence jsd --opd-jsd-beta 1",
         "--opd-jsd-beta: found 1.0, expected a number between 0 and 1",
     ),
-    "a server's temperature": (f"{GOOD} --opd-temperature 0.7", "a server scores at temperature 1"),
+    "a server's temperature": (f"{GOOD} --opd-temperature 0.7", "a server always scores at temperature 1"),
     "weight of no divergence": (f"{GOOD} --opd-divergence-coef 2", "no effect without --opd-divergence or"),
     "strategy of no top-k": (f"{DIVERGING} --opd-top-k-strategy union", "no effect without --opd-log-prob-top-k"),
     "precision of no wire": (f"{DIVERGING} --opd-wire-dtype float16", "no effect without --opd-log-prob-top-k"),
@@ -455,7 +455,7 @@ RULES = {
     "evaluation without data": (EVALUATE_ONLY, "found no --eval-prompt-data"),
     "half a pair": (
         f"{EVALUATED} --eval-prompt-data a b c",
-        "found 3 words ['a', 'b', 'c'], expected pairs of NAME FILE",
+        "found 3 values ['a', 'b', 'c'], expected pairs of NAME FILE",
     ),
     "one name for two files": (f"{EVALUATED} --eval-prompt-data a b a c", "found the name a twice"),
     "evaluation without answers": (

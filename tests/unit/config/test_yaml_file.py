@@ -79,8 +79,8 @@ def test_problems_name_file_and_line_and_come_together(file):
         f"{file}:3: unknown option 'use_odp'; did you mean use_opd?",
         f"{file}:4: use-opd: found 1, expected true or false",
         f"{file}:5: seed: found true, expected a whole number",
-        f"{file}:6: label-key: found ['a'], expected a word",
-        f"{file}:8: hf-checkpoint: found {{'a': 1}}, expected a word",
+        f"{file}:6: label-key: found ['a'], expected text",
+        f"{file}:8: hf-checkpoint: found {{'a': 1}}, expected text",
         f"{file}:9: opd-type: found 'x', expected one of sglang, megatron",
         f"{file}:10: 'lr' is also on line 2, expected it once",
     ]

@@ -48,7 +48,7 @@ def good(place) -> str:
 def test_a_run_that_makes_sense_has_no_problem_and_leaves_nothing_behind(place):
     found = findings(f"{good(place)} --use-opd --opd-type megatron --opd-teacher-load {place}/student")
     assert (found.problems, found.unchecked) == ([], [])
-    said = "\n".join(found.fine)
+    said = "\n".join(found.ok)
     assert (
         "8 prompts, 4 to 4 tokens (median 4), labels in all" in said
         and "--opd-teacher-load" in said
@@ -118,7 +118,7 @@ def test_a_place_without_a_checkpoint_has_no_shapes(tmp_path):
 
 def test_what_the_run_would_start_from_is_told_and_a_refused_start_is_a_problem(place, tmp_path):
     words = f"{good(place)} --use-opd --opd-type megatron --opd-teacher-load {place}/student --save {tmp_path}"
-    assert any(f"start: --hf-checkpoint {place}/student" in line for line in findings(words).fine)
+    assert any(f"start: --hf-checkpoint {place}/student" in line for line in findings(words).ok)
     step = tmp_path / "iter_0000002"
     step.mkdir()
     (step / ".metadata").touch()

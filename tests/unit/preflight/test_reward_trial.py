@@ -95,7 +95,7 @@ def findings(place, flags: str) -> Findings:
 def test_a_reward_of_either_signature_passes(place, function):
     found = findings(place, f"--custom-rm-path trial_rewards.{function}")
     assert found.problems == []
-    assert f"--custom-rm-path trial_rewards.{function}: imported, tried on 2 made-up responses" in found.fine
+    assert f"--custom-rm-path trial_rewards.{function}: imported, tried on 2 made-up responses" in found.ok
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_the_reward_of_evaluation_is_tried_on_the_rows_of_evaluation(place, tmp_
 def test_a_built_in_reward_is_tried_on_the_label_of_row_0(place, rm_type):
     found = findings(place, f"--rm-type {rm_type}")
     assert found.problems == []
-    assert f"reward {rm_type}: gives 1 when row 0 of --prompt-data is answered with its label" in found.fine
+    assert f"reward {rm_type}: gives 1 when row 0 of --prompt-data is answered with its label" in found.ok
 
 
 def test_a_worker_of_the_math_reward_that_does_not_start_is_a_problem(place, monkeypatch, tmp_path):
@@ -253,7 +253,7 @@ def test_a_filter_of_either_signature_passes(place, function):
     found = findings(place, f"--rm-type exact_match --dynamic-sampling-filter-path trial_rewards.{function}")
     assert found.problems == []
     assert (
-        f"--dynamic-sampling-filter-path trial_rewards.{function}: imported, tried on 2 made-up responses" in found.fine
+        f"--dynamic-sampling-filter-path trial_rewards.{function}: imported, tried on 2 made-up responses" in found.ok
     )
 
 

@@ -59,7 +59,7 @@ def test_a_run_that_keeps_nothing_is_told_so():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (f"{SAVED} --rollout-temperature 0.8", "an SGLang teacher scores at temperature 1"),
+        (f"{SAVED} --rollout-temperature 0.8", "an SGLang teacher always scores at temperature 1"),
         (f"{SAVED} --rm-type math --n-samples-per-prompt 1", "only the teacher teaches"),
         (f"{SAVED} --load nowhere", "--load nowhere holds no checkpoint yet: training starts from --hf-checkpoint"),
         (f"{SAVED} --load nowhere --ref-load r", "training starts from --ref-load"),

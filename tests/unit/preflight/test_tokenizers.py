@@ -144,7 +144,7 @@ def teacher_findings(student, teacher) -> Findings:
 def test_the_same_tokenizer_is_said_to_be_the_same(student, tmp_path):
     found = teacher_findings(student, save(tmp_path))
     assert found.problems == []
-    assert found.fine == [
+    assert found.ok == [
         f"--opd-teacher-load {tmp_path}: all 64 ids that its tokenizer shares with the student's are the same tokens; both end at 1"
     ]
 
@@ -160,7 +160,7 @@ def test_permuted_ids_of_a_megatron_teacher_are_found_with_the_first_that_differ
 def test_ids_that_one_of_them_has_alone_are_counted_and_no_problem(student, tmp_path):
     found = teacher_findings(student, save(tmp_path, TINY_VOCABULARY[:60]))
     assert found.problems == []
-    assert "all 60 ids" in found.fine[0] and "(4 only the student's, from 60)" in found.fine[0]
+    assert "all 60 ids" in found.ok[0] and "(4 only the student's, from 60)" in found.ok[0]
 
 
 def test_tokens_that_are_written_differently_and_mean_the_same_text_are_equal():

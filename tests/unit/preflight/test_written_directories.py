@@ -59,10 +59,10 @@ def test_the_checkpoints_of_a_run_need_space(tmp_path, monkeypatch, free, expect
     found = Findings()
     config = parse(["--save", str(tmp_path), "--keep-checkpoints", "3"])
     disk.look_at_disk(config, size, found)
-    assert found.fine if expected == "fine" else expected in found.problems[0]
+    assert found.ok if expected == "fine" else expected in found.problems[0]
 
 
 def test_no_space_is_not_what_a_directory_that_cannot_be_written_lacks():
     size, found = Size(1, 0, 0, 0, 0, 1, 1, True), Findings()
     disk.look_at_disk(parse(["--save", "/proc/x"]), size, found)
-    assert (found.problems, found.fine) == ([], [])
+    assert (found.problems, found.ok) == ([], [])
