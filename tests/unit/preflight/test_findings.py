@@ -22,7 +22,7 @@ def test_the_closing_line_says_ready_or_how_many_problems(found, line, code):
 
 
 def test_lines_stand_by_kind_with_the_problems_last():
-    found = Findings(problems=["p"], unchecked=["u"], fine=["f"], notes=["n"], figures=["m"], differences=["d"])
+    found = Findings(problems=["p"], unchecked=["u"], ok=["f"], notes=["n"], figures=["m"], differences=["d"])
     kinds = [line.split("  ")[0].strip() for line in found.lines()]
     assert kinds == ["ok", "note", "memory", "not checked", "differs", "problem", "1 problem, 1 thing was not checked"]
 
