@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""`python -m slime_opd`, or `slime_opd` where it is installed: the commands, with completion of their flags in a shell."""
+"""`python -m slime_opd`, or `slime_opd` if it is installed: the commands, and shell completion of their flags."""
 
 from __future__ import annotations
 

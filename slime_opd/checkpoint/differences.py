@@ -1,4 +1,4 @@
-"""Options that differ between a checkpoint's run and the one that resumes it: each is honoured or refused, never ignored.
+"""Options that differ between a checkpoint's run and the resumed run: each is honoured or refused, never ignored.
 
 What happens to each is declared beside the option, as `on_resume` (config/resume.py).
 """

@@ -64,5 +64,5 @@ def _latent_shape(content: int, rotated: int, value: int, has_yarn: bool) -> dic
 
 
 def kernels_of(config: Config, machine: Machine) -> Kernels:
-    """The kernels of the model on a machine. Raises ConfigError, in one sentence, where what is asked for cannot run."""
+    """The kernels of the model on a machine. Raises ConfigError, in one sentence, for a request that cannot run."""
     return choose_kernels(machine, attention_of(config, has_cuda=machine.has_cuda))

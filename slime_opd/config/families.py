@@ -1,4 +1,4 @@
-"""The model families that can be trained, by `model_type` of a Hugging Face config.json, and the facts of each architecture.
+"""The supported model families, by `model_type` of a Hugging Face config.json, and the facts of each architecture.
 
 The facts are those that the checks of flags, the expected tensors of a checkpoint and the memory estimate need; what
 builds and converts the models is slime_opd/model/families. docs/models.md has what was tested of each. A test keeps the
@@ -16,8 +16,8 @@ from typing import Any, Literal
 class Experts:
     """The mixture of experts of a family, under the names of its config.json and its weights.
 
-    `dense_layers`: which layers have an MLP instead: the `first_k_dense_replace` first ones, those that `mlp_only_layers`
-    and `decoder_sparse_step` name, or none.
+    `dense_layers`: layers with an MLP instead: the first `first_k_dense_replace`, those listed by `mlp_only_layers` and
+    `decoder_sparse_step`, or none.
     """
 
     count: str

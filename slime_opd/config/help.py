@@ -29,7 +29,7 @@ SGLang: every other option of the engines
 
 
 def help_text(config_class: type, groups: Sequence[str] = (), width: int | None = None) -> str:
-    """The help of all groups, or of those that `groups` name (their stage's name in Config), wrapped at `width` columns if given.
+    """The help of all groups, or of `groups` (names of stages in Config), wrapped at `width` columns if given.
 
     Raises ConfigError for a group that is none of them.
     """
@@ -60,7 +60,7 @@ def _wrapped(text: str, width: int | None) -> str:
         return text
     lines = []
     for line in text.split("\n"):
-        # An option's help goes on below where it starts; so narrow a terminal that this leaves nothing gets it below the flag.
+        # Continuation lines are aligned with the help; on a narrow terminal, with the flag.
         indent = WIDTH + 2 if line.startswith("  --") and width >= 2 * WIDTH else 6 if line.startswith("  ") else 0
         lines += textwrap.wrap(
             line,

@@ -1,4 +1,4 @@
-"""The reader of a Hugging Face directory: config.json with the types of what is used checked, end tokens, context length."""
+"""Reads a Hugging Face directory: config.json, with the types of its values checked; end tokens; context length."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _NAMES = {dict: "an object", bool: "true or false", str: "a string", list: "a li
 def read_hf_config(directory: str | None) -> dict[str, Any]:
     """The config.json of a Hugging Face directory; {} where there is none.
 
-    Raises ValueError with one line for each thing that is wrong with it: it cannot be read, is not JSON, or has a value that cannot be of its key.
+    Raises ValueError, with one line per problem, if it cannot be read, is not JSON, or has a value of a wrong type.
     """
     config = read_json_object(directory, "config.json")
     file = Path(directory or "") / "config.json"
@@ -60,7 +60,7 @@ def read_hf_config(directory: str | None) -> dict[str, Any]:
 
 
 def read_json_object(directory: str | None, name: str) -> dict[str, Any]:
-    """The JSON object in file `name` of a directory; {} where there is no such file. Raises ValueError where it cannot be read."""
+    """The JSON object in file `name` of a directory; {} without the file. Raises ValueError if it cannot be read."""
     if directory is None:
         return {}
     file = Path(directory) / name
@@ -78,12 +78,12 @@ def read_json_object(directory: str | None, name: str) -> dict[str, Any]:
 
 
 def language_model(config: dict[str, Any]) -> dict[str, Any]:
-    """The part of a config.json that describes the language model: all of it, but for a model that also reads images."""
+    """The part of a config.json that describes the language model; all of it unless the model also reads images."""
     return config.get("text_config") or config
 
 
 def architecture_of(config: Config) -> dict[str, Any]:
-    """--hf-checkpoint's config.json, of its language model; {} without one, or for one that `check_hf_config` refuses."""
+    """The language model in --hf-checkpoint's config.json; {} if there is none, or none that can be read."""
     try:
         return language_model(read_hf_config(config.model.hf_checkpoint))
     except ValueError:
@@ -104,7 +104,7 @@ def token_ids(value: Any) -> frozenset[int]:
 
 
 def context_length_of(model: dict[str, Any]) -> int | None:
-    """Longest sequence of a language model's config.json, in tokens, with its scaling as SGLang derives it; None if it names none."""
+    """Longest sequence of a language model in tokens, scaled as SGLang derives it; None if config.json has none."""
     positions = model.get("max_position_embeddings")
     if not isinstance(positions, int):
         return None

@@ -1,7 +1,7 @@
-"""Which kernels train a model on a machine: a pure function of what the machine has and what the model's attention needs.
+"""Chooses the kernels that train a model: a pure function of the machine and of the model's attention.
 
-`machine.py` looks at the machine; this file only decides, so every machine can be tested on any other. The limits were read in
-the sources of Transformer Engine 2.11 (`get_attention_backend`, `nvte_get_fused_attn_backend`), flash-attn 2.8,
+`machine.py` inspects the machine; this file only decides, so every machine can be tested on any other. The limits were
+read in the sources of Transformer Engine 2.11 (`get_attention_backend`, `nvte_get_fused_attn_backend`), flash-attn 2.8,
 torch 2.9 to 2.13 and megatron-core 0.16.1.
 """
 
@@ -22,7 +22,7 @@ _WITHOUT_ENGINE = "train without it (--attention-backend local)"
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a machine has that decides kernels. The default is a machine without CUDA.
+    """The hardware and packages of a machine that kernels depend on. The default is a machine without CUDA.
 
     `compute_capability`: of the GPU, (9, 0) for Hopper. `varlen_options`: the parameters of torch's
     `torch.nn.attention.varlen.varlen_attn`, none where torch has no such function. `engine`: the version of Transformer Engine
@@ -42,9 +42,10 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """What a model's attention needs of a kernel, and what the user asks for.
+    """A model's attention, as far as kernels depend on it, and the kernels that the user requests.
 
-    `query_width` and `value_width`: of one head; keys are as wide as queries. `rope_fusion`: --apply-rope-fusion, None if unset.
+    `query_width` and `value_width`: of one head; keys are as wide as queries.
+    `rope_fusion`: --apply-rope-fusion, None if unset.
     """
 
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -67,7 +68,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What trains the model.
+    """The kernels that train a model.
 
     `uses_engine`: layers are Transformer Engine's, with its fused operations; else Megatron-core's own. `repeats_groups`: keys and
     values are repeated for each query head, because the kernel takes no groups. `rope_fusion`: one kernel rotates queries
@@ -82,7 +83,7 @@ class Kernels:
 
 
 def choose_kernels(machine: Machine, attention: Attention) -> Kernels:
-    """The kernels of a model on a machine. Raises ConfigError, in one sentence, where what is asked for cannot run."""
+    """The kernels of a model on a machine. Raises ConfigError, in one sentence, for a request that cannot run."""
     uses_engine = _uses_engine(machine, attention)
     if attention.rope_fusion and (reason := rope_fusion_problem(attention)):
         raise ConfigError(f"--apply-rope-fusion: {reason}; drop the flag")
@@ -223,7 +224,7 @@ def _fused_problem(machine: Machine, attention: Attention) -> str | None:
 def _repeats_groups(machine: Machine, attention: Attention, kernel: AttentionKernel) -> bool:
     if kernel == "varlen":
         return "enable_gqa" not in machine.varlen_options
-    # torch's memory-efficient kernel takes no groups, and is the only one that does not keep all scores in float32 and before Ampere.
+    # torch's memory-efficient kernel takes no groups. In float32, and before Ampere, no other avoids keeping all scores.
     has_flash = attention.is_half and (machine.compute_capability or (0, 0)) >= (8, 0)
     return kernel == "segments" and machine.has_cuda and not has_flash
 

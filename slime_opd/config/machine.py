@@ -1,8 +1,8 @@
-"""What this machine has that decides kernels: the only place that looks.
+"""Inspects this machine: the hardware and packages that kernels depend on.
 
-Transformer Engine is imported to find out whether it works: one that is installed but broken (built for another torch, a
-library of CUDA that is not found) raises anything at import, which Megatron-core takes for its own crash, or, where it is an
-ImportError, for "not installed". It takes seconds, so it happens only where there is a GPU, and once per process.
+Transformer Engine is imported to find out whether it works. A broken install (built for another torch, a CUDA library
+that is missing) can raise any exception at import; Megatron-core crashes on it, or takes an ImportError for "not
+installed". The import takes seconds, so it is made once per process, and only if there is a GPU.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def of_this_process() -> Machine:
 
 @functools.cache
 def of_this_computer() -> Machine:
-    """What a process started here could use; it imports nothing into this one, and takes no memory of a GPU for longer than it looks.
+    """What a process of this computer could use, found out in a process of its own that ends at once.
 
     Raises OSError, subprocess.SubprocessError or ValueError where there is a GPU and looking failed.
     """
@@ -84,7 +84,7 @@ def from_json(text: str) -> Machine:
 
 
 def hide_unusable_engine() -> None:
-    """Let Megatron-core find Transformer Engine only where it works and there is a GPU to use it; call it before Megatron is imported.
+    """Hide Transformer Engine from Megatron-core unless it works and there is a GPU. Call it before importing Megatron.
 
     Megatron asks in dozens of places whether it can be imported, and goes on only after an ImportError.
     """

@@ -1,4 +1,4 @@
-"""Options of Megatron-core: every field of its dataclasses that a command line can give, from the installed package's source.
+"""Options of Megatron-core: the fields of its dataclasses, read from the installed package's source.
 
 The source is parsed, not imported: the import takes torch along, and a wrong flag should be reported at once. A field
 that is not set keeps the value of the model, the run or Megatron.
@@ -179,7 +179,7 @@ def resolve_alias(flag_name: str, stage_names: set[str]) -> tuple[str, str | Non
 
 
 def values_for(stage: Any, part: str, skip: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """What a stage has set of the fields of one part of the run, as Megatron's dataclasses take it; dtypes by their names.
+    """The fields of one part of the run that a stage sets, as Megatron's dataclasses take them; dtypes by name.
 
     Fields in `skip` are left out. Raises ValueError where a pattern of layers cannot be read.
     """

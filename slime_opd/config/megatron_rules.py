@@ -1,4 +1,4 @@
-"""Declarations of Megatron-core's options beyond what its source says: ranges, choices, conditions, and what a resumed run does."""
+"""Declarations of Megatron-core's options that its source does not have: ranges, choices, conditions, on_resume."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What becomes of every field of Megatron-core's dataclasses here: works, needs something, or is refused, and why.
+"""The support of every field of Megatron-core's dataclasses: works, needs something, or is refused, and why.
 
-One entry per field, declared by groups. The parser, the checks, `--help megatron` and docs/megatron.md read this table, and a test
-compares it with the fields of the installed Megatron-core: a field that a new version brings has no entry, and the test fails.
+One entry per field, declared by groups. The parser, the checks, `--help megatron` and docs/megatron.md read this table.
+A test compares it with the fields of the installed Megatron-core, and fails for a field of a new version.
 Fields that are options of this package under the same name (`--tensor-model-parallel-size`, `--lr`) are not in it.
 """
 
@@ -13,7 +13,7 @@ from enum import StrEnum
 
 
 class Answer(StrEnum):
-    """What a flag of this field gets."""
+    """How a flag for a field is answered."""
 
     WORKS = "works"
     MODEL = "part of the model"

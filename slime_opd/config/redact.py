@@ -1,7 +1,7 @@
 """Secrets among the options: sent to the servers they are for, never written or printed. Pure.
 
-A secret is the user info of a URL (`http://USER:PASSWORD@HOST`), or the value of an option that is a key by its name, such as
-SGLang's `--api-key`. Whatever writes options (config.yaml, a metrics service, a message) writes the redacted ones.
+A secret is the user info of a URL (`http://USER:PASSWORD@HOST`), or the value of an option named like a key or a
+password, such as SGLang's `--api-key`. All output of options (config.yaml, metrics services, messages) is redacted.
 """
 
 from __future__ import annotations

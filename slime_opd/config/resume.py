@@ -1,4 +1,4 @@
-"""What a resumed run does about an option that differs from the checkpoint's: honour it or refuse it, and how that is reported."""
+"""What a resumed run does about an option that differs from the checkpoint's: honours or refuses it."""
 
 from __future__ import annotations
 

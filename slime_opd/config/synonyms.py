@@ -1,4 +1,4 @@
-"""Other trainers' names of options: hints for a flag that is not known here, where spelling alone suggests nothing or the wrong thing."""
+"""Other trainers' names of options, as hints for unknown flags."""
 
 from __future__ import annotations
 

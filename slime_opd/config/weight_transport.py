@@ -33,8 +33,8 @@ def _tensor_problem(config: Config, has_gpus: bool) -> str | None:
 def memory_sources(config: Config) -> list[list[int]]:
     """By engine, and by rank of the engine: the trainer rank whose memory it opens with the transport "tensor".
 
-    With --colocate that is the trainer rank on its own GPU (EngineGroup gives an engine the GPUs of consecutive trainer ranks);
-    else, on CPUs, the first trainer rank, whose memory all engines can open.
+    With --colocate that is the trainer rank on its own GPU (EngineGroup gives an engine the GPUs of consecutive trainer
+    ranks); else, on CPUs, the first trainer rank, whose memory all engines can open.
     """
     per_engine = config.cluster.rollout_num_gpus_per_engine
     ranks = [[engine * per_engine + rank for rank in range(per_engine)] for engine in range(config.num_engines)]

@@ -114,7 +114,7 @@ def engine_values(entry: Entry) -> tuple[str, ...] | None:
 
 
 def to_yaml(config: Config) -> str:
-    """Every option with its value, by stage, without secrets; `--config` of this text gives an equal Config, but for those."""
+    """Every option with its value, by stage. `--config` of this text gives an equal Config, except for its secrets."""
     options, config = options_of(Config).values(), redacted(config)
     parts = []
     for stage, stage_class in stages_of(Config).items():

@@ -1,6 +1,6 @@
-"""`--check`: everything about a run that can be found out without starting it; the quick looks also run when a run starts.
+"""`--check`: checks everything about a run without starting it; a run makes the quick checks before it starts.
 
-The rules of `preflight.rules`, and what takes reading or asking: weights, checkpoints, data, rewards, the teacher, the disk. All
+The rules of `preflight.rules`, then weights, checkpoints, data, rewards, the teacher and the disk. All
 problems are printed together, and what could not be looked at. An estimate of memory is no problem but a figure.
 """
 
@@ -116,7 +116,7 @@ def preflight(config: Config, flag_problems: list[str], looks: tuple[Look, ...] 
 
 
 def check(arguments: list[str], looks: tuple[Look, ...] = LOOKS) -> int:
-    """Print what is found about the run that `arguments` describe; returns the exit code, 2 where there is a problem."""
+    """Print the findings about the run of these arguments. Returns the exit code: 2 if there is a problem."""
     found = Findings()
     try:
         found = preflight(*parse_all(arguments), looks)

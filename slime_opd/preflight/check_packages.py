@@ -59,7 +59,7 @@ def check_flex_dispatcher(config: Config) -> list[str]:
 
 
 def check_custom_functions(config: Config) -> list[str]:
-    """Functions of the user that are no `module.function`, or whose module does not exist. `preflight.reward` imports them."""
+    """Functions of the user that are no `module.function`, or whose module does not exist. Nothing is imported."""
     given = {
         "--custom-rm-path": config.reward.custom_rm_path,
         "--dynamic-sampling-filter-path": config.rollout.dynamic_sampling_filter_path,

@@ -86,7 +86,7 @@ _READERS: dict[str, Callable[[str], bool]] = {
 
 
 def check_sglang_options(config: Config) -> list[str]:
-    """Options of the engines that the installed SGLang does not know, values that it does not take, and those that a run sets itself."""
+    """Engine options that the installed SGLang does not have, values that it refuses, and options that a run sets."""
     known = _options_of_sglang() if config.sglang else {}
     problems = []
     for name, values in config.sglang.items():
@@ -112,7 +112,7 @@ def _out_of_range(name: str, values: tuple[str, ...]) -> str | None:
 
 @functools.cache
 def _options_of_sglang() -> dict[str, EngineOption]:
-    """The installed SGLang's options by name, read from its source (to import it takes seconds); none where it is not installed."""
+    """The installed SGLang's options by name, from its source, as importing takes seconds; {} if not installed."""
     spec = importlib.util.find_spec("sglang")
     file = Path(spec.origin).parent / "srt" / "server_args.py" if spec and spec.origin else None
     if file is None or not file.is_file():

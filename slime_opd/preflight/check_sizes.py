@@ -10,7 +10,7 @@ from slime_opd.config.config import Config
 # Bytes that a token of a rollout takes on the driver, and a sample beside them: at the least, ids, mask and log-probs.
 _BYTES_PER_TOKEN, _BYTES_PER_SAMPLE = 20, 500
 
-# Training processes and engines per core of a machine without GPUs, past which they only swap; a few fit on any machine.
+# Most training processes and engines per core of a machine without GPUs; a few fit on any machine.
 _PROCESSES_PER_CORE, _FEW_PROCESSES = 4, 8
 
 
@@ -36,7 +36,7 @@ def check_processes(config: Config) -> list[str]:
 
 
 def process_problem(trainers: int, engines: int, cores: int) -> str | None:
-    """Why a machine or cluster of CPUs cannot run so many processes; None where it can. `engines` counts an engine's ranks."""
+    """Why so many processes are too many for CPU cores; None if they are not. `engines` counts their ranks."""
     if trainers + engines <= max(_FEW_PROCESSES, _PROCESSES_PER_CORE * cores):
         return None
     return (

@@ -22,7 +22,7 @@ _EPOCHS_PER_ROLLOUT = 100
 
 @dataclass(frozen=True)
 class Inputs:
-    """The student's tokenizer, the training prompts (None: there are none, or they cannot be read), and the evaluation sets."""
+    """The student's tokenizer, the training prompts (None if there are none, or unreadable), the evaluation sets."""
 
     tokenizer: Any
     source: PromptSource | None
@@ -30,7 +30,7 @@ class Inputs:
 
 
 def look_at_data(config: Config, tokenizer: Any, found: Findings) -> Inputs:
-    """Read, render and tokenise every row of the training and evaluation files, and look whether they fit the run's sizes."""
+    """Read, render and tokenise every row of training and evaluation files, and compare them with the run's sizes."""
     source = None
     if config.data.prompt_data and not config.replays and _is_file(config.data.prompt_data):
         source = attempt(found, lambda: PromptSource.of_run(config, tokenizer))

@@ -1,7 +1,8 @@
 """The tensors that a Hugging Face checkpoint of each family has, from its config.json: names and shapes.
 
-A pure function of the config, because building the model on the meta device takes half a minute for a mixture of 94 layers and 128 experts, and
-needs transformers. tests/unit/preflight/test_family_tensors.py compares it with the files that transformers writes, for every family.
+A pure function of the config: building the model on the meta device takes half a minute for a mixture of 94 layers and
+128 experts, and needs transformers. tests/unit/preflight/test_family_tensors.py compares it, for every family, with the
+files that transformers writes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _MOST_TENSORS = 2 * 10**6
 
 
 class _Numbers:
-    """The whole numbers of a config.json; a missing one is an error. Their types were checked when the file was read."""
+    """The whole numbers of a config.json, whose types were checked when it was read. A missing one is an error."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
@@ -36,8 +37,8 @@ class _Numbers:
 def expected_tensors(config: Mapping[str, Any]) -> Shapes:
     """Shapes, by name, of all weights that are read of a model with this config.
 
-    `config` is `config.hf_config.read_hf_config`'s, of a supported model_type. Raises CheckpointError where it lacks a number, or describes
-    millions of tensors.
+    `config` is read by `config.hf_config.read_hf_config` and has a supported model_type. Raises CheckpointError if it
+    lacks a number, or describes millions of tensors.
     """
     read, family = _Numbers(config), FAMILIES[config["model_type"]]
     hidden, vocabulary, layers = read("hidden_size"), read("vocab_size"), read("num_hidden_layers")
@@ -60,7 +61,7 @@ def expected_tensors(config: Mapping[str, Any]) -> Shapes:
 
 
 def may_be_extra(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a weight that `expected_tensors` does not have may be in the files: it is not read, or is copied as it is."""
+    """Whether the files may have a weight that is not in `expected_tensors`: it is not read, or copied unchanged."""
     layer = re.match(r"model\.layers\.(\d{1,9})\.", name)
     is_multi_token_prediction = ".mtp" in name or (layer is not None and int(layer[1]) >= config["num_hidden_layers"])
     of_tied = name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))

@@ -13,7 +13,7 @@ from slime_opd.errors import SlimeOPDError
 
 @dataclass
 class Findings:
-    """Problems, checks that could not be made and why, checks that passed, notes, memory figures, and a table of differences.
+    """Problems, checks that could not be made, checks that passed, notes, memory figures, a table of differences.
 
     `internal_errors` are exceptions of a check itself. `--check` counts them as problems; a run starts all the same.
     """
@@ -27,7 +27,7 @@ class Findings:
     internal_errors: list[str] = field(default_factory=list)
 
     def lines(self, width: int | None = None) -> Iterator[str]:
-        """As they are printed: a group for each kind, the problems last, and a closing line; wrapped where a width in columns is given."""
+        """The printed lines: groups by kind, problems last, and a closing line; wrapped at `width` columns if given."""
         groups = (
             ("ok", self.ok),
             ("note", self.notes),

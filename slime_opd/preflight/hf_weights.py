@@ -27,7 +27,7 @@ _NAMED = 3
 def weight_problems(directory: Path) -> tuple[list[str], str]:
     """What is wrong with the weights of a Hugging Face directory, and a summary of them.
 
-    Reads config.json, the index and the header of every file: no tensor. 40,000 tensors in 120 files take about a second.
+    Reads config.json, the index and all headers, but no tensor. 40,000 tensors in 120 files take about a second.
     """
     try:
         config = read_hf_config(str(directory))

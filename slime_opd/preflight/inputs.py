@@ -23,7 +23,7 @@ def look_at_inputs(config: Config, found: Findings) -> Inputs | None:
 
 
 def load_inputs(config: Config) -> Inputs:
-    """The inputs of a run, with a line about each on the console. Raises ConfigError with every problem, one line each."""
+    """The inputs of a run, with a line about each on the console. Raises ConfigError with one line per problem."""
     found = Findings()
     inputs = look_at_inputs(config, found)
     for line in found.ok:

@@ -1,4 +1,4 @@
-"""How large a model is, and what a training rank and an engine hold of it: rough figures from a config.json, for `--check`."""
+"""Estimates the size of a model and the memory of a training rank and an engine, from config.json, for `--check`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def count_text(count: int) -> str:
 class Size:
     """Parameters of a model.
 
-    `attention`, `mlp`, `shared` and `experts` are of one layer: `dense` layers have an MLP, the others shared experts with a router,
-    and experts. `embedding` is of one; `tied` shares it with the output layer.
+    `attention`, `mlp`, `shared` and `experts` are of one layer: `dense` layers have an MLP, the others shared experts with
+    a router, and experts. `embedding` is of one; `tied` shares it with the output layer.
     """
 
     attention: int
@@ -158,7 +158,7 @@ class _Work:
         ) / tensor
         of_experts = share * mixtures * size.experts / experts_split
         gradient = 4 if config.training.accumulate_allreduce_grads_in_fp32 or self._width == 4 else 2
-        # Adam's two moments, and a copy of the weights in float32 where they are not; sharded over the ranks that hold the same weights.
+        # Adam's two moments, and a float32 copy of half-precision weights; sharded over the ranks with the same weights.
         moments = 8 if self._width == 4 else 12
         ranks = config.data_parallel_size * tensor / experts_split
         parts = {
@@ -249,7 +249,7 @@ class _Work:
     def _layer_gradients(self, between: float) -> float:
         """Bytes of the gradients that are there at one time in a layer's backward."""
         tensor = self.config.parallel.tensor_model_parallel_size
-        # Of the product, of both halves, and of these joined; and the gradient of the largest weight, before it is added.
+        # Gradients of the product, of both halves, and of these joined; and of the largest weight, before it is added.
         of_tokens = 5 * self._inner_width() / tensor * self._tokens * self._width
         of_weight = 2 * self._inner_width() / tensor * self.architecture["hidden_size"] * self._width
         return of_tokens + of_weight + 2 * between
@@ -264,7 +264,7 @@ class _Work:
         return (met + (a.get("n_shared_experts") or 0)) * width + met * a["hidden_size"] / 2
 
     def _head(self) -> dict[str, float]:
-        """The output layer's part of the objective: float32 buffers of a chunk's logits, and of the weight's gradient."""
+        """Bytes of the output layer's objective: float32 buffers of a chunk's logits, and of the weight's gradient."""
         tensor = self.config.parallel.tensor_model_parallel_size
         weight = self.size.embedding / tensor
         chunk = self.config.log_probs_chunk_size * self.architecture["vocab_size"] / tensor

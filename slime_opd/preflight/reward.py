@@ -116,7 +116,7 @@ def _try(config: Config, task: RewardTask | FilterTask, name: str, found: Findin
 
 
 def run_trial(task: RewardTask | FilterTask, limit_s: float) -> str | None:
-    """Run a task in a process of its own; the problem, in one sentence, or None. The process group is ended in any case."""
+    """Run a task in a process of its own, and end its process group. Returns the problem as a sentence, or None."""
     # A warden removes what a killed process leaves, the trial's directory among it.
     lifetimes.own()
     with tempfile.TemporaryDirectory(prefix="slime_opd_trial_") as directory:
@@ -152,7 +152,7 @@ def run_trial(task: RewardTask | FilterTask, limit_s: float) -> str | None:
 
 
 def _wait(pid: int, limit_s: float) -> bool:
-    """Whether a process ends within `limit_s` seconds. It is left unreaped, so that its group keeps its id until it is killed."""
+    """Whether a process ends within `limit_s` seconds. It is not reaped, so its group keeps its id until killed."""
     deadline = time.monotonic() + limit_s
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
         if time.monotonic() > deadline:

@@ -103,7 +103,7 @@ def _holds_checkpoint(directory: str) -> bool:
 
 
 def _packing_note(config: Config) -> str | None:
-    """Micro-batches that are smaller than one response may be; None where they are not. It is allowed: such a sample is a micro-batch of its own."""
+    """A sentence if one response may be longer than a packed micro-batch; it is then a micro-batch of its own."""
     tokens, longest = config.training.max_tokens_per_gpu, config.rollout.rollout_max_response_len
     if not config.training.use_dynamic_batch_size or tokens is None or longest is None or tokens >= longest:
         return None

@@ -22,7 +22,7 @@ def look_at_start(config: Config, found: Findings) -> None:
 
 
 def trainer_config(config: Config) -> Config:
-    """The configuration of the trainers: --load is the checkpoint that the run starts from; None where it starts from another flag's.
+    """The configuration of the trainers: --load is the checkpoint that the run starts from, or None.
 
     Where the table refuses there is none either: `look_at_start` reports why.
     """

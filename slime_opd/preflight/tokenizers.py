@@ -26,7 +26,7 @@ def look_at_tokenizer(config: Config, found: Findings) -> Any | None:
 
 
 def look_at_teacher_tokenizer(config: Config, tokenizer: Any, found: Findings) -> None:
-    """Compare the tokenizer of a Megatron teacher, from its directory. An SGLang teacher's server is asked by `teacher.probe`."""
+    """Compare the tokenizer of a Megatron teacher with the student's; `teacher.probe` does it for a server."""
     path = config.opd.opd_teacher_load
     if not config.teacher.is_in_trainer or path is None:
         return

@@ -48,7 +48,7 @@ def _weight_directories(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _reads_hf_weights(config: Config) -> bool:
-    """Whether anything loads the weights of --hf-checkpoint: an engine, or a trainer that starts from no other checkpoint."""
+    """Whether an engine, or a trainer without another checkpoint, loads the weights of --hf-checkpoint."""
     if config.needs_engines and config.sglang.get("load-format") != ("dummy",):
         return True
     checkpoint = config.checkpoint
@@ -66,7 +66,7 @@ def _find(path: str, step: int | None) -> directory.Location | None:
 
 
 def look_at_checkpoints(config: Config, architecture: dict, found: Findings) -> None:
-    """The numbers of the architecture as flags, --hf-checkpoint and each checkpoint have them; those that differ, in one table."""
+    """Compare the architecture of the flags, --hf-checkpoint and each checkpoint; differences go in one table."""
     options = config.checkpoint
     columns: dict[str, dict[str, Any]] = {}
     if config.model.megatron_to_hf_mode == "raw":
