@@ -1,7 +1,7 @@
 """`--check`: checks everything about a run without starting it; a run makes the quick checks before it starts.
 
 The rules of `preflight.rules`, then weights, checkpoints, data, rewards, the teacher and the disk. All
-problems are printed together, and what could not be looked at. An estimate of memory is no problem but a figure.
+problems are printed together, with the checks that could not be made. An estimate of memory is a figure, never a problem.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from slime_opd.config.parser import parse_all
 from slime_opd.errors import ConfigError
 from slime_opd.observe import console
 from slime_opd.preflight import check_kernels
-from slime_opd.preflight.disk import look_at_disk, look_at_written_directories
+from slime_opd.preflight.disk import inspect_disk, inspect_written_directories
 from slime_opd.preflight.findings import Findings, guarded, internal_error
-from slime_opd.preflight.inputs import look_at_inputs
+from slime_opd.preflight.inputs import inspect_inputs
 from slime_opd.preflight.memory_estimate import estimates, size_of
 from slime_opd.preflight.rules import notes, problems
-from slime_opd.preflight.start import look_at_start, trainer_config
+from slime_opd.preflight.start import inspect_start, trainer_config
 from slime_opd.preflight.teacher import look_at_teacher
-from slime_opd.preflight.weights import look_at_checkpoints, look_at_weights
+from slime_opd.preflight.weights import inspect_checkpoints, inspect_weights
 
 
 @dataclass
 class Subject:
-    """The run that is looked at, what several looks need of it, and what they found."""
+    """The run to inspect, values that several inspections need, and their findings."""
 
     config: Config
     found: Findings
@@ -49,7 +49,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Look:
+class Inspection:
     """One part of `--check`. With `at_start` it reads little enough to be repeated by every run before it starts."""
 
     name: str
@@ -69,16 +69,16 @@ def _kernels(subject: Subject) -> None:
 
 def _weights(subject: Subject) -> None:
     subject.found.problems += directory.problems(subject.trainer_config)
-    look_at_weights(subject.trainer_config, subject.found)
+    inspect_weights(subject.trainer_config, subject.found)
 
 
 def _start(subject: Subject) -> None:
     if subject.config.model.hf_checkpoint is not None:
-        look_at_start(subject.config, subject.found)
+        inspect_start(subject.config, subject.found)
 
 
 def _data_and_teacher(subject: Subject) -> None:
-    inputs = look_at_inputs(subject.config, subject.found)
+    inputs = inspect_inputs(subject.config, subject.found)
     if inputs is not None:
         look_at_teacher(subject.config, inputs.tokenizer, subject.found)
 
@@ -89,37 +89,37 @@ def _sizes(subject: Subject) -> None:
         subject.found.unchecked.append("memory and disk: no size could be read from --hf-checkpoint's config.json")
         return
     subject.found.figures += estimates(subject.config, subject.architecture, size)
-    look_at_disk(subject.config, size, subject.found)
+    inspect_disk(subject.config, size, subject.found)
 
 
-LOOKS: tuple[Look, ...] = (
-    Look("flags", _rules),
-    Look("directories to write to", lambda s: look_at_written_directories(s.config, s.found), at_start=True),
-    Look("kernels", _kernels, at_start=True),
+INSPECTIONS: tuple[Inspection, ...] = (
+    Inspection("flags", _rules),
+    Inspection("directories to write to", lambda s: inspect_written_directories(s.config, s.found), at_start=True),
+    Inspection("kernels", _kernels, at_start=True),
     # A run chooses its start once it has read its prompts, and refuses then.
-    Look("start", _start),
-    Look("weights", _weights, at_start=True),
-    Look("data and teacher", _data_and_teacher),
-    Look("architectures", lambda s: look_at_checkpoints(s.trainer_config, s.architecture, s.found)),
-    Look("memory and disk", _sizes),
+    Inspection("start", _start),
+    Inspection("weights", _weights, at_start=True),
+    Inspection("data and teacher", _data_and_teacher),
+    Inspection("architectures", lambda s: inspect_checkpoints(s.trainer_config, s.architecture, s.found)),
+    Inspection("memory and disk", _sizes),
 )
 
 
-def preflight(config: Config, flag_problems: list[str], looks: tuple[Look, ...] = LOOKS) -> Findings:
-    """Look at everything, whatever is wrong with the rest."""
+def preflight(config: Config, flag_problems: list[str], inspections: tuple[Inspection, ...] = INSPECTIONS) -> Findings:
+    """Make all inspections, whatever problems the others find."""
     found = Findings([*flag_problems])
     subject = Subject(config, found)
-    for look in looks:
-        with console.working(f"checking: {look.name}"):
-            guarded(found, look.name, lambda look=look: look.run(subject))
+    for inspection in inspections:
+        with console.working(f"checking: {inspection.name}"):
+            guarded(found, inspection.name, lambda inspection=inspection: inspection.run(subject))
     return found
 
 
-def check(arguments: list[str], looks: tuple[Look, ...] = LOOKS) -> int:
+def check(arguments: list[str], inspections: tuple[Inspection, ...] = INSPECTIONS) -> int:
     """Print the findings about the run of these arguments. Returns the exit code: 2 if there is a problem."""
     found = Findings()
     try:
-        found = preflight(*parse_all(arguments), looks)
+        found = preflight(*parse_all(arguments), inspections)
     except ConfigError as error:  # of --help with a group that there is none of
         found.problems += str(error).splitlines()
     except Exception as error:
@@ -129,8 +129,8 @@ def check(arguments: list[str], looks: tuple[Look, ...] = LOOKS) -> int:
 
 
 def require_ready(config: Config) -> None:
-    """The quick looks, before a run starts. Raises ConfigError with every problem, one line each."""
-    found = preflight(config, [], tuple(look for look in LOOKS if look.at_start))
+    """The quick inspections, before a run starts. Raises ConfigError with every problem, one line each."""
+    found = preflight(config, [], tuple(one for one in INSPECTIONS if one.at_start))
     for error in found.internal_errors:
         console.warn(error)
     if found.problems:

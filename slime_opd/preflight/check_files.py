@@ -36,7 +36,7 @@ def check_checkpoints_exist(config: Config) -> list[str]:
 
 
 def _is_empty(directory: str) -> bool:
-    """Whether a directory has no entries; not, for one that may not be listed, whose files are looked at by name."""
+    """Whether a directory has no entries; False for one that may not be listed."""
     try:
         with os.scandir(directory) as entries:
             return next(entries, None) is None

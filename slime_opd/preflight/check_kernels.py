@@ -27,7 +27,7 @@ def check_kernels(config: Config) -> list[str]:
         machine = machines.of_this_computer()
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         return [
-            f"the GPUs of this machine cannot be looked at: {_reason(error)}; does `{' '.join(machines.COMMAND)}` run?"
+            f"the GPUs of this machine cannot be inspected: {_reason(error)}; does `{' '.join(machines.COMMAND)}` run?"
         ]
     try:
         if machine.has_cuda:

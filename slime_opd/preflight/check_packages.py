@@ -12,12 +12,12 @@ from slime_opd.config.megatron_support import SUPPORT, Answer
 
 
 def has_engine(config: Config) -> bool:
-    """Whether layers will be Transformer Engine's, as far as this machine tells."""
+    """Whether layers will be Transformer Engine's, judging by this machine."""
     return importlib.util.find_spec("transformer_engine") is not None and config.training.attention_backend != "local"
 
 
 def check_engine(config: Config) -> list[str]:
-    """Options that only Transformer Engine's layers and optimizers can follow."""
+    """Options that only Transformer Engine's layers and optimizers implement."""
     if has_engine(config):
         return []
     needed = [
@@ -42,17 +42,15 @@ def check_engine(config: Config) -> list[str]:
 
 def check_flex_dispatcher(config: Config) -> list[str]:
     """The flex dispatcher without DeepEP, or without ranks to dispatch to."""
-    stage, layout = config.megatron, config.parallel
-    is_flex = stage.moe_token_dispatcher_type == "flex"
-    problems = []
-    if not is_flex:
+    stage, layout, problems = config.megatron, config.parallel, []
+    if stage.moe_token_dispatcher_type != "flex":
         return []
     if importlib.util.find_spec("deep_ep") is None:
         problems.append(
-            "--moe-token-dispatcher-type flex needs the deep_ep package, which is not installed here: say alltoall"
+            "--moe-token-dispatcher-type flex needs the deep_ep package, which is not installed here: use alltoall"
         )
     if layout.expert_model_parallel_size * layout.expert_tensor_parallel_size == 1:
-        problems.append("--moe-token-dispatcher-type flex needs --expert-model-parallel-size 2 or more: say alltoall")
+        problems.append("--moe-token-dispatcher-type flex needs --expert-model-parallel-size 2 or more: use alltoall")
     if stage.moe_shared_expert_overlap:
         problems.append("--moe-shared-expert-overlap needs --moe-token-dispatcher-type alltoall, found flex")
     return problems

@@ -29,7 +29,7 @@ class Inputs:
     eval_sets: list[EvalSet]
 
 
-def look_at_data(config: Config, tokenizer: Any, found: Findings) -> Inputs:
+def inspect_data(config: Config, tokenizer: Any, found: Findings) -> Inputs:
     """Read, render and tokenise every row of training and evaluation files, and compare them with the run's sizes."""
     source = None
     if config.data.prompt_data and not config.replays and _is_file(config.data.prompt_data):

@@ -13,7 +13,7 @@ from slime_opd.preflight.findings import Findings
 from slime_opd.preflight.memory_estimate import Size, bytes_text
 
 
-def look_at_written_directories(config: Config, found: Findings) -> None:
+def inspect_written_directories(config: Config, found: Findings) -> None:
     """--save and --run-dir can be written to. Leaves nothing behind."""
     directories = {
         "--save": config.checkpoint.save,
@@ -46,7 +46,7 @@ def why_not_writable(directory: str) -> str | None:
     return None
 
 
-def look_at_disk(config: Config, size: Size, found: Findings) -> None:
+def inspect_disk(config: Config, size: Size, found: Findings) -> None:
     """Free space for the checkpoints of a run."""
     save, options = config.checkpoint.save, config.checkpoint
     if save is None or why_not_writable(save):

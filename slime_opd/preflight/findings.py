@@ -62,10 +62,10 @@ class Findings:
         return 2 if self._all_problems else 0
 
 
-def attempt(found: Findings, look: Callable[[], Any]) -> Any:
-    """The result of `look`; a sentence is added to `ok`, an error to `problems`, with None as the result."""
+def attempt(found: Findings, inspect: Callable[[], Any]) -> Any:
+    """The result of `inspect`; a sentence is added to `ok`, an error to `problems`, with None as the result."""
     try:
-        result = look()
+        result = inspect()
     except SlimeOPDError as error:
         found.problems += str(error).splitlines()
         return None
@@ -74,10 +74,10 @@ def attempt(found: Findings, look: Callable[[], Any]) -> Any:
     return result
 
 
-def guarded(found: Findings, name: str, look: Callable[[], object]) -> None:
-    """Run a look; an exception that it did not expect becomes a sentence that names what was not checked."""
+def guarded(found: Findings, name: str, inspect: Callable[[], object]) -> None:
+    """Run an inspection; an unexpected exception becomes a sentence that names the inspection."""
     try:
-        attempt(found, look)
+        attempt(found, inspect)
     except Exception as error:
         found.internal_errors.append(f"not checked: {name} ({internal_error(error)})")
 

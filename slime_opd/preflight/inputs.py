@@ -5,27 +5,27 @@ from __future__ import annotations
 from slime_opd.config import Config
 from slime_opd.errors import ConfigError
 from slime_opd.observe import console
-from slime_opd.preflight.data import Inputs, look_at_data
+from slime_opd.preflight.data import Inputs, inspect_data
 from slime_opd.preflight.findings import Findings
-from slime_opd.preflight.reward import look_at_reward
-from slime_opd.preflight.tokenizers import look_at_teacher_tokenizer, look_at_tokenizer
+from slime_opd.preflight.reward import inspect_reward
+from slime_opd.preflight.tokenizers import inspect_teacher_tokenizer, inspect_tokenizer
 
 
-def look_at_inputs(config: Config, found: Findings) -> Inputs | None:
+def inspect_inputs(config: Config, found: Findings) -> Inputs | None:
     """Everything that needs the tokenizer and no other process of the run; None without a tokenizer."""
-    tokenizer = look_at_tokenizer(config, found)
+    tokenizer = inspect_tokenizer(config, found)
     if tokenizer is None:
         return None
-    inputs = look_at_data(config, tokenizer, found)
-    look_at_reward(config, inputs, found)
-    look_at_teacher_tokenizer(config, tokenizer, found)
+    inputs = inspect_data(config, tokenizer, found)
+    inspect_reward(config, inputs, found)
+    inspect_teacher_tokenizer(config, tokenizer, found)
     return inputs
 
 
 def load_inputs(config: Config) -> Inputs:
     """The inputs of a run, with a line about each on the console. Raises ConfigError with one line per problem."""
     found = Findings()
-    inputs = look_at_inputs(config, found)
+    inputs = inspect_inputs(config, found)
     for line in found.ok:
         console.say(line)
     for line in found.notes:

@@ -34,7 +34,7 @@ _POLL_S = 0.02
 _LARGEST_GROUP = 8
 
 
-def look_at_reward(config: Config, inputs: Inputs, found: Findings) -> None:
+def inspect_reward(config: Config, inputs: Inputs, found: Findings) -> None:
     """Call the rewards and the filter of a run as it would, on row 0 of each data set that they are for.
 
     Functions whose module does not exist are left to the check that reports it.

@@ -1,4 +1,4 @@
-"""All rules of a run: those of config/checks.py, and those that look at this machine's files, packages and memory.
+"""All rules of a run: those of config/checks.py, and those about this machine's files, packages and memory.
 
 They take less than a second: no file larger than a model's config.json is read, and nothing is imported or written.
 """

@@ -11,20 +11,20 @@ from slime_opd.errors import SlimeOPDError
 from slime_opd.preflight.findings import Findings, attempt
 
 
-def look_at_start(config: Config, found: Findings) -> None:
+def inspect_start(config: Config, found: Findings) -> None:
     """The start, or why there is none. Prompts are compared only when a run has read them all."""
 
-    def look() -> str:
+    def inspect() -> str:
         start = _start_of(config)
         return f"start: {start.flag} {start.path}, the run {start.outcome.value.replace('`', '')}"
 
-    attempt(found, look)
+    attempt(found, inspect)
 
 
 def trainer_config(config: Config) -> Config:
     """The configuration of the trainers: --load is the checkpoint that the run starts from, or None.
 
-    Where the table refuses there is none either: `look_at_start` reports why.
+    Where the table refuses there is none either: `inspect_start` reports why.
     """
     try:
         return _start_of(config).resolve(config)

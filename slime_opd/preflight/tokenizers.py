@@ -13,7 +13,7 @@ from slime_opd.preflight.findings import Findings, attempt
 from slime_opd.teacher.tokenizers import compare_tokenizers
 
 
-def look_at_tokenizer(config: Config, found: Findings) -> Any | None:
+def inspect_tokenizer(config: Config, found: Findings) -> Any | None:
     """The student's tokenizer; None, with what that leaves unchecked, where it cannot be loaded."""
     path = config.model.hf_checkpoint
     if not (path and Path(path).is_dir()):
@@ -25,7 +25,7 @@ def look_at_tokenizer(config: Config, found: Findings) -> Any | None:
     return tokenizer
 
 
-def look_at_teacher_tokenizer(config: Config, tokenizer: Any, found: Findings) -> None:
+def inspect_teacher_tokenizer(config: Config, tokenizer: Any, found: Findings) -> None:
     """Compare the tokenizer of a Megatron teacher with the student's; `teacher.probe` does it for a server."""
     path = config.opd.opd_teacher_load
     if not config.teacher.is_in_trainer or path is None:
@@ -33,7 +33,7 @@ def look_at_teacher_tokenizer(config: Config, tokenizer: Any, found: Findings) -
     try:
         location = directory.find(path, config.opd.opd_teacher_ckpt_step)
     except SlimeOPDError:
-        return  # reported where checkpoints are looked at
+        return  # reported with the checkpoints
     root = None if location is None else directory.tokenizer_dir(location)
     if root is None:
         found.unchecked.append(

@@ -17,7 +17,7 @@ from slime_opd.preflight.findings import Findings, attempt
 from slime_opd.preflight.hf_weights import weight_problems
 
 
-def look_at_weights(config: Config, found: Findings) -> None:
+def inspect_weights(config: Config, found: Findings) -> None:
     """The headers of every Hugging Face directory that weights are loaded from. Reads no tensor."""
     flags_of: dict[Path, list[str]] = {}
     for flag, path in _weight_directories(config):
@@ -65,7 +65,7 @@ def _find(path: str, step: int | None) -> directory.Location | None:
         return None
 
 
-def look_at_checkpoints(config: Config, architecture: dict, found: Findings) -> None:
+def inspect_checkpoints(config: Config, architecture: dict, found: Findings) -> None:
     """Compare the architecture of the flags, --hf-checkpoint and each checkpoint; differences go in one table."""
     options = config.checkpoint
     columns: dict[str, dict[str, Any]] = {}
@@ -105,7 +105,7 @@ def _shapes_of(location: directory.Location) -> dict[str, Any]:
         try:
             architecture = language_model(read_hf_config(str(location.directory)))
         except ValueError:
-            return {}  # look_at_weights reports it
+            return {}  # inspect_weights reports it
         return {name: architecture[name] for name in _COMPARED if name in architecture}
     # Imports Megatron: seconds.
     from slime_opd.checkpoint.formats.architecture import sizes_at

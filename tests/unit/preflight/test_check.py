@@ -106,7 +106,7 @@ def test_ten_mistakes_of_one_script_are_found_in_one_go(place, capsys):
     assert "ray" not in {name.partition(".")[0] for name in set(sys.modules) - imported_before}
 
 
-def test_without_a_tokenizer_it_says_what_it_could_not_look_at(place):
+def test_without_a_tokenizer_it_names_what_was_not_checked(place):
     found = findings(f"{good(place)} --hf-checkpoint {place}/nowhere")
     assert any("data and teacher" in line for line in found.unchecked)
     assert any("found no directory" in line for line in found.problems)

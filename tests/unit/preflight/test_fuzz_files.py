@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 
-from slime_opd.preflight.check import LOOKS, check
+from slime_opd.preflight.check import INSPECTIONS, check
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json")
 # Values of every type of JSON, and sizes that are none.
@@ -37,7 +37,7 @@ def model(tiny_model_dir, tmp_path_factory):
 
 
 # The tokenizer, and what needs it, have tests of their own.
-WITHOUT_TOKENIZER = tuple(look for look in LOOKS if look.name != "data and teacher")
+WITHOUT_TOKENIZER = tuple(one for one in INSPECTIONS if one.name != "data and teacher")
 
 
 def checked(directory, capsys, mode="bridge"):

@@ -14,7 +14,7 @@ from slime_opd import train
 from slime_opd.config import parse
 from slime_opd.errors import ConfigError
 from slime_opd.preflight.findings import Findings
-from slime_opd.preflight.inputs import load_inputs, look_at_inputs
+from slime_opd.preflight.inputs import inspect_inputs, load_inputs
 
 FUNCTIONS = """
 import os, sys, time, asyncio, subprocess
@@ -84,7 +84,7 @@ def run(place, flags: str):
 
 def findings(place, flags: str) -> Findings:
     found = Findings()
-    look_at_inputs(run(place, flags), found)
+    inspect_inputs(run(place, flags), found)
     return found
 
 

@@ -14,8 +14,8 @@ from slime_opd.data.tokenizer import load_tokenizer
 from slime_opd.errors import ConfigError, TeacherMismatch
 from slime_opd.preflight.findings import Findings
 from slime_opd.preflight.tokenizers import (
-    look_at_teacher_tokenizer,
-    look_at_tokenizer,
+    inspect_teacher_tokenizer,
+    inspect_tokenizer,
 )
 from slime_opd.teacher.tokenizers import compare_tokenizers
 
@@ -137,7 +137,7 @@ def teacher_findings(student, teacher) -> Findings:
     config = parse(
         ["--hf-checkpoint", str(student), "--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(teacher)]
     )
-    look_at_teacher_tokenizer(config, look_at_tokenizer(config, found), found)
+    inspect_teacher_tokenizer(config, inspect_tokenizer(config, found), found)
     return found
 
 

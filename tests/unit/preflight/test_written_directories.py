@@ -40,7 +40,7 @@ def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
 def test_every_directory_that_a_run_writes_to_is_looked_at():
     words = "--save /proc/a --run-dir /proc/b --update-weight-disk-dir /proc/c"
     found = Findings()
-    disk.look_at_written_directories(parse(words.split()), found)
+    disk.inspect_written_directories(parse(words.split()), found)
     assert [problem.split()[:2] for problem in found.problems] == [
         ["--save", "/proc/a"],
         ["--run-dir", "/proc/b"],
@@ -58,11 +58,11 @@ def test_the_checkpoints_of_a_run_need_space(tmp_path, monkeypatch, free, expect
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free}))
     found = Findings()
     config = parse(["--save", str(tmp_path), "--keep-checkpoints", "3"])
-    disk.look_at_disk(config, size, found)
+    disk.inspect_disk(config, size, found)
     assert found.ok if expected == "fine" else expected in found.problems[0]
 
 
 def test_no_space_is_not_what_a_directory_that_cannot_be_written_lacks():
     size, found = Size(1, 0, 0, 0, 0, 1, 1, True), Findings()
-    disk.look_at_disk(parse(["--save", "/proc/x"]), size, found)
+    disk.inspect_disk(parse(["--save", "/proc/x"]), size, found)
     assert (found.problems, found.ok) == ([], [])
