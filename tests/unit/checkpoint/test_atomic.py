@@ -23,7 +23,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-def test_what_is_interrupted_has_no_name_and_is_made_anew(tmp_path):
+def test_an_interrupted_directory_has_no_final_name_and_is_written_again(tmp_path):
     def killed(partial: Path) -> None:
         maker("half")(partial)
         raise KeyboardInterrupt
@@ -36,7 +36,7 @@ def test_what_is_interrupted_has_no_name_and_is_made_anew(tmp_path):
     assert (tmp_path / "hf" / "weights").read_text() == "whole"
 
 
-def test_an_equal_directory_is_kept_once_and_another_is_kept_beside_it(tmp_path):
+def test_an_equal_directory_is_not_replaced_and_a_different_old_one_is_moved_aside(tmp_path):
     for text in ("first", "first", "second", "third"):
         replace_directory(tmp_path / "hf", maker(text))
     assert names(tmp_path) == ["hf", "hf.aside_1", "hf.aside_2"]

@@ -52,11 +52,11 @@ def test_without_the_optimizers_state_another_loss_scale_is_honoured():
     assert refusals(found_between("", "--rollout-seed 1 --no-load-optim")) != []
 
 
-def test_the_start_is_no_difference():
+def test_options_of_the_start_are_not_reported_as_differences():
     assert found_between("--load a --finetune", "--load b --ckpt-step 3") == []
 
 
-def test_an_option_that_the_saved_run_did_not_have_had_its_default():
+def test_an_option_that_the_saved_run_did_not_have_counts_as_its_default():
     now = public_values(parse(["--lr", "1e-3"]))
     saved = {name: value for name, value in now.items() if name not in ("lr", "min_lr")}
     (one,) = differences(saved, now)

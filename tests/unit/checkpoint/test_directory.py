@@ -45,7 +45,7 @@ def test_the_tracker_a_step_or_the_directory_itself_name_a_checkpoint(run):
     assert read_run_state(find(str(run))) == {"step": 6, "prompts": {}}
 
 
-def test_no_directory_an_empty_one_and_one_of_a_run_that_saved_nothing_hold_none_yet(tmp_path):
+def test_a_missing_an_empty_and_a_not_yet_saved_directory_have_no_checkpoint_yet(tmp_path):
     for entries in ([], ["run/config.yaml"], ["run.lock"], ["iter_0000002.partial/common.pt"], ["train.log"]):
         for entry in entries:
             (tmp_path / "started" / entry).parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def tracker(content: bytes):
     ],
     ids=["no tracker", "absent step", "empty tracker", "no text", "absent release", "absent --ckpt-step", "no .metadata"],
 )  # fmt: skip
-def test_what_is_missing_is_never_a_new_start_but_a_sentence_with_the_step_to_load(run, harm, step, expected):
+def test_a_missing_part_is_an_error_with_the_step_to_load_and_never_a_new_start(run, harm, step, expected):
     harm(run)
     with pytest.raises(CheckpointError) as refusal:
         find(str(run), step)
@@ -92,7 +92,7 @@ def test_without_a_tracker_a_damaged_newest_checkpoint_is_not_offered(run):
         find(str(run))
 
 
-def test_a_file_and_a_directory_of_something_else_are_refused(tmp_path):
+def test_a_file_and_an_unrelated_directory_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"--load .*file is a file, expected a directory of checkpoints"):
         find(str(tmp_path / "file"))
@@ -107,7 +107,7 @@ def test_a_checkpoint_in_the_older_format_is_named_as_such(tmp_path):
         find(str(tmp_path))
 
 
-def test_one_checkpoint_and_the_step_of_another_are_refused(run):
+def test_a_checkpoints_directory_with_the_step_of_another_is_refused(run):
     with pytest.raises(CheckpointError, match="is one checkpoint, but step 4 is another"):
         find(str(run / "iter_0000006"), 4)
     assert find(str(run / "iter_0000006"), 6) == Location(run / "iter_0000006", 6)
@@ -131,7 +131,7 @@ def harm_json(name, content):
         (lambda c: shutil.rmtree(c), "the directory does not exist"),
     ],
 )  # fmt: skip
-def test_a_short_look_finds_damage_and_names_the_checkpoint_to_load_instead(run, harm, expected):
+def test_the_quick_check_finds_damage_and_names_the_checkpoint_to_load_instead(run, harm, expected):
     location = find(str(run))
     harm(location.directory)
     with pytest.raises(CheckpointError) as refusal:
@@ -141,7 +141,7 @@ def test_a_short_look_finds_damage_and_names_the_checkpoint_to_load_instead(run,
     assert sentence.endswith("the newest earlier one that looks whole is step 4: --load RUN --ckpt-step 4")
 
 
-def test_one_without_a_manifest_is_looked_into_as_well(tmp_path):
+def test_a_checkpoint_without_a_manifest_is_checked_too(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "iter_0000003", with_manifest=False)
     location = Location(checkpoint, 3)
     assert problems_of(location) == []
@@ -221,7 +221,7 @@ def test_a_release_has_no_run_state(tmp_path):
     assert read_run_state(Location(tmp_path, None)) == {}
 
 
-def test_all_checkpoints_of_a_configuration_are_looked_at_and_each_flag_names_its_own_step_flag(run, tmp_path):
+def test_all_checkpoints_of_a_configuration_are_checked_and_errors_name_the_right_step_flag(run, tmp_path):
     (run / "iter_0000006" / "common.pt").unlink()
     words = ["--load", str(run), "--ref-load", str(run), "--opd-teacher-load", str(run)]
     load, reference, teacher = directory.problems(parse(words))
@@ -232,7 +232,7 @@ def test_all_checkpoints_of_a_configuration_are_looked_at_and_each_flag_names_it
     assert directory.problems(parse([])) == []
 
 
-def test_a_tool_without_a_flag_for_the_step_is_told_the_directory(run):
+def test_a_flag_without_a_step_flag_gets_the_directory_to_load(run):
     (run / "iter_0000006" / "common.pt").unlink()
     with pytest.raises(CheckpointError, match=r"whole is step 4: --input-dir \S+/iter_0000004$"):
         require_whole(find(str(run)), "--input-dir")
@@ -295,7 +295,7 @@ def test_a_kill_at_any_point_of_publishing_leaves_a_whole_checkpoint_to_find(run
     assert count < limit  # the last round was not killed
 
 
-def test_what_the_tracker_names_is_not_removed_and_later_steps_are_left_alone(run):
+def test_the_tracked_checkpoint_and_later_steps_are_not_removed(run):
     (run / directory.TRACKER).write_text("4")
     remove_old(run, 1)
     assert steps(run) == [4, 6]
@@ -306,7 +306,7 @@ def test_what_the_tracker_names_is_not_removed_and_later_steps_are_left_alone(ru
     assert steps(run) == [6]
 
 
-def test_partial_ones_and_other_names_are_no_checkpoints(run):
+def test_partial_directories_and_other_names_are_not_checkpoints(run):
     for name in ("iter_0000008.partial", "iter_", "iter_x", "iter_0000009.backup"):
         (run / name).mkdir()
     assert steps(run) == [2, 4, 6] and newest_whole(run).iteration == 6

@@ -11,7 +11,7 @@ from slime_opd.errors import CheckpointError
 
 
 @pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (2**40, "1.0 TiB"), (2**60, "1048576.0 TiB")])  # fmt: skip
-def test_bytes_are_written_in_the_unit_that_fits(count, text):
+def test_bytes_are_formatted_in_the_largest_fitting_unit(count, text):
     assert format_bytes(count) == text
 
 

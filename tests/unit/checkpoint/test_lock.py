@@ -46,7 +46,7 @@ def test_a_second_run_is_refused_with_the_first_ones_process_host_and_start(tmp_
 
 
 @pytest.mark.parametrize("fork", ["exec", "plain"])
-def test_the_lock_dies_with_its_holder_though_children_of_it_live_on(tmp_path, fork):
+def test_the_lock_ends_with_its_process_even_if_child_processes_live_on(tmp_path, fork):
     program = [sys.executable, "-c", HOLDER, str(tmp_path), fork]
     with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
         children = [int(word) for word in holder.stdout.readline().split()]
@@ -64,13 +64,13 @@ def test_the_lock_dies_with_its_holder_though_children_of_it_live_on(tmp_path, f
                 os.kill(child, signal.SIGKILL)
 
 
-def test_a_file_that_a_dead_run_left_locks_nothing(tmp_path):
+def test_the_lock_file_of_a_dead_run_locks_nothing(tmp_path):
     (tmp_path / LOCK).write_text("process 1 on elsewhere, started long ago")
     with RunLock(tmp_path):
         assert str(os.getpid()) in (tmp_path / LOCK).read_text() and "elsewhere" not in (tmp_path / LOCK).read_text()
 
 
-def test_a_directory_that_cannot_be_made_or_written_is_a_sentence(tmp_path):
+def test_a_directory_that_cannot_be_made_or_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match=r"--save .*file/x cannot be written \(Not a directory\)"),

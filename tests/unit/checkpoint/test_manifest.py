@@ -22,7 +22,7 @@ def directory(tmp_path):
     return tmp_path
 
 
-def test_sha256sum_reads_it_sizes_included(directory):
+def test_sha256sum_reads_a_manifest_with_sizes(directory):
     check = subprocess.run(
         ["sha256sum", "--check", "--strict", MANIFEST], cwd=directory, capture_output=True, text=True, check=False
     )
@@ -33,11 +33,11 @@ def test_sha256sum_reads_it_sizes_included(directory):
     assert content_problems(directory, read(directory)) == []
 
 
-def test_a_directory_without_one_has_none(tmp_path):
+def test_a_directory_without_a_manifest_has_no_entries(tmp_path):
     assert read(tmp_path) is None
 
 
-def test_one_of_an_older_version_has_no_sizes(directory):
+def test_a_manifest_of_an_older_version_has_no_sizes(directory):
     lines = [line for line in (directory / MANIFEST).read_text().splitlines() if not line.startswith("#")]
     (directory / MANIFEST).write_text("\n".join(lines) + "\n")
     assert {entry.size for entry in read(directory)} == {None}
@@ -46,7 +46,7 @@ def test_one_of_an_older_version_has_no_sizes(directory):
     assert content_problems(directory, read(directory)) == [f"a.distcp is damaged: its contents differ from their checksum in {MANIFEST}"]  # fmt: skip
 
 
-def test_a_short_look_finds_missing_and_cut_files_and_a_long_one_other_contents(directory):
+def test_sizes_show_missing_and_truncated_files_and_checksums_show_changed_contents(directory):
     entries = read(directory)
     (directory / "a.distcp").write_bytes(b"a" * 999 + b"b")
     assert size_problems(directory, entries) == []
@@ -59,7 +59,7 @@ def test_a_short_look_finds_missing_and_cut_files_and_a_long_one_other_contents(
     ]
 
 
-def test_any_byte_of_it_that_is_changed_and_any_line_that_is_cut_is_noticed(directory):
+def test_a_changed_byte_and_a_missing_line_of_a_manifest_are_detected(directory):
     whole = (directory / MANIFEST).read_bytes()
 
     def is_noticed(content: bytes) -> bool:
@@ -84,7 +84,7 @@ def test_a_file_outside_of_the_directory_is_refused(tmp_path, name):
         read(tmp_path)
 
 
-def test_ranks_share_the_bytes_and_leave_no_file_out():
+def test_ranks_share_the_bytes_and_miss_no_file():
     names, sizes = [f"file{n}" for n in range(7)], [100, 60, 50, 40, 30, 20, 0]
     shares = [share_of(names, sizes, rank, 3) for rank in range(3)]
     assert sorted(name for share in shares for name in share) == names

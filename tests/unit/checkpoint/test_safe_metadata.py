@@ -46,7 +46,7 @@ def poison(directory, payload, protocol=4):
     (directory / ".metadata").write_bytes(pickle.dumps(metadata, protocol=protocol))
 
 
-def test_the_least_size_of_every_file_is_known_without_torch(directory):
+def test_the_minimal_size_of_every_file_is_read_without_torch(directory):
     sizes = {path.name: path.stat().st_size for path in directory.glob("*.distcp")}
     assert check_metadata(directory) == sizes and len(sizes) == 1
 
@@ -55,7 +55,7 @@ def test_the_least_size_of_every_file_is_known_without_torch(directory):
     "dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.uint16]
 )
 @pytest.mark.parametrize("protocol", [4, 5])
-def test_what_torch_and_megatron_write_passes(tmp_path, dtype, protocol):
+def test_metadata_of_torch_and_megatron_passes(tmp_path, dtype, protocol):
     from megatron.core.dist_checkpointing.strategies.torch import MCoreMetadata
     from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
     from torch.distributed.checkpoint.planner import SavePlan
@@ -85,7 +85,7 @@ def test_what_torch_and_megatron_write_passes(tmp_path, dtype, protocol):
         (__import__, ("os",), "builtins.__import__"),
     ],
 )
-def test_a_call_to_anything_else_is_refused_by_name_and_not_made(
+def test_a_call_of_another_function_is_refused_by_name_and_not_made(
     directory, tmp_path, function, arguments, named, protocol
 ):
     made = tmp_path / "made"
@@ -99,7 +99,7 @@ def test_a_call_to_anything_else_is_refused_by_name_and_not_made(
 
 
 @pytest.mark.parametrize("target", [(Metadata, "__init__"), (dict, "__class__"), (torch.Size, "__base__")])
-def test_getattr_is_refused_but_for_a_memory_format(directory, target):
+def test_getattr_is_refused_except_for_a_memory_format(directory, target):
     poison(directory, Calls(getattr, *target))
     with pytest.raises(CheckpointError, match="which no checkpoint needs"):
         check_metadata(directory)
@@ -144,7 +144,7 @@ def test_damage_of_any_kind_is_a_checkpoint_error_in_one_line(directory):
 
 
 @pytest.mark.parametrize("value", [None, {}, 3, "text", []])
-def test_a_pickle_of_something_else_is_refused(directory, value):
+def test_a_pickle_of_another_object_is_refused(directory, value):
     (directory / ".metadata").write_bytes(pickle.dumps(value))
     with pytest.raises(CheckpointError, match=r"^\.metadata cannot be read"):
         check_metadata(directory)

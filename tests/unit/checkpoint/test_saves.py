@@ -20,7 +20,7 @@ from slime_opd.config.parser import parse
         ("--save-interval-minutes 0.5", 0.5),
     ],
 )
-def test_time_asks_for_checkpoints_unless_rollouts_do(words, minutes):
+def test_the_default_interval_is_by_time_unless_rollouts_are_given(words, minutes):
     assert save_policy(parse(words.split())).minutes == minutes
 
 
@@ -29,14 +29,14 @@ def test_the_last_rollout_is_always_saved():
     assert SavePolicy(5, 30, 5).reason(5, 1e9) == "last"
 
 
-def test_rollouts_and_time_each_have_their_turn():
+def test_rollouts_and_time_both_trigger_saves():
     policy = SavePolicy(rollouts=3, minutes=2, total=10)
     assert [policy.reason(done, 0) for done in range(1, 7)] == [None, None, "interval", None, None, "interval"]
     assert policy.reason(4, 119) is None and policy.reason(4, 120) == "time"
     assert str(policy) == "every 3 rollouts and every 2 minutes and after the last rollout"
 
 
-def test_zero_minutes_are_never():
+def test_zero_minutes_never_trigger_a_save():
     assert SavePolicy(None, 0, 10).reason(3, 1e9) is None
 
 
@@ -44,7 +44,7 @@ def test_zero_minutes_are_never():
     st.dictionaries(st.integers(1, 50), st.sampled_from(("time", "interval", "last", None))),
     st.none() | st.integers(1, 50),
 )
-def test_only_old_ones_that_time_asked_for_are_removed_and_never_the_latest(checkpoints, latest):
+def test_only_old_time_triggered_checkpoints_are_removed_and_never_the_latest(checkpoints, latest):
     removed = superfluous(checkpoints, latest)
     by_time = sorted(step for step, made_by in checkpoints.items() if made_by == "time")
     assert latest not in removed

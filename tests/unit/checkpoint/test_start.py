@@ -66,7 +66,7 @@ def test_every_combination_has_one_outcome(request_):
         assert any(rule.matches(request_, saved, loaded) for rule in RULES)
 
 
-def test_every_row_decides_something():
+def test_every_row_applies_to_some_case():
     deciding = {
         next(index for index, rule in enumerate(RULES) if rule.matches(request_, saved, loaded))
         for request_, saved, loaded in product(ALL_REQUESTS, Saved, Loaded)
@@ -125,7 +125,7 @@ def test_a_first_run_starts_from_the_model_and_a_reference_wins_over_it(tmp_path
 
 
 @pytest.mark.parametrize("load", [False, True], ids=["without --load", "with --load SAVE"])
-def test_the_same_command_continues_from_the_newest(tmp_path, load):
+def test_the_same_command_resumes_from_the_newest(tmp_path, load):
     config = config_of(tmp_path, load=tmp_path if load else None)
     write(tmp_path, 2, config)
     write(tmp_path, 4, config)
@@ -143,7 +143,7 @@ def test_load_and_no_load_of_the_save_directory_are_the_same_command(tmp_path):
 @pytest.mark.parametrize(
     "flags", [{"finetune": True}, {"ckpt_step": 3}, {"finetune": True, "ckpt_step": 3}, {"ref_load": "reference"}]
 )
-def test_a_start_from_elsewhere_is_made_once(tmp_path, flags):
+def test_a_start_from_elsewhere_happens_once(tmp_path, flags):
     save, other = tmp_path / "save", tmp_path / "other"
     for step in (3, 9):
         write(other, step, config_of(other))
@@ -156,7 +156,7 @@ def test_a_start_from_elsewhere_is_made_once(tmp_path, flags):
     assert (again.outcome, again.flag, again.step) == (Outcome.CONTINUE_NEWEST, "--save", 5)
 
 
-def test_a_load_that_holds_nothing_yet_falls_through(tmp_path):
+def test_an_empty_load_directory_is_skipped(tmp_path):
     assert start(config_of(tmp_path / "save", load=tmp_path / "nothing")).flag == "--hf-checkpoint"
 
 
@@ -170,7 +170,7 @@ def test_a_load_that_holds_nothing_yet_falls_through(tmp_path):
         ({}, {}, {**IDENTITY, "loss_type": "policy_loss"}, "with another --loss-type"),
     ],
 )
-def test_another_runs_checkpoints_are_refused_with_the_ways_out(tmp_path, written, now, identity, reason):
+def test_another_runs_checkpoints_are_refused_with_the_alternatives(tmp_path, written, now, identity, reason):
     write(tmp_path, 2, config_of(tmp_path, **written))
     with pytest.raises(ConfigError) as caught:
         start(config_of(tmp_path, **now), identity)
@@ -183,14 +183,14 @@ def test_another_runs_checkpoints_are_refused_with_the_ways_out(tmp_path, writte
     assert over.outcome is Outcome.WEIGHTS_OF_SAVE
 
 
-def test_checkpoints_of_an_older_version_continue_where_load_says_so(tmp_path):
+def test_checkpoints_of_an_older_version_are_resumed_with_load(tmp_path):
     write(tmp_path, 2, run_state={"step": 2, "prompts": {}})
     assert start(config_of(tmp_path, load=tmp_path)).step == 2
     with pytest.raises(ConfigError, match="is not recorded"):
         start(config_of(tmp_path))
 
 
-def test_iterations_without_run_state_give_weights_alone(tmp_path):
+def test_iterations_without_run_state_give_weights_only(tmp_path):
     write(tmp_path, 7)
     with pytest.raises(ConfigError, match="--finetune"):
         start(config_of(tmp_path, load=tmp_path))
@@ -202,7 +202,7 @@ def test_iterations_without_run_state_give_weights_alone(tmp_path):
     assert (taken.outcome, taken.step) == (Outcome.WEIGHTS_OF_LOAD, 0)
 
 
-def test_a_release_in_the_save_directory_is_started_from_and_stays(tmp_path):
+def test_a_release_in_the_save_directory_is_loaded_and_kept(tmp_path):
     (tmp_path / "release").mkdir()
     (tmp_path / "release" / ".metadata").touch()
     (tmp_path / directory.TRACKER).write_text("release")
@@ -224,7 +224,7 @@ def test_checkpoints_without_a_tracker_file_are_never_started_over(tmp_path):
 
 
 @pytest.mark.parametrize("by_directory", [False, True])
-def test_an_older_step_sets_later_ones_aside_and_continues_from_its_own(tmp_path, by_directory):
+def test_an_older_step_sets_later_ones_aside_and_later_resumes_from_its_own(tmp_path, by_directory):
     first = config_of(tmp_path)
     for step in (2, 4, 6):
         write(tmp_path, step, first)
@@ -241,13 +241,13 @@ def test_an_older_step_sets_later_ones_aside_and_continues_from_its_own(tmp_path
     assert steps_of(moved) == [4, 6]
 
 
-def test_a_step_that_is_not_there_is_named_with_those_that_are(tmp_path):
+def test_a_missing_step_is_an_error_that_lists_the_existing_steps(tmp_path):
     write(tmp_path, 2, config_of(tmp_path))
     with pytest.raises(ConfigError, match=r"--ckpt-step 3.*existing steps: 2"):
         start(config_of(tmp_path, ckpt_step=3))
 
 
-def test_an_older_step_is_the_way_past_a_damaged_newest(tmp_path, monkeypatch):
+def test_an_older_step_can_be_chosen_if_the_newest_is_damaged(tmp_path, monkeypatch):
     for step in (2, 4):
         write(tmp_path, step, config_of(tmp_path))
     find = directory.find
@@ -263,7 +263,7 @@ def test_an_older_step_is_the_way_past_a_damaged_newest(tmp_path, monkeypatch):
     assert start(config_of(tmp_path, ckpt_step=2)).step == 2
 
 
-def test_a_tracker_file_that_a_user_set_back_is_believed_and_later_ones_are_set_aside(tmp_path):
+def test_a_tracker_file_that_a_user_set_back_is_used_and_later_steps_are_set_aside(tmp_path):
     config = config_of(tmp_path, ckpt_step=2)
     for step in (2, 4, 6):
         write(tmp_path, step, config)

@@ -53,7 +53,7 @@ def test_segments_equal_brute_force(value_width, groups, repeats_groups):
     torch.testing.assert_close(found.double(), brute_force(*inputs), rtol=0, atol=1e-6)
 
 
-def test_dropout_is_applied_in_training_alone():
+def test_dropout_is_applied_in_training_only():
     inputs = heads()
     module = attention(dropout=0.5)
     exact = attend(attention(), *inputs)
@@ -115,7 +115,7 @@ class Config(SimpleNamespace):
 
 
 @pytest.mark.parametrize("kernel", ["segments", "varlen", "flash_attn"])
-def test_layers_hold_the_chosen_kernel(monkeypatch, kernel):
+def test_layers_use_the_chosen_kernel(monkeypatch, kernel):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -147,7 +147,7 @@ def test_transformer_engines_layers_keep_their_own_attention_unless_another_is_c
     assert (core.module, core.params["kernel"]) == (PackedCoreAttention, "varlen")
 
 
-def test_one_kernel_call_serves_neighbours_of_equal_length(monkeypatch):
+def test_consecutive_segments_of_equal_length_are_one_kernel_call(monkeypatch):
     shapes, real = [], F.scaled_dot_product_attention
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda q, *a, **o: shapes.append(tuple(q.shape)) or real(q, *a, **o)

@@ -60,7 +60,7 @@ def test_only_the_adapter_and_the_families_touch_private_parts_of_mbridge():
     assert {file for file, names in used.items() if names and not file.startswith("model/families/")} == set()
 
 
-def test_a_private_part_would_be_seen():
+def test_a_use_of_a_private_part_would_be_detected():
     assert private_names("bridge._weight_to_hf_format(name, weight)") == {"_weight_to_hf_format"}
 
 

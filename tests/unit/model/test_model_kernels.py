@@ -59,7 +59,7 @@ def test_deepseeks_own_widths_are_rotated_by_the_fused_kernel(pretended, tmp_pat
 
 
 @pytest.mark.parametrize("family", UNFUSED)
-def test_a_fusion_that_the_user_asks_for_is_refused_where_it_is_wrong(family, pretended, tmp_path):
+def test_a_requested_fusion_is_refused_where_it_is_wrong(family, pretended, tmp_path):
     pretended(H100_TE)
     with pytest.raises(ConfigError, match="--apply-rope-fusion: "):
         bridge_of(directory_of(family, tmp_path), "--apply-rope-fusion")

@@ -25,7 +25,9 @@ def test_rotary_settings_are_found_where_transformers_4_and_5_keep_them(config, 
     assert (read.rope_theta, read.partial_rotary_factor, read.head_dim) == (5e5, 0.5, 16)
 
 
-def test_code_in_a_hugging_face_directory_is_not_run_though_a_terminal_would_say_yes(tmp_path, monkeypatch):
+def test_code_in_a_hugging_face_directory_is_never_run_even_if_a_user_at_the_terminal_would_agree(
+    tmp_path, monkeypatch
+):
     made = tmp_path / "made"
     (tmp_path / "configuration_own.py").write_text(
         f"open({str(made)!r}, 'w').close()\nfrom transformers import PretrainedConfig\nclass OwnConfig(PretrainedConfig): pass\n"

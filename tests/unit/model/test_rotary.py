@@ -75,7 +75,7 @@ def rotated(function, states, *arguments, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", ROWS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_values_and_gradients_are_megatrons_to_the_bit(kind, lengths, dtype, megatrons_own):
+def test_values_and_gradients_are_bit_identical_to_megatrons(kind, lengths, dtype, megatrons_own):
     width, options = KINDS[kind]
     arguments = row(lengths, width, dtype)
     expected = rotated(megatrons_own, *arguments, cp_group=Group(), **options)
@@ -93,7 +93,7 @@ def test_nothing_is_read_back_from_the_device(kind, megatrons_own):
         megatrons_own(*arguments, cp_group=Group(), **options)
 
 
-def test_positions_are_made_once_per_row():
+def test_positions_are_computed_once_per_row():
     states, boundaries, freqs = row([3, 5, 2], WIDTH)
     with Calls() as calls:
         for rotated_states in (states, -states, states + 1):
@@ -101,7 +101,7 @@ def test_positions_are_made_once_per_row():
     assert calls.names.count("aten.searchsorted.Tensor") == 1
 
 
-def test_positions_go_with_their_row():
+def test_positions_are_freed_with_their_row():
     rotary._positions_of_rows.clear()
     states, boundaries, freqs = row([3, 5, 2], WIDTH)
     rotary.rotate_packed(states, boundaries, freqs)
@@ -110,7 +110,7 @@ def test_positions_go_with_their_row():
     assert len(rotary._positions_of_rows) == 0
 
 
-def test_another_row_has_positions_of_its_own(megatrons_own):
+def test_another_row_has_its_own_positions(megatrons_own):
     for lengths in ([4, 4], [1, 7], [8]):
         arguments = row(lengths, WIDTH)
         assert torch.equal(rotary.rotate_packed(*arguments), megatrons_own(*arguments, cp_group=Group()))

@@ -30,7 +30,7 @@ def test_the_address_is_that_of_the_route_to_an_engine_on_another_node(monkeypat
     assert address_towards(["http://10.0.0.1:30000", "http://10.1.0.2:30000"]) == "10.1.0.1"
 
 
-def test_the_port_is_held_from_the_start_and_reached_through_its_address_alone():
+def test_the_port_is_bound_from_the_start_and_only_to_its_address():
     store = listening_store("127.0.0.1")
     with pytest.raises(OSError, match="in use"), socket.socket() as other:
         other.bind(("127.0.0.1", store.port))

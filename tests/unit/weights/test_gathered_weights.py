@@ -25,7 +25,7 @@ CASES = {
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_what_was_split_is_put_together_again(case, ranks):
+def test_merged_shards_equal_the_parameter_that_mbridge_split(case, ranks):
     name, axis, is_gated = CASES[case]
     whole = torch.arange(16 * 24.0).view(16, 24)
     shape = [16, 24]

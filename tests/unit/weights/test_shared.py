@@ -29,7 +29,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_an_unrelated_process_opens_the_tensors_of_one_handle_in_any_number():
+def test_unrelated_processes_can_open_all_tensors_of_a_bucket():
     bucket = SharedBucket([("a", torch.arange(5.0)), ("b", torch.tensor([[1.5], [2.5]], dtype=torch.bfloat16))])
     for handle in (bucket.handle(), bucket.handle()):
         # By way of a shell: the reader is no child of this process.
@@ -52,7 +52,7 @@ def test_a_reader_has_its_values_after_the_bucket_was_closed_and_others_were_mad
     second.close()
 
 
-def test_a_closed_bucket_keeps_no_memory():
+def test_a_closed_bucket_frees_its_memory():
     before = len(os.listdir("/proc/self/fd"))
     for size in (10, 1000, 100):
         bucket = SharedBucket([("a", torch.zeros(size))])

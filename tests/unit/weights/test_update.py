@@ -38,7 +38,7 @@ def serves(engine: ScriptedEngine, expected: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("transport", ["tensor", "disk"])
-def test_engines_serve_what_was_sent_and_prove_it(transport, tmp_path):
+def test_engines_serve_the_sent_weights_and_pass_the_check(transport, tmp_path):
     with ScriptedEngine() as first, ScriptedEngine() as second:
         send(config(tmp_path, transport, engines=2), [first, second])
         for engine in (first, second):
@@ -68,7 +68,7 @@ class Forgetful(FusedModel):
         self.norm[0] += torch.rand(())
 
 
-def test_an_engine_that_serves_something_else_fails_the_check_by_its_own_names(tmp_path):
+def test_an_engine_that_serves_other_weights_fails_the_check_by_name(tmp_path):
     options = config(tmp_path, "tensor", engines=2)
     with ScriptedEngine() as good, ScriptedEngine([Forgetful()]) as bad:
         with pytest.raises(

@@ -43,7 +43,7 @@ def test_a_weight_or_a_file_that_is_missing_is_named(tmp_path):
         reader.read("a")
 
 
-def test_half_a_download_is_named(tmp_path):
+def test_an_incomplete_download_is_refused_by_name(tmp_path):
     save_file(WEIGHTS, tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-40])
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read .*: is its download complete\?"):

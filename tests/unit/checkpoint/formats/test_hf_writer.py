@@ -111,7 +111,7 @@ def test_a_finished_output_is_refused_and_force_leaves_no_old_shard(origin, tmp_
     assert not (output / INDEX).exists()
 
 
-def test_a_shard_that_is_not_what_was_written_is_noticed(origin, tmp_path, monkeypatch):
+def test_a_shard_that_differs_from_what_was_written_is_detected(origin, tmp_path, monkeypatch):
     def bad_disk(state, path, metadata):
         save_file({name: weight + (name == "model.layers.2.weight") for name, weight in state.items()}, path)
 
@@ -121,7 +121,7 @@ def test_a_shard_that_is_not_what_was_written_is_noticed(origin, tmp_path, monke
     assert not (tmp_path / "output" / "model-00002-of-00003.safetensors").exists()
 
 
-def test_a_part_of_a_larger_tensor_is_written_alone(origin, tmp_path):
+def test_a_slice_of_a_larger_tensor_is_written_without_the_rest(origin, tmp_path):
     whole = torch.arange(64.0).reshape(16, 4)
     parts = {"a": whole[:4], "b": whole[4:8].T}
     write(groups(parts), tmp_path / "output", origin, shard_bytes=10**6, overwrite=False, source="")
@@ -150,7 +150,7 @@ def test_a_full_disk_is_one_clear_error_and_the_same_conversion_is_resumed(origi
     assert convert(origin, output) == ["model-00001-of-00003.safetensors"]
 
 
-def test_another_failure_of_the_system_is_not_called_a_full_disk(origin, tmp_path, monkeypatch):
+def test_other_system_errors_are_not_reported_as_a_full_disk(origin, tmp_path, monkeypatch):
     def broken(state, path, metadata):
         raise OSError(5, "Input/output error")
 

@@ -54,7 +54,7 @@ def test_all_files_are_written_and_their_results_returned_by_index(write, tmp_pa
         assert torch.equal(torch.load(tmp_path / f"{i}.distcp"), tensor)
 
 
-def test_a_file_that_cannot_be_written_is_the_result(write, tmp_path):
+def test_the_error_of_a_file_that_cannot_be_written_is_returned(write, tmp_path):
     results: queue.SimpleQueue = queue.SimpleQueue()
     buckets = [bucket(tmp_path / "0.distcp", torch.ones(2)), bucket(tmp_path / "nowhere/1.distcp", torch.ones(2))]
     write([_StorageWriterTransforms()], False, 0, buckets, results)
