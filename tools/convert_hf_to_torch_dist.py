@@ -3,12 +3,13 @@
     source scripts/models/qwen3-8B.sh
     python tools/convert_hf_to_torch_dist.py "${MODEL_ARGS[@]}" --hf-checkpoint Qwen3-8B --save Qwen3-8B_torch_dist
 
-Takes the flags of the training command, and --force to overwrite a checkpoint in --save. Without MODEL_ARGS the architecture is read
-from --hf-checkpoint. The result can be loaded at any parallel layout. Weights keep their dtype unless --bf16, --fp16 or --fp32 is given;
-fp8 becomes bf16.
+Takes the flags of the training command, and --force to overwrite a checkpoint in --save. Without MODEL_ARGS the
+architecture is read from --hf-checkpoint. The result can be loaded at any parallel layout. Weights keep their dtype
+unless --bf16, --fp16 or --fp32 is given; fp8 becomes bf16.
 
-Weights are read, written and read back one at a time, so memory use is that of one file, not of the model; with torchrun the processes
-share the work. The tokenizer is copied beside the weights, and manifest.sha256 has the checksum of every file.
+Weights are read, written and read back one at a time, so memory use is that of one file, not of the model; with
+torchrun the processes share the work. The tokenizer is copied beside the weights, and manifest.sha256 has the checksum
+of every file.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python tools/convert_torch_dist_to_hf.py --input-dir run/iter_0000100 --output-dir run_hf --origin-hf-dir Qwen3-8B
 
-The checkpoint may have been saved at any parallel layout. Shards are written one at a time and read back; after a kill the same
-command resumes with the first missing shard. Tokenizer and config come from --origin-hf-dir, and so do weights that are not trained
-(multi-token prediction); the others keep their dtype. `sha256sum --check manifest.sha256` in --output-dir checks every file.
+The checkpoint may have been saved at any parallel layout. Shards are written one at a time and read back; after a kill
+the same command resumes with the first missing shard. Tokenizer and config come from --origin-hf-dir, and so do weights
+that are not trained (multi-token prediction); the others keep their dtype. `sha256sum --check manifest.sha256` in
+--output-dir checks every file.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Checkpoint directories: finding, verifying and publishing checkpoints, and where a run starts from. Without torch, but for `formats`."""
+"""Checkpoint directories, without torch: finding, checking and publishing checkpoints; where a run starts from."""

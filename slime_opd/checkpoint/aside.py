@@ -45,11 +45,11 @@ def _aside_by_number(root: Path) -> dict[int, Path]:
 
 
 def set_aside(root: Path, newest: int | None) -> Path | None:
-    """Move the checkpoints of steps after `newest` (None: all) to `aside_N_DATE` under `root`, and make `newest` the latest.
+    """Move checkpoints after step `newest` (None: all) to `aside_N_DATE` under `root`; `newest` becomes the latest.
 
-    With None the latest is the release, if there is one, else no checkpoint. Returns the new directory, or None if there is nothing
-    to move. The plan is on disk before the first move, so that `finish_set_aside` can complete it after a kill. No checkpoint is
-    copied or deleted.
+    With None the latest is the release, if there is one, else no checkpoint. Returns the new directory, or None if
+    there is nothing to move. The plan is on disk before the first move, so that `finish_set_aside` can complete it
+    after a kill. No checkpoint is copied or deleted.
     """
     steps = [step for step in complete_steps(root) if newest is None or step > newest]
     if not steps:

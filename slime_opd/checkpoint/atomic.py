@@ -19,7 +19,8 @@ def replace_text(path: Path, text: str) -> None:
 def replace_directory(path: str | Path, make: Callable[[Path], object]) -> Path:
     """Let `make` fill PATH.partial, then rename it to PATH. Returns PATH.
 
-    If PATH exists and has the same manifest, the old directory stays; if it differs, the old one is renamed to PATH.aside_N.
+    If PATH exists and has the same manifest, the old directory stays; if it differs, the old one is renamed to
+    PATH.aside_N.
     """
     final = Path(path)
     partial = final.with_name(f"{final.name}.partial")

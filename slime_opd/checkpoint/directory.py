@@ -1,4 +1,4 @@
-"""Finds a checkpoint in a directory: `iter_0000010/` (or `release/`) and `latest_checkpointed_iteration.txt`, as Megatron-LM writes them."""
+"""Finds a checkpoint in a directory with Megatron-LM's names: `iter_0000010/`, `release/`, the tracker file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _TRACES = ("run", "logs", "config.yaml", "metrics.jsonl", "*.log", "*.partial", 
 
 
 def find(path: str, step: int | None = None, *, flag: str = "--load") -> Location | None:
-    """The checkpoint that `path` denotes; None if there is none yet: no directory, an empty one, or a run before its first checkpoint.
+    """The checkpoint that `path` denotes; None if it is missing, empty, or a run's that has not saved yet.
 
-    `path` may be a directory with a tracker file, one iteration's directory, or a Hugging Face directory; `flag` is the option that
-    errors name. Raises CheckpointError where `path` is a file or an unrelated directory, the step does not exist, or the tracker file
-    is missing beside checkpoints or names a missing one.
+    `path` may be a directory with a tracker file, one iteration's directory, or a Hugging Face directory; `flag` is the
+    option that errors name. Raises CheckpointError where `path` is a file or an unrelated directory, the step does not
+    exist, or the tracker file is missing beside checkpoints or names a missing one.
     """
     root = Path(path)
     try:
@@ -104,7 +104,10 @@ def problems(config: Config) -> list[str]:
 
 
 def read_tracker(root: Path, flag: str = "--load") -> int | None:
-    """The step that the tracker file of `root` names; None for a release. Raises CheckpointError where it names neither."""
+    """The step that the tracker file of `root` names; None for a release.
+
+    Raises CheckpointError where it names neither.
+    """
     try:
         named = (root / TRACKER).read_bytes()[:64].decode("ascii").strip()
     except (OSError, UnicodeDecodeError) as error:

@@ -26,7 +26,7 @@ def check_free_space(root: Path, name: str, needed: int) -> None:
 
 
 def not_written(root: Path, name: str, needed: int, reason: str) -> str:
-    """The error message for a checkpoint that could not be written: the reason, bytes needed and free, and the last checkpoint."""
+    """The error message for a checkpoint that could not be written, with bytes needed and free."""
     try:
         free = format_bytes(shutil.disk_usage(root).free)
     except OSError:

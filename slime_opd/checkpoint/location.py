@@ -28,7 +28,10 @@ def iteration_of(name: str) -> int | None:
 
 
 def iterations(root: Path) -> dict[int, Location]:
-    """Checkpoints in `root` by step, in ascending order, complete or not. `iter_N.replaced` stands for step N if `iter_N` is gone."""
+    """Checkpoints in `root` by step, in ascending order, complete or not.
+
+    `iter_N.replaced` stands for step N if `iter_N` is gone.
+    """
     locations: dict[int, Location] = {}
     for path in sorted(root.glob("iter_*")):
         step = iteration_of(path.name)

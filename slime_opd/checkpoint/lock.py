@@ -22,8 +22,8 @@ _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 class RunLock:
     """Context manager that holds the lock of a directory, and makes the directory if needed.
 
-    Entering returns a warning where the file system has no locks, else None. It raises ConfigError where the directory cannot be
-    written, or another process, named in the message, holds the lock.
+    Entering returns a warning where the file system has no locks, else None. It raises ConfigError where the directory
+    cannot be written, or another process, named in the message, holds the lock.
     """
 
     def __init__(self, directory: str | Path, flag: str = "--save") -> None:
@@ -69,7 +69,8 @@ class RunLock:
             os.close(self._descriptor)
             self._descriptor = None
 
-    # A fork shares the open file and so the lock, which would then outlive the run. Closing it in the fork keeps the run's own lock.
+    # A fork shares the open file and so the lock, which would then outlive the run. Closing it in the fork keeps the
+    # run's own lock.
     _close_in_child = _close
 
 

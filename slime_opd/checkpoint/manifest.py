@@ -6,8 +6,9 @@
     # bytes 16777216  __0_0.distcp
     02c1…  __0_0.distcp
 
-Lines that start with `#` are comments to sha256sum. They hold the sizes, which the quick check compares without reading a file, and
-the number of files, which shows whether the manifest was truncated. Manifests of older versions have checksums alone.
+Lines that start with `#` are comments to sha256sum. They hold the sizes, which the quick check compares without reading
+a file, and the number of files, which shows whether the manifest was truncated. Manifests of older versions have
+checksums alone.
 """
 
 from __future__ import annotations

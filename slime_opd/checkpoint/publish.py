@@ -1,4 +1,4 @@
-"""Gives a complete checkpoint its name, such that a kill or a power cut at any moment leaves a whole one; and removes old ones."""
+"""Gives a complete checkpoint its name, safe against a kill or a power cut, and removes old ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record in a checkpoint of the run that wrote it, as JSON: the requested start, the run's identity, and its options."""
+"""The record in a checkpoint of the run that wrote it: the requested start, the run's identity, its options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ FORMAT = 1
 
 
 def identity_of(config: Config, prompts: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of a run, as JSON values: architecture, loss type and prompts. Runs that differ here cannot resume from one another.
+    """The identity of a run, as JSON values: architecture, loss type and prompts.
+
+    Runs that differ here cannot resume from one another.
 
     `prompts`: `PromptSource.identity()`; {} where the prompts are not read.
     """
@@ -39,7 +41,7 @@ def _architecture(hf_checkpoint: str | None) -> dict[str, Any]:
 
 
 def public_values(config: Config) -> dict[str, Any]:
-    """JSON values of all options, by name, without passwords and keys, and without unset options of Megatron and SGLang."""
+    """All options as JSON values, by name, without passwords, keys, and unset options of Megatron and SGLang."""
     values: dict[str, Any] = {}
     for option in options_of(Config).values():
         value = option.read(config)

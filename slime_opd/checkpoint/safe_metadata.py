@@ -1,8 +1,8 @@
 """Reads `.metadata` of a torch_dist checkpoint without torch, and without running code that it may contain.
 
 `.metadata` is a pickle, and a pickle may call any function. It is read here with stand-ins for the few classes that
-torch.distributed.checkpoint and Megatron write into it; a file that names anything else is refused. A file that passes is safe for
-torch to load: the same bytes make the same calls there.
+torch.distributed.checkpoint and Megatron write into it; a file that names anything else is refused. A file that passes
+is safe for torch to load: the same bytes make the same calls there.
 """
 
 from __future__ import annotations
@@ -77,16 +77,19 @@ class _Unpickler(pickle.Unpickler):
         return self._classes.setdefault((module, name), type(name, (_StandIn,), {}))
 
     def _enum_member(self, owner: Any, name: Any) -> Any:
-        """A member of the one allowed enum, which some releases of Python 3.11 write as `getattr(ENUM, name)`; any other call is refused."""
-        if owner is not self._classes.get(_ENUM) or not (isinstance(name, str) and name.startswith("TORCH_")):
+        """A member of the one allowed enum, as some releases of Python 3.11 write it; other calls are refused."""
+        allowed = self._classes.get(_ENUM)
+        is_member = isinstance(name, str) and name.startswith("TORCH_")
+        if allowed is None or owner is not allowed or not is_member:
             raise CheckpointError(f"{self._path.name} calls getattr, which no checkpoint needs: it is refused")
-        return owner(name)
+        return allowed(name)
 
 
 def check_metadata(directory: Path) -> dict[str, int]:
     """Read a checkpoint's `.metadata` safely; returns the minimal size in bytes of each file that it refers to.
 
-    Raises CheckpointError where it cannot be read, names a class that is not allowed, or a file outside of the directory.
+    Raises CheckpointError where it cannot be read, names a class that is not allowed, or a file outside of the
+    directory.
     """
     path = directory / ".metadata"
     # A large model's has a million small objects, which the garbage collector would scan again and again.

@@ -20,14 +20,14 @@ NEWEST_BY_TIME = 2
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """Saves every `rollouts` rollouts (None: never), every `minutes` (0: never), and after the last of `total` rollouts."""
+    """Saves every `rollouts` rollouts (None: never), every `minutes` (0: never), and after `total` rollouts."""
 
     rollouts: int | None
     minutes: float
     total: int
 
     def reason(self, done: int, seconds: float) -> str | None:
-        """Why a checkpoint is due after `done` rollouts, `seconds` after the last save (or the start); None if none is due."""
+        """Why a save is due after `done` rollouts, `seconds` after the last save or the start; None if it is not."""
         if done == self.total:
             return BY_LAST_STEP
         if self.rollouts is not None and done % self.rollouts == 0:
@@ -52,7 +52,9 @@ def save_policy(config: Config) -> SavePolicy:
 
 
 def superfluous(checkpoints: Mapping[int, str | None], latest: int | None) -> list[int]:
-    """Steps of the checkpoints to remove. `checkpoints`: the reason of each save, by step. `latest`: the step in the tracker file.
+    """Steps of the checkpoints to remove. `checkpoints`: the reason of each save, by step.
+
+    `latest`: the step in the tracker file.
 
     Only time-triggered checkpoints are removed, all but the newest NEWEST_BY_TIME of them, and never `latest`.
     """

@@ -75,8 +75,9 @@ def _absolute(path: str | None) -> str | None:
 class Contents:
     """Contents of a directory of checkpoints.
 
-    `location`: the newest or the requested checkpoint; None without one. `run_state`: the driver's state beside it; None without such a
-    file. `steps`: those of the complete checkpoints. `aside`: the directory that was set aside last.
+    `location`: the newest or the requested checkpoint; None without one. `run_state`: the driver's state beside it;
+    None without such a file. `steps`: those of the complete checkpoints. `aside`: the directory that was set aside
+    last.
     """
 
     location: Location | None = None
@@ -200,7 +201,10 @@ class Start:
 
 
 def choose_start(request: Request, facts: Facts) -> Start:
-    """The start by the table. Raises ConfigError where the table refuses, or --save has no checkpoint of --ckpt-step."""
+    """The start by the table.
+
+    Raises ConfigError where the table refuses, or --save has no checkpoint of --ckpt-step.
+    """
     saved, loaded = saved_kind(request, facts), loaded_kind(request, facts)
     outcome = next(rule.outcome for rule in RULES if rule.matches(request, saved, loaded))
     if outcome.is_refusal:

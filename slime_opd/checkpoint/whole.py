@@ -1,7 +1,7 @@
 """The quick check of a checkpoint: is it whole? And the error message for one that is not.
 
-It reads small files and the sizes of large ones, so it takes no longer for a large model. The trainer's ranks read every file, in
-`slime_opd/checkpoint/formats/verification.py`.
+It reads small files and the sizes of large ones, so it takes no longer for a large model. The trainer's ranks read
+every file, in `slime_opd/checkpoint/formats/verification.py`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _STEP_FLAGS = {
 def problems_of(location: Location, *, verify: bool = True) -> list[str]:
     """Problems of a checkpoint that the quick check finds, one sentence for each file; [] if it finds none.
 
-    Checks the files of its manifest (presence, sizes, checksums up to 16 MiB; not with `verify` False), and that the files without
-    which a torch_dist checkpoint cannot be loaded are readable.
+    Checks the files of its manifest (presence, sizes, checksums up to 16 MiB; not with `verify` False), and that the
+    files without which a torch_dist checkpoint cannot be loaded are readable.
     """
     directory = location.directory
     try:
@@ -54,7 +54,8 @@ def problems_of(location: Location, *, verify: bool = True) -> list[str]:
 def expected_files(location: Location) -> list[manifest.Entry] | None:
     """Entries of a checkpoint's manifest; None where it has none. Raises CheckpointError where it is damaged.
 
-    Without a missing run state: --finetune, which needs none, may still load the weights; `directory.read_run_state` reports it.
+    Without a missing run state: --finetune, which needs none, may still load the weights; `directory.read_run_state`
+    reports it.
     """
     entries = manifest.read(location.directory)
     if entries is None or (location.directory / RUN_STATE).is_file():

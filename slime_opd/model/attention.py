@@ -1,7 +1,7 @@
 """Core attention over packed sequences, used instead of Transformer Engine's.
 
-Megatron's local DotProductAttention takes no packed sequences, and Transformer Engine's kernels do not support every head size on every
-GPU. This attention works within each segment of a packed row, so no padding token is ever computed.
+Megatron's local DotProductAttention takes no packed sequences, and Transformer Engine's kernels do not support every
+head size on every GPU. This attention works within each segment of a packed row, so no padding token is ever computed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from slime_opd.errors import SlimeOPDError
 class PackedSequences(PackedSeqParams):
     """Megatron's packed-sequence parameters, and the segment lengths as Python integers.
 
-    `runs` lists (number of segments, length) of consecutive segments of equal length. A packed row sorted by length has few runs, and
-    each run is one batched attention call on a CPU.
+    `runs` lists (number of segments, length) of consecutive segments of equal length. A packed row sorted by length has
+    few runs, and each run is one batched attention call on a CPU.
     """
 
     runs: tuple[tuple[int, int], ...] = ()
@@ -53,8 +53,9 @@ def packed_sequences(lengths: list[int], device: torch.device) -> PackedSequence
 class PackedCoreAttention(torch.nn.Module):
     """Causal self-attention within each segment of a packed row.
 
-    Megatron's attention builds it from a layer spec, with the arguments of any core attention. `kernel` and `repeats_groups` (whether
-    keys and values are repeated for each query head) come from the layer spec; `config/kernels.py` chooses them for the machine.
+    Megatron's attention builds it from a layer spec, with the arguments of any core attention. `kernel` and
+    `repeats_groups` (whether keys and values are repeated for each query head) come from the layer spec;
+    `config/kernels.py` chooses them for the machine.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class PackedCoreAttention(torch.nn.Module):
             raise SlimeOPDError("--context-parallel-size: packed rows are not split over ranks; set it to 1")
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout
-        # Tensor-parallel ranks have different heads, so they need different random numbers, from Megatron's tracker. With sequence
-        # parallelism Megatron forks the tracker around the whole block already.
+        # Tensor-parallel ranks have different heads, so they need different random numbers, from Megatron's tracker.
+        # With sequence parallelism Megatron forks the tracker around the whole block already.
         self.forks_generator = not config.sequence_parallel
         self.attend = _KERNELS[kernel]
         self.repeats_groups = repeats_groups

@@ -1,7 +1,8 @@
 """The adapter around mbridge: names and layouts of weights, between Megatron and Hugging Face.
 
-mbridge's public methods load or export a whole model. This package converts one weight at a time, which only mbridge's private methods do.
-No other file calls those; `families/` overrides the ones that mbridge means to be overridden. A test fails where mbridge lacks one.
+mbridge's public methods load or export a whole model. This package converts one weight at a time, which only mbridge's
+private methods do. No other file calls those; `families/` overrides the ones that mbridge means to be overridden. A
+test fails where mbridge lacks one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from slime_opd.config import Config
+from slime_opd.errors import ConfigError
 from slime_opd.model import families
 from slime_opd.model.layers import FUSED_NORMS, MLA_FUSED_NORMS
 from slime_opd.model.options import settings
@@ -24,22 +26,29 @@ from slime_opd.model.vocabulary import VOCABULARY_WEIGHTS, padded_vocabulary, re
 
 
 def make_bridge(config: Config, layout: ParallelStates | None = None) -> ModelBridge:
-    """The bridge of the student, at a parallel layout (default: this rank's). Raises ConfigError for an unsupported model family."""
-    mbridge = families.make_mbridge(config.model.hf_checkpoint, parameter_dtype(config), layout)
+    """The bridge of the student, at a parallel layout (default: this rank's).
+
+    Raises ConfigError for an unsupported model family.
+    """
+    directory = config.model.hf_checkpoint
+    if directory is None:
+        raise ConfigError("--hf-checkpoint is missing; give the Hugging Face directory of the model")
+    mbridge = families.make_mbridge(directory, parameter_dtype(config), layout)
     mla = settings(config, "latent_attention") if config.megatron.multi_latent_attention else {}
     mbridge.set_extra_args(**run_settings(config) | mla)
-    return ModelBridge(mbridge, padded_vocabulary(mbridge.hf_config.vocab_size, config))
+    return ModelBridge(mbridge, directory, padded_vocabulary(mbridge.hf_config.vocab_size, config))
 
 
 class ModelBridge:
     """Converts one model family's weights between Megatron's and Hugging Face's names and layouts.
 
     `name` is everywhere a parameter's name in the whole Megatron model: layers and experts have their global indices.
-    `padded_vocab_size`: rows of Megatron's vocabulary weights; Hugging Face's have `vocab_size`.
+    `directory`: the Hugging Face directory. `padded_vocab_size`: rows of Megatron's vocabulary weights; Hugging Face's
+    have `vocab_size`.
     """
 
-    def __init__(self, mbridge: Bridge, padded_vocab_size: int) -> None:
-        self._mbridge = mbridge
+    def __init__(self, mbridge: Bridge, directory: str, padded_vocab_size: int) -> None:
+        self._mbridge, self.directory = mbridge, directory
         self.vocab_size: int = mbridge.hf_config.vocab_size
         self.padded_vocab_size = padded_vocab_size
         # mbridge keeps this table on the class and edits it there for tied models: give the instance its own.
@@ -75,7 +84,10 @@ class ModelBridge:
         return self._mbridge._get_gptmodel_args()
 
     def global_names(self, model: nn.Module, *, with_global_experts: bool) -> dict[str, str]:
-        """Names in the whole model by the names in this rank's. `with_global_experts` False keeps the rank's own expert indices."""
+        """Names in the whole model by the names in this rank's.
+
+        `with_global_experts` False keeps the rank's own expert indices.
+        """
         return self._mbridge._weight_name_mapping_mcore_local_to_global(model, consider_ep=with_global_experts)
 
     def hf_names(self, name: str) -> list[str]:
@@ -93,13 +105,16 @@ class ModelBridge:
         return self._mbridge._weight_to_mcore_format(self._fused(name), weights)
 
     def to_hugging_face(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The Hugging Face weights, by name, of a parameter that is not split over ranks; without padding of the vocabulary."""
+        """The Hugging Face weights, by name, of a whole (unsplit) parameter, without padding of the vocabulary."""
         if name in VOCABULARY_WEIGHTS:
             weight = weight[: self.vocab_size]
         yield from zip(*self._mbridge._weight_to_hf_format(self._fused(name), weight), strict=True)
 
     def shard(self, name: str, weight: Tensor, parameter: Tensor) -> Tensor:
-        """This rank's tensor-parallel shard of a whole `weight`. `parameter`: this rank's, whose marks say how it is split."""
+        """This rank's tensor-parallel shard of a whole `weight`.
+
+        `parameter`: this rank's, whose marks say how it is split.
+        """
         mpu = self._mbridge.mpu
         is_expert = ".mlp.experts.linear_fc" in name
         size, rank = (mpu.etp_size, mpu.etp_rank) if is_expert else (mpu.tp_size, mpu.tp_rank)

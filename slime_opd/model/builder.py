@@ -1,4 +1,4 @@
-"""Builds the trained model: its architecture comes from the Hugging Face config (bridge mode) or from Megatron's flags (raw mode)."""
+"""Builds the trained model, from the Hugging Face config (bridge mode) or from Megatron's flags (raw mode)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def embedding_settings(config: Config, bridge: ModelBridge) -> dict[str, Any]:
     model = config.model
     if _is_bridge_mode(config):
         arguments = bridge.gpt_model_arguments()
-        # Not mbridge's vocabulary, which is without padding, nor its rotary scaling, which takes Llama 3's for a linear one.
+        # Not mbridge's vocabulary, which is without padding, nor its rotary scaling, which takes Llama 3's for a linear
+        # one.
         arguments = {n: v for n, v in arguments.items() if n not in ("vocab_size", "seq_len_interpolation_factor")}
         return arguments | {"share_embeddings_and_output_weights": bridge.is_tied}
     return {
@@ -79,7 +80,8 @@ def _is_bridge_mode(config: Config) -> bool:
 def _scale_rotary(model: HiddenStatesModel, hf_config: PretrainedConfig) -> None:
     """Give the model the rotary frequencies of its Hugging Face config; mbridge passes the base alone.
 
-    Raises ConfigError for a scaling that changes with the length, or that scales attention too: Megatron's rotary embedding supports neither.
+    Raises ConfigError for a scaling that changes with the length, or that scales attention too: Megatron's rotary
+    embedding supports neither.
     """
     scaling = getattr(hf_config, "rope_scaling", None) or {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))

@@ -1,8 +1,8 @@
 """The device layer: the device that trains, and replacements of CUDA functions that let Megatron-core run on a CPU.
 
 Megatron-core names CUDA in its code (`device="cuda"`, `Tensor.cuda()`, `torch.cuda.current_device()`, the string
-"torch.cuda.FloatTensor"). On a machine without CUDA `install()` gives these a CPU meaning, once per process and before Megatron builds
-anything. Where CUDA is available it does nothing.
+"torch.cuda.FloatTensor"). On a machine without CUDA `install()` gives these a CPU meaning, once per process and before
+Megatron builds anything. Where CUDA is available it does nothing.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def synchronize() -> None:
 def choose_deterministic_kernels() -> None:
     """Keep torch, cuBLAS and Transformer Engine from kernels whose results differ from run to run.
 
-    Call it before layers are built. torch warns where it has no deterministic kernel. Megatron refuses --deterministic-mode unless
-    Transformer Engine's variable is 0.
+    Call it before layers are built. torch warns where it has no deterministic kernel. Megatron refuses
+    --deterministic-mode unless Transformer Engine's variable is 0.
     """
     os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -102,7 +102,7 @@ def _to_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) 
 
 
 def _replace(module: Any, name: str, value: Any) -> None:
-    """Replace a function of Megatron; raises AttributeError if it does not exist, as the replacement would have no effect."""
+    """Replace a function of Megatron. Raises AttributeError if it does not exist."""
     getattr(module, name)
     setattr(module, name, value)
 

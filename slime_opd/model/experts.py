@@ -1,7 +1,7 @@
 """MoE experts without Transformer Engine's grouped layers: one matrix product for each expert.
 
-Names and shapes of parameters (`linear_fc1.weight0`, …) and keys of checkpoints are those of Transformer Engine's grouped layers, so
-that mbridge and torch_dist handle both alike.
+Names and shapes of parameters (`linear_fc1.weight0`, …) and keys of checkpoints are those of Transformer Engine's
+grouped layers, so that mbridge and torch_dist handle both alike.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class _Weights(torch.nn.Module):
         for index in range(num_experts):
             weight: Any = torch.nn.Parameter(torch.empty(outputs, inputs, dtype=config.params_dtype))
             config.init_method(weight)
-            # Megatron's marks: the gradient is summed over the ranks with the same expert, and its norm counts on each rank, because
-            # tensor-parallel ranks have different shards of it.
+            # Megatron's marks: the gradient is summed over the ranks with the same expert, and its norm counts on each
+            # rank, because tensor-parallel ranks have different shards of it.
             weight.allreduce = False
             set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
             self.register_parameter(f"weight{index}", weight)
@@ -52,7 +52,7 @@ class LocalExperts(MegatronModule):
         self.linear_fc2 = _Weights(num_local_experts, config.hidden_size, width, config)
 
     def forward(self, tokens: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
-        """tokens [T, H] sorted by expert, number of tokens of each expert, router weights [T] -> ([T, H], None for the bias)."""
+        """Run the experts: tokens [T, H] sorted by expert, their number per expert, router weights [T] -> [T, H]."""
         sizes = tokens_per_expert.tolist()
         outputs = []
         for index, (own, weights) in enumerate(zip(tokens.split(sizes), probs.split(sizes), strict=True)):

@@ -9,11 +9,15 @@ from torch import Tensor
 
 
 class HiddenStatesModel(GPTModel):
-    """A GPTModel whose forward returns the last hidden states [T, 1, H]. It has the output layer's weights, and trains them."""
+    """A GPTModel whose forward returns the last hidden states [T, 1, H].
+
+    It has the output layer's weights, and trains them.
+    """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.post_process:
-            # The output layer itself is never called, so run what waits for its weights to be gathered: hooks before its call.
+            # The output layer itself is never called, so run what waits for its weights to be gathered: hooks before
+            # its call.
             for hook in self.output_layer._forward_pre_hooks.values():
                 hook(self.output_layer, ())
         return hidden_states

@@ -1,7 +1,7 @@
 """Layer specs: Megatron-core's, with this package's modules where Transformer Engine is not used.
 
-Either way a torch_dist checkpoint has the same keys: those of Transformer Engine's layers, which fuse most norms into the linear layers
-behind them.
+Either way a torch_dist checkpoint has the same keys: those of Transformer Engine's layers, which fuse most norms into
+the linear layers behind them.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _local(layer: ModuleSpec, architecture: TransformerConfig) -> ModuleSpec:
     }
     uses_mla = architecture.multi_latent_attention
     if uses_mla:
-        # Not split over ranks, as in Transformer Engine's spec: split by columns, Megatron loses the gradient of the rotary part that
-        # comes from the other ranks' heads.
+        # Not split over ranks, as in Transformer Engine's spec: split by columns, Megatron loses the gradient of the
+        # rotary part that comes from the other ranks' heads.
         attention_parts |= {"linear_q_down_proj": Linear, "linear_kv_down_proj": Linear}
     attention = replace(attention, submodules=replace(attention.submodules, **attention_parts))
     keys = dict(MLA_FUSED_NORMS if uses_mla else FUSED_NORMS)

@@ -81,10 +81,11 @@ def initialize(
 
 @contextmanager
 def waiting_for_files(usual_minutes: float) -> Iterator[None]:
-    """Inside, collectives have no practical timeout, so that ranks can wait for others' files; afterwards it is `usual_minutes` again.
+    """Inside, collectives have no practical timeout, so that ranks can wait for others' files.
 
-    Ranks with slower disks or more to write let others wait, in groups that Megatron and torch choose. A hang is ended by
-    `--watchdog-timeout-s`. Entering and leaving need no collective, so one rank may leave with an exception.
+    Afterwards the timeout is `usual_minutes` again. Ranks with slower disks or more to write let others wait, in groups
+    that Megatron and torch choose. A hang is ended by `--watchdog-timeout-s`. Entering and leaving need no collective,
+    so one rank may leave with an exception.
     """
     _set_timeout(FILE_TIMEOUT)
     try:

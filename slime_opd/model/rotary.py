@@ -1,9 +1,9 @@
 """Rotary embedding of packed rows without waiting for the device.
 
-Without Transformer Engine's fused kernel, Megatron-core rotates a packed row by reading the segment boundaries back from the device
-(`.tolist()`, a comparison, `.item()`) and slicing the frequencies for each segment: for the queries and the keys of every layer, and again
-when activations are recomputed. On CUDA each of these reads waits for all queued kernels. Here the tokens' positions are computed from the
-boundaries on the device, once per row.
+Without Transformer Engine's fused kernel, Megatron-core rotates a packed row by reading the segment boundaries back
+from the device (`.tolist()`, a comparison, `.item()`) and slicing the frequencies for each segment: for the queries and
+the keys of every layer, and again when activations are recomputed. On CUDA each of these reads waits for all queued
+kernels. Here the tokens' positions are computed from the boundaries on the device, once per row.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _positions_of_rows = WeakTensorKeyDictionary()
 def install() -> None:
     """Replace Megatron-core's function by `rotate_packed`; a second call changes nothing.
 
-    This is safe: its only caller, `rope_utils.apply_rotary_pos_emb`, looks it up by this name at each call, and both give the same bits
-    (a test compares them for every kind of rotation).
+    This is safe: its only caller, `rope_utils.apply_rotary_pos_emb`, looks it up by this name at each call, and both
+    give the same bits (a test compares them for every kind of rotation).
     """
     rope_utils._apply_rotary_pos_emb_thd = rotate_packed
 
@@ -40,8 +40,8 @@ def rotate_packed(
 ) -> Tensor:
     """Rotate `states` [T, heads, head_dim] by each token's position in its segment, as Megatron's function does.
 
-    `cu_seqlens`: int32 [segments + 1], from 0 to T. `freqs`: float32 [longest segment or more, 1, 1, rotated width]; dimensions past
-    the rotated width are not changed.
+    `cu_seqlens`: int32 [segments + 1], from 0 to T. `freqs`: float32 [longest segment or more, 1, 1, rotated width];
+    dimensions past the rotated width are not changed.
     """
     if cp_group is not None and cp_group.size() > 1:
         return _with_context_parallel(

@@ -1,4 +1,4 @@
-"""Megatron's TransformerConfig from the flags: the architecture in raw mode, and in either mode what does not depend on it."""
+"""Megatron's TransformerConfig from the flags: the architecture in raw mode, the run's settings in either mode."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def parameter_dtype(config: Config) -> torch.dtype:
 
 
 def kernels(config: Config) -> Kernels:
-    """The kernels of the model on this rank's machine. Raises ConfigError where the flags request one that cannot run."""
+    """The kernels of the model on this rank's machine.
+
+    Raises ConfigError where the flags request one that cannot run.
+    """
     return kernels_of(config, machine.of_this_process())
 
 
@@ -77,7 +80,7 @@ def _layout_settings(config: Config) -> dict[str, Any]:
 
 
 def run_settings(config: Config) -> dict[str, Any]:
-    """Fields of TransformerConfig that do not depend on the architecture: precision, kernels, recomputation, communication.
+    """Fields of TransformerConfig that do not depend on the architecture: precision, kernels, recomputation.
 
     Megatron's own flags of the user come last, so they win.
     """

@@ -12,7 +12,7 @@ from slime_opd.types import Prompt, Sample, Status
 
 @dataclass(frozen=True)
 class Load:
-    """Data of one rank in a rehearsed step: `micro_batches` rows of `sequences` samples, whose prompts have `prompt_tokens`."""
+    """Data of one rank in a rehearsed step: `micro_batches` rows of `sequences` samples."""
 
     micro_batches: int = 2
     sequences: int = 2

@@ -1,8 +1,8 @@
 """Live memory of the simulated device: its size over time, its peak, and the lines of code that hold it at the peak.
 
-Storages are followed from the operation that creates them until Python frees them, so views, aliases and reused buffers are counted
-once. Sizes are rounded up to 512 bytes, as in CUDA's caching allocator; memory that the allocator reserves beyond them or loses to
-fragmentation is not counted.
+Storages are followed from the operation that creates them until Python frees them, so views, aliases and reused buffers
+are counted once. Sizes are rounded up to 512 bytes, as in CUDA's caching allocator; memory that the allocator reserves
+beyond them or loses to fragmentation is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _GRANULE = 512
 class Phase:
     """Measurements of one phase of a step; several entries of one phase add up. Bytes are on the device.
 
-    start, peak, end: live bytes. kernels: operations that would be sent to the device. holders: live bytes by line of code, at the peak.
+    start, peak, end: live bytes. kernels: operations that would be sent to the device. holders: live bytes by line of
+    code, at the peak.
     """
 
     name: str

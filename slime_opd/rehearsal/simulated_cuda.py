@@ -35,7 +35,9 @@ SIMULATED = (
 
 
 def load() -> None:
-    """Compile the hooks (two seconds) and load them into this process, which must not have imported torch yet. It cannot be undone.
+    """Compile the hooks (two seconds) and load them into this process, which must not have imported torch yet.
+
+    It cannot be undone.
 
     Raises RehearsalError where torch is imported already or is a CUDA build, or there is no C++ compiler.
     """
@@ -141,7 +143,7 @@ _library: Any = None
 
 
 def _apply(module: Any, convert: Any, recurse: bool = True) -> Any:
-    """`torch.nn.Module._apply` for fake parameters, which cannot be replaced: raises RehearsalError where one would have to be."""
+    """`torch.nn.Module._apply` for fake parameters. Raises RehearsalError where one would have to be replaced."""
     for child in module.children() if recurse else ():
         child._apply(convert)
     for name, parameter in module._parameters.items():

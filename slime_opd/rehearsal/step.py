@@ -51,7 +51,8 @@ PHASES = ("build", "teacher", "wrap", "score", "forward", "head", "backward", "o
 class Rehearsed:
     """Measurements of a rehearsed step.
 
-    memory: live bytes and kernels by phase. syncs: number of waits of the host in one step, by kind and line; setup_syncs: before it.
+    memory: live bytes and kernels by phase. syncs: number of waits of the host in one step, by kind and line;
+    setup_syncs: before it.
     """
 
     memory: LiveMemory
@@ -134,7 +135,9 @@ def rehearse(
     steps: int = 2,
     with_save: bool = False,
 ) -> Rehearsed:
-    """Take `steps` optimizer steps as `rank`. Adam's state is created in the first, so the second is the first that is typical.
+    """Take `steps` optimizer steps as `rank`.
+
+    Adam's state is created in the first, so the second is the first that is typical.
 
     Needs `simulated_cuda.load()` and `install()` before.
     """

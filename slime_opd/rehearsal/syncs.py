@@ -1,8 +1,8 @@
 """Finds the lines of code where the host waits for the device.
 
-A fake tensor has no values, so every read of one by the host ends up here: the line is recorded, and a made-up value returned. Blocking
-copies to the device and `torch.cuda.synchronize` are recorded as well. A non-blocking copy of pageable memory is not: the host only waits
-for its staging.
+A fake tensor has no values, so every read of one by the host ends up here: the line is recorded, and a made-up value
+returned. Blocking copies to the device and `torch.cuda.synchronize` are recorded as well. A non-blocking copy of
+pageable memory is not: the host only waits for its staging.
 """
 
 from __future__ import annotations
@@ -45,7 +45,10 @@ class FakeTensors(FakeTensorMode):
 
 
 class HostSyncs(TorchDispatchMode):
-    """Counts, by kind and line, the operations at which the host waits for the device. Enter it inside FakeTensorMode."""
+    """Counts, by kind and line, the operations at which the host waits for the device.
+
+    Enter it inside FakeTensorMode.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from slime_opd.config import Config
 from slime_opd.engine.control import EngineControl
+from slime_opd.errors import ConfigError
 from slime_opd.weights.buckets import NamedTensor
 
 
@@ -17,8 +18,10 @@ class DiskTransport:
 
     def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:
         self._controls = controls
-        self._directory = Path(str(config.weights.update_weight_disk_dir))
-        self._origin = Path(str(config.model.hf_checkpoint))
+        directory, origin = config.weights.update_weight_disk_dir, config.model.hf_checkpoint
+        if directory is None or origin is None:
+            raise ConfigError("--update-weight-transport disk needs --update-weight-disk-dir and --hf-checkpoint")
+        self._directory, self._origin = Path(directory), Path(origin)
         self._files = 0
 
     def send(self, bucket: list[NamedTensor]) -> None:

@@ -1,7 +1,7 @@
 """Exports a model's weights under Hugging Face's names, gathered whole on every rank.
 
-Names and shapes are exchanged once, when GatheredWeights is created. An export then communicates tensors only: over pipeline stages,
-expert-parallel and tensor-parallel ranks, and nothing where each of these is one rank.
+Names and shapes are exchanged once, when GatheredWeights is created. An export then communicates tensors only: over
+pipeline stages, expert-parallel and tensor-parallel ranks, and nothing where each of these is one rank.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Parameter:
 
 
 class GatheredWeights:
-    """Iterates over all weights of a model as (Hugging Face name, tensor) with their present values, gathering one at a time.
+    """Iterates over a model's present weights as (Hugging Face name, tensor), gathering one at a time.
 
     Creating it and iterating over it, to the end, are collectives of all ranks.
     """
@@ -60,7 +60,8 @@ class GatheredWeights:
                     if hf_name in seen or (self._bridge.is_tied and hf_name == "lm_head.weight"):
                         continue
                     seen.add(hf_name)
-                    # A slice (of a padded vocabulary, of a fused projection) would take its whole storage to disk or to an engine.
+                    # A slice (of a padded vocabulary, of a fused projection) would take its whole storage to disk or to
+                    # an engine.
                     yield hf_name, own_storage(tensor)
 
     def _own_parameters(self) -> list[_Parameter]:
@@ -80,7 +81,7 @@ class GatheredWeights:
         ]
 
     def _whole(self, parameter: _Parameter, own: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The whole parameter with its name in the whole model; for an expert's, the experts of all ranks at the same local index."""
+        """The whole parameter and its global name; for an expert's, those at the same local index on all ranks."""
         is_gated = self._bridge.config.gated_linear_unit
         if parameter.stage == parallel_state.get_pipeline_model_parallel_rank():
             shard = own[parameter.local_name].detach()
@@ -107,7 +108,10 @@ class GatheredWeights:
 
 
 def merge_shards(name: str, shards: list[Tensor], split_axis: int | None, *, is_gated: bool) -> Tensor:
-    """A parameter from its tensor-parallel shards, in rank order. `is_gated`: an MLP's first matrix holds gate and up projection."""
+    """A parameter from its tensor-parallel shards, in rank order.
+
+    `is_gated`: an MLP's first matrix holds gate and up projection.
+    """
     if len(shards) == 1:
         return shards[0]
     if ".linear_fc1." in name and is_gated:

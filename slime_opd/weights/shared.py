@@ -1,8 +1,9 @@
 """Memory that engines on this node can open: shared memory, or CUDA memory through IPC.
 
-The shared memory is an anonymous file of this process, which an engine of the same user opens as /proc/PID/fd/N. There is no name to
-unlink: the kernel frees the memory when this process and the engines have closed it, however they end. torch's own methods either leave
-files in /dev/shm when a process is killed, or work only between parent and child processes.
+The shared memory is an anonymous file of this process, which an engine of the same user opens as /proc/PID/fd/N. There
+is no name to unlink: the kernel frees the memory when this process and the engines have closed it, however they end.
+torch's own methods either leave files in /dev/shm when a process is killed, or work only between parent and child
+processes.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _ALIGNMENT = 16
 class SharedBucket:
     """A copy of one bucket in its own block of memory, which is never written again.
 
-    A block is not reused, because an engine that has answered may still be copying: SGLang's update ends with a barrier of CPU processes,
-    not of GPUs. After `close` the block lives until its readers have closed it: Linux counts the mappings of an anonymous file, and torch
-    counts the readers of CUDA memory, which wait for their streams.
+    A block is not reused, because an engine that has answered may still be copying: SGLang's update ends with a barrier
+    of CPU processes, not of GPUs. After `close` the block lives until its readers have closed it: Linux counts the
+    mappings of an anonymous file, and torch counts the readers of CUDA memory, which wait for their streams.
     """
 
     def __init__(self, bucket: list[NamedTensor]) -> None:
@@ -60,7 +61,10 @@ class SharedBucket:
         ]
 
     def handle(self) -> str:
-        """A handle for one reader, base64 of a pickle in `LOAD_FORMAT`. Each reader needs its own, because readers are counted."""
+        """A handle for one reader, base64 of a pickle in `LOAD_FORMAT`.
+
+        Each reader needs its own, because readers are counted.
+        """
         pickled = io.BytesIO()
         pickler = ForkingPickler(pickled)
         if self._file is not None:

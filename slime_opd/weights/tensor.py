@@ -15,10 +15,12 @@ from slime_opd.weights.shared import LOAD_FORMAT, SharedBucket
 
 
 class TensorTransport:
-    """Shares each bucket with all engines at once. Every trainer rank in `memory_sources` has one; calls are collectives of these ranks.
+    """Shares each bucket with all engines at once.
 
-    An engine takes the handles of all its ranks in one request, in rank order. So the handles are gathered, and the trainer rank of
-    an engine's first handle posts them.
+    Every trainer rank in `memory_sources` has one; calls are collectives of these ranks.
+
+    An engine takes the handles of all its ranks in one request, in rank order. So the handles are gathered, and the
+    trainer rank of an engine's first handle posts them.
     """
 
     def __init__(self, config: Config, rank: int, controls: list[EngineControl]) -> None:

@@ -1,4 +1,4 @@
-"""Updates the engines to the trainer's weights: gathers them, sends them in buckets by a WeightTransport, and checks that they arrived."""
+"""Updates the engines to the trainer's weights: gathers, sends in buckets, and checks that they arrived."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ TRANSPORTS: dict[str, Callable[[Config, int, list[EngineControl]], WeightTranspo
 
 
 class WeightSender:
-    """Sends weights to the engines at `urls`, whose API key is `key`. Every trainer rank has one; calls are collectives of all ranks.
+    """Sends weights to the engines at `urls`, whose API key is `key`.
+
+    Every trainer rank has one; calls are collectives of all ranks.
 
     The first rank sends; with the transport "tensor", other ranks may send too.
     """
@@ -54,7 +56,8 @@ class WeightSender:
     def send(self, weights: Callable[[], Iterator[NamedTensor]], version: int, *, check: bool) -> None:
         """Update every engine to `weights()`, an iteration that is a collective of all ranks.
 
-        With `check` they are sent a second time; raises WeightSyncError where an engine does not serve exactly these weights.
+        With `check` they are sent a second time; raises WeightSyncError where an engine does not serve exactly these
+        weights.
         """
         checksums = self._send_all(weights, version, with_checksums=check)
         if not check:

@@ -1,4 +1,4 @@
-"""torch's Adam in Megatron's optimizer: its fused kernel, and its state in checkpoints, whose loader expects Transformer Engine's Adam."""
+"""torch's Adam in Megatron's optimizer: its fused kernel, and loading its state from checkpoints."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def use_fused_kernel(optimizer: MegatronOptimizer) -> None:
 def prepare_to_load(optimizer: MegatronOptimizer) -> None:
     """Make torch's Adam loadable by Megatron, whose loader does not expect the `step` in its state.
 
-    The state is created as by Adam's first step, because the loader describes the existing state; and as the loader requires every
-    key of it but provides no `step`, the existing `step` is added.
+    The state is created as by Adam's first step, because the loader describes the existing state; and as the loader
+    requires every key of it but provides no `step`, the existing `step` is added.
     """
     for one in _torch_adams(optimizer):
         for group in one.optimizer.param_groups:
@@ -62,8 +62,8 @@ def separate_steps(optimizer: MegatronOptimizer) -> None:
 def round_steps(optimizer: MegatronOptimizer) -> None:
     """Make the steps of the parameter groups integers, after a checkpoint was loaded.
 
-    Transformer Engine's FusedAdam counts there and needs an integer, but the checkpoint may be from torch's Adam, whose steps are
-    floats.
+    Transformer Engine's FusedAdam counts there and needs an integer, but the checkpoint may be from torch's Adam, whose
+    steps are floats.
     """
     for group in optimizer.param_groups:
         if "step" in group:

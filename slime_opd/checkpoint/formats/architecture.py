@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -14,7 +13,7 @@ from slime_opd.checkpoint import safe_metadata
 from slime_opd.checkpoint.directory import find
 from slime_opd.checkpoint.formats.failures import reason
 from slime_opd.checkpoint.location import Location
-from slime_opd.config.hf_config import ARCHITECTURE_KEYS
+from slime_opd.config.hf_config import ARCHITECTURE_KEYS, read_hf_config
 from slime_opd.errors import CheckpointError
 from slime_opd.model.bridge import ModelBridge
 
@@ -55,7 +54,7 @@ def sizes_at(path: str) -> dict[str, int]:
 
 
 def check_tensor_shapes(state: dict[str, Any], location: Location, flag: str) -> None:
-    """Raise CheckpointError where the torch_dist checkpoint at `location` lacks a tensor of `state` or has it in another shape."""
+    """Raise CheckpointError where the torch_dist checkpoint lacks a tensor of `state` or has another shape of it."""
     saved = _tensor_metadata(location)
     problems = []
     for value in state.values():
@@ -87,11 +86,17 @@ def check_hf_config(bridge: ModelBridge, location: Location, flag: str, *, any_v
 
 
 def _hf_config(location: Location) -> dict[str, Any]:
-    return json.loads((location.directory / "config.json").read_text())
+    try:
+        return read_hf_config(str(location.directory))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _tensor_metadata(location: Location) -> dict[str, Any]:
-    """Every tensor of a torch_dist checkpoint, without its values. Raises CheckpointError where `.metadata` is not to be trusted."""
+    """Every tensor of a torch_dist checkpoint, without its values.
+
+    Raises CheckpointError where `.metadata` is not to be trusted.
+    """
     safe_metadata.check_metadata(location.directory)
     try:
         return dist_checkpointing.load_tensors_metadata(str(location.directory))

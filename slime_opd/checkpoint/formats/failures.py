@@ -21,7 +21,8 @@ from slime_opd.checkpoint.location import Location
 from slime_opd.checkpoint.whole import refusal
 from slime_opd.errors import CheckpointError
 
-# torch reads this at every load: pickles may then make tensors and plain values only, whatever the caller of torch.load passes.
+# torch reads this at every load: pickles may then make tensors and plain values only, whatever the caller of torch.load
+# passes.
 _SAFE_LOADS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
@@ -57,10 +58,10 @@ def _check_common(directory: Path) -> None:
 
 @contextmanager
 def writing(partial_directory: Path, needed: int) -> Iterator[None]:
-    """Inside, a checkpoint of `needed` bytes is written; a failure is a CheckpointError and removes the partial directory.
+    """Inside, a checkpoint of `needed` bytes is written; a failure removes it and is a CheckpointError.
 
-    Megatron raises a writer's failure on all ranks, with its reason on the first rank only; where one of the first rank's own files
-    fails, only that rank ends, and with it the run.
+    Megatron raises a writer's failure on all ranks, with its reason on the first rank only; where one of the first
+    rank's own files fails, only that rank ends, and with it the run.
     """
     root, name = partial_directory.parent, partial_directory.stem
     try:

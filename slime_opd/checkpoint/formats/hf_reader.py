@@ -18,7 +18,9 @@ SCALES = "_scale_inv"
 
 
 class WeightReader:
-    """The weights of a Hugging Face directory, by name. fp8 weights are read as bfloat16, multiplied by the scales of their blocks.
+    """The weights of a Hugging Face directory, by name.
+
+    fp8 weights are read as bfloat16, multiplied by the scales of their blocks.
 
     Raises CheckpointError where the directory has no safetensors files, or a file cannot be read.
     """
@@ -80,7 +82,10 @@ def dequantize(weight: Tensor, scales: Tensor, block: int = 128) -> Tensor:
 
 
 def weight_files(directory: str | Path) -> list[Path]:
-    """The safetensors files of a Hugging Face directory. Raises CheckpointError where there are none: pickles (.bin) are not read."""
+    """The safetensors files of a Hugging Face directory.
+
+    Raises CheckpointError where there are none: pickles (.bin) are not read.
+    """
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{directory}: no .safetensors file there; expected a Hugging Face model directory")

@@ -1,4 +1,4 @@
-"""Converts a Hugging Face directory to a torch_dist checkpoint, a tensor at a time, on the CPU; what was written is read back and compared."""
+"""Converts a Hugging Face directory to a torch_dist checkpoint, tensor by tensor on the CPU, and verifies it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -26,7 +27,7 @@ from slime_opd.model.vocabulary import padded_vocabulary
 from slime_opd.observe.progress import Progress
 
 # A run with any layout cuts the unsplit tensors as it needs them.
-_NOT_SPLIT = {
+_NOT_SPLIT: dict[str, Any] = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "expert_model_parallel_size": 1,
@@ -46,15 +47,15 @@ class _Source:
 def convert(config: Config, directory: Path) -> None:
     """Write the weights of --hf-checkpoint to the empty `directory`; the ranks of the process group share the work.
 
-    At most one file's tensors are in memory. Raises CheckpointError where --hf-checkpoint lacks a weight, has one that would be lost,
-    or the result differs from what was written.
+    At most one file's tensors are in memory. Raises CheckpointError where --hf-checkpoint lacks a weight, has one that
+    would be lost, or the result differs from what was written.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     unsplit = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **_NOT_SPLIT))
     bridge = make_bridge(unsplit)
     # The padding is that of the run's own tensor parallelism.
     bridge.padded_vocab_size = padded_vocabulary(bridge.vocab_size, config)
-    origin = config.model.hf_checkpoint
+    origin = bridge.directory
     reader = WeightReader(origin)
     state = model_state(build_model(unsplit, bridge, on_meta=True))
     hf_names = {name: bridge.hf_names(name) for name in state}

@@ -57,9 +57,10 @@ def write(
 ) -> list[str]:
     """Write weights as safetensors shards with an index and checksums, beside the tokenizer and config of `origin`.
 
-    One shard is in memory at a time; it is read back and compared before it gets its name. If `output` holds an interrupted write of
-    the same `source` with the same shards, it is resumed. Returns the shards that were complete already. Raises CheckpointError where
-    `output` holds other files, unless `overwrite`, and where a shard differs from what was written.
+    One shard is in memory at a time; it is read back and compared before it gets its name. If `output` holds an
+    interrupted write of the same `source` with the same shards, it is resumed. Returns the shards that were complete
+    already. Raises CheckpointError where `output` holds other files, unless `overwrite`, and where a shard differs from
+    what was written.
     """
     output, origin = Path(output), Path(origin)
     shards = list(_shards(groups, shard_bytes))

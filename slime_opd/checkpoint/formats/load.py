@@ -25,8 +25,8 @@ def load_weights(
 ) -> None:
     """Copy the weights at `location`, torch_dist or Hugging Face, into the model. `flag` is named in errors.
 
-    With `any_vocabulary` the number of vocabulary rows may differ: surplus rows are ignored, missing ones keep their values. Raises
-    CheckpointError, with both shapes, where the architecture differs.
+    With `any_vocabulary` the number of vocabulary rows may differ: surplus rows are ignored, missing ones keep their
+    values. Raises CheckpointError, with both shapes, where the architecture differs.
     """
     if location.is_hugging_face:
         check_hf_config(bridge, location, flag, any_vocabulary=any_vocabulary)

@@ -35,9 +35,9 @@ def save(
 ) -> Path:
     """Write one checkpoint under `root`; returns its directory. `iteration` None: a release, of weights alone.
 
-    `run_state`: the driver's state, as JSON values. `keep`: checkpoints that are kept (0: all). `tokenizer`: a Hugging Face directory
-    whose tokenizer is copied beside the weights. Raises CheckpointError where the checkpoint cannot be written: its files are removed,
-    and the tracker file still names the one before.
+    `run_state`: the driver's state, as JSON values. `keep`: checkpoints that are kept (0: all). `tokenizer`: a Hugging
+    Face directory whose tokenizer is copied beside the weights. Raises CheckpointError where the checkpoint cannot be
+    written: its files are removed, and the tracker file still names the one before.
     """
     name = "release" if iteration is None else f"iter_{iteration:07d}"
     partial = Path(root) / f"{name}.partial"

@@ -16,8 +16,9 @@ from slime_opd.model.hidden_states import HiddenStatesModel
 
 FULLY_RESHARDABLE = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    # Gathered in host memory, by the first data-parallel rank alone. By default every rank gathers all of it through the GPU, in
-    # two copies of the float32 weights (31 GiB more for 8B parameters at TP=2), just when the memory is full.
+    # Gathered in host memory, by the first data-parallel rank alone. By default every rank gathers all of it through
+    # the GPU, in two copies of the float32 weights (31 GiB more for 8B parameters at TP=2), just when the memory is
+    # full.
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
 
@@ -33,7 +34,8 @@ class TrainingState:
 
 def model_state(model: HiddenStatesModel) -> dict[str, Any]:
     """The model's sharded tensors, by parameter."""
-    # Transformer Engine's `_extra_state` carries FP8 scales only; leaving it out makes one checkpoint fit both layer specs.
+    # Transformer Engine's `_extra_state` carries FP8 scales only; leaving it out makes one checkpoint fit both layer
+    # specs.
     return {key: value for key, value in model.sharded_state_dict().items() if "_extra_state" not in key}
 
 

@@ -14,7 +14,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def own_storage(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous and in a storage of its own size: a slice of a larger tensor is copied, others are returned unchanged."""
+    """The tensor, contiguous and in its own storage; a copy if it is a slice of a larger one."""
     if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

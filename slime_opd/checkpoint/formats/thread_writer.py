@@ -1,8 +1,8 @@
 """Replaces Megatron-core's writer processes by threads of the rank.
 
-Megatron-core forks a process per file, for saves in the background, and waits until each reports. If one is killed (by the
-out-of-memory killer, say) its rank waits forever; and forking a process with threads is not safe. Saves here are not in the background,
-and threads write as fast, because writing a file's bytes releases the interpreter's lock.
+Megatron-core forks a process per file, for saves in the background, and waits until each reports. If one is killed (by
+the out-of-memory killer, say) its rank waits forever; and forking a process with threads is not safe. Saves here are
+not in the background, and threads write as fast, because writing a file's bytes releases the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _FileSystemWriter = filesystem_async.FileSystemWriterAsync
 def write_with_threads() -> None:
     """Make Megatron's saves write with threads of this process, and pass their results through a queue in it.
 
-    Megatron's default queue is another process, started by `spawn`: it costs seconds of imports and 300 MB, and outlives a killed rank.
+    Megatron's default queue is another process, started by `spawn`: it costs seconds of imports and 300 MB, and
+    outlives a killed rank.
     """
     _FileSystemWriter.write_preloaded_data_multiproc = staticmethod(_write_files)
     filesystem_async._results_queue = queue.SimpleQueue()

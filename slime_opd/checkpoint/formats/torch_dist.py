@@ -56,7 +56,10 @@ class Piece:
 
 
 class Reader:
-    """Parts of the tensors of one checkpoint directory. Raises CheckpointError where its `.metadata` cannot be trusted."""
+    """Parts of the tensors of one checkpoint directory.
+
+    Raises CheckpointError where its `.metadata` cannot be trusted.
+    """
 
     def __init__(self, directory: str | Path) -> None:
         safe_metadata.check_metadata(Path(directory))
@@ -123,8 +126,9 @@ def write(
 ) -> list[Piece]:
     """Write all pieces; returns those that this rank wrote.
 
-    `make` returns a piece's values; it is called when the piece is written. With several ranks, all are given the same pieces and each
-    makes and writes a share of them; `gather` concatenates the ranks' lists on rank 0, which completes the checkpoint.
+    `make` returns a piece's values; it is called when the piece is written. With several ranks, all are given the same
+    pieces and each makes and writes a share of them; `gather` concatenates the ranks' lists on rank 0, which completes
+    the checkpoint.
     """
     files = list(_files(pieces))
     plans, metadata = create_default_global_save_plan([SavePlan([_item(p) for p in file]) for file in files])

@@ -1,4 +1,4 @@
-"""Converts a torch_dist checkpoint to a Hugging Face directory, shard by shard, on the CPU: for the tool and for --save-hf."""
+"""Converts a torch_dist checkpoint to a Hugging Face directory, shard by shard on the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from mbridge.core.parallel_states import ParallelStates
@@ -32,8 +33,8 @@ def convert(
 ) -> list[str]:
     """Write the checkpoint in `directory` to `output`, with tokenizer, config and untrained weights of `origin`.
 
-    Reads files only: needs no GPU and no process group. An interrupted conversion is resumed; returns the shards that were complete
-    already. Raises CheckpointError as `hf_writer.write` does.
+    Reads files only: needs no GPU and no process group. An interrupted conversion is resumed; returns the shards that
+    were complete already. Raises CheckpointError as `hf_writer.write` does.
     """
     directory = Path(directory)
     trained, hf_config = trained_weights(torch_dist.Reader(directory), origin)
@@ -48,13 +49,14 @@ def convert(
 
 
 def trained_weights(reader: torch_dist.Reader, origin: str) -> tuple[list[WeightGroup], PretrainedConfig]:
-    """The weights of a torch_dist checkpoint under Hugging Face's names, in the model's order, and the config of `origin`."""
+    """A checkpoint's weights under Hugging Face's names, in the model's order, and the config of `origin`."""
     tensors = {key: value for key, value in reader.tensors().items() if key.startswith(_MODEL_KEYS)}
     (rows, _), dtype = tensors["embedding.word_embeddings.weight"]
+    precision: dict[str, Any] = {_FLAG_OF_DTYPE[dtype]: True}
     config = Config(
         model=ModelConfig(hf_checkpoint=origin, megatron_to_hf_mode="bridge"),
         # No layer runs here, so no kernel is chosen for this machine.
-        training=TrainingConfig(**{_FLAG_OF_DTYPE[dtype]: True, "attention_backend": "local"}),
+        training=TrainingConfig(attention_backend="local", **precision),
     )
     bridge = make_bridge(config, ParallelStates())
     bridge.padded_vocab_size = rows

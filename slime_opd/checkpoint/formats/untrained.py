@@ -1,4 +1,4 @@
-"""Weights of a Hugging Face directory that the trained model does not have: which may be ignored, which are copied to an export."""
+"""Weights of a Hugging Face directory that the trained model lacks: ignored, copied to an export, or refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slime_opd.errors import CheckpointError
 
 
 def check_all_used(reader: WeightReader, used: set[str], directory: str, hf_config: PretrainedConfig) -> None:
-    """Raise CheckpointError where --hf-checkpoint `directory` lacks one of the `used` weights, or has another that would be lost."""
+    """Raise CheckpointError where --hf-checkpoint lacks one of the `used` weights, or has one that would be lost."""
     if missing := sorted(used - reader.names):
         raise CheckpointError(
             f"--hf-checkpoint {directory} lacks {len(missing)} of the weights that its config.json describes, first {missing[0]}"
@@ -28,8 +28,8 @@ def check_all_used(reader: WeightReader, used: set[str], directory: str, hf_conf
 def untrained_weights(origin: str, trained: Iterable[WeightGroup], hf_config: PretrainedConfig) -> list[WeightGroup]:
     """The weights of --origin-hf-dir that are not trained here but copied: layers for multi-token prediction.
 
-    None is copied from a quantised directory, because the trained weights are not quantised. Raises CheckpointError where `origin`
-    and `trained` are of different models.
+    None is copied from a quantised directory, because the trained weights are not quantised. Raises CheckpointError
+    where `origin` and `trained` are of different models.
     """
     if not any(Path(origin).glob("*.safetensors")):
         return []  # a directory with config and tokenizer alone

@@ -1,4 +1,7 @@
-"""Verifies every file of a checkpoint before any of it is loaded. All ranks take part, each with its share of the files."""
+"""Verifies every file of a checkpoint before any of it is loaded.
+
+All ranks take part, each with its share of the files.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def make_mbridge(directory: str, dtype: torch.dtype, layout: ParallelStates | No
 
 
 def read_config(directory: str) -> PretrainedConfig:
-    """The config of a Hugging Face directory, with rotary settings under the names of transformers 4, which mbridge reads."""
+    """The config of a Hugging Face directory, with rotary settings under the names of transformers 4."""
     # By default transformers asks at the terminal whether to run a directory's own code: never run it.
     hf_config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     # transformers 5 moved all rotary settings into `rope_parameters`.

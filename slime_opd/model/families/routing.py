@@ -10,10 +10,11 @@ from slime_opd.errors import ConfigError
 
 
 def deepseek_router(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """Megatron's settings of an MoE with a sigmoid router, a bias that affects only the selection of experts, and shared experts.
+    """Megatron's settings of an MoE with a sigmoid router, a selection bias, and shared experts.
 
-    DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16. The loaded bias is not updated, and no loss balances the experts: they were
-    balanced on other data than rollouts. Raises ConfigError for a group selection that Megatron implements differently.
+    DeepSeek-V3 (arXiv 2412.19437), equations 12 to 16. The loaded bias is not updated, and no loss balances the
+    experts: they were balanced on other data than rollouts. Raises ConfigError for a group selection that Megatron
+    implements differently.
     """
     groups, selected = hf_config.n_group or 1, hf_config.topk_group or 1
     if groups > 1 and hf_config.num_experts_per_tok // selected != 2:
