@@ -26,7 +26,7 @@ from slime_opd.preflight.inputs import inspect_inputs
 from slime_opd.preflight.memory_estimate import estimates, size_of
 from slime_opd.preflight.rules import notes, problems
 from slime_opd.preflight.start import inspect_start, trainer_config
-from slime_opd.preflight.teacher import look_at_teacher
+from slime_opd.preflight.teacher import inspect_teacher
 from slime_opd.preflight.weights import inspect_checkpoints, inspect_weights
 
 
@@ -80,7 +80,7 @@ def _start(subject: Subject) -> None:
 def _data_and_teacher(subject: Subject) -> None:
     inputs = inspect_inputs(subject.config, subject.found)
     if inputs is not None:
-        look_at_teacher(subject.config, inputs.tokenizer, subject.found)
+        inspect_teacher(subject.config, inputs.tokenizer, subject.found)
 
 
 def _sizes(subject: Subject) -> None:

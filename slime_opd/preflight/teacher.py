@@ -10,7 +10,7 @@ from slime_opd.config import Config
 from slime_opd.preflight.findings import Findings, attempt
 
 
-def look_at_teacher(config: Config, tokenizer: Any, found: Findings) -> None:
+def inspect_teacher(config: Config, tokenizer: Any, found: Findings) -> None:
     """Probe the teacher's server, without retries; nothing for a run whose rollouts no server scores."""
     if not (config.teacher.scores_rollouts and config.generates and config.reward.rm_url):
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from slime_opd.config import Config
 from slime_opd.config.hf_config import architecture_of
-from slime_opd.memory_estimate import bytes_text, count_text, size_of, step_bytes
 from slime_opd.preflight.memory_estimate import bytes_text, count_text, size_of, step_bytes
 from slime_opd.rehearsal.batch import Load, rollout_tokens, tokens_per_micro_batch
 from slime_opd.rehearsal.step import NOT_COVERED, PHASES, SIMULATED, Rehearsed
