@@ -1,9 +1,9 @@
 """Signal handling of a run: SIGTERM, SIGINT (Ctrl-C) and SIGHUP (a closed terminal) end it with exit code 128 + signal.
 
 The run ends through every `finally`. A run with --save first saves the finished steps, if that fits into
-`--exit-grace-s`. Generation and evaluation are interrupted at once, since the trainer then has the weights of a finished
-step. A training step is finished first, if its remaining time and a save fit, by the durations of the last step and the
-last save; else the run ends at once and reports what is not saved. The grace period is a deadline in any case. A second
+`--exit-grace-s`. Generation and evaluation are interrupted at once, since the trainer then has the weights of a
+finished step. A training step is finished first, if its remaining time and a save fit, by the durations of the last
+step and the last save; else the run ends at once and reports what is not saved. The grace period is a deadline in any case. A second
 Ctrl-C cancels the save. Clean-up is not interrupted; if it hangs, the process is ended by force.
 """
 
@@ -221,7 +221,7 @@ def _write(message: str) -> None:
 
 
 def _drop_terminal() -> None:
-    """Redirect output to a closed terminal to /dev/null, since writing to it raises an error that would end the save."""
+    """Redirect output from a closed terminal to /dev/null: a write error would end the save."""
     for descriptor in (1, 2):
         if stat.S_ISCHR(os.fstat(descriptor).st_mode):
             with open(os.devnull, "wb") as nowhere:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Bundles:
     """The GPUs of a run as bundles, each of which Ray reserves on one node: first the trainers', then the engines'.
 
-    The ranks of a node are consecutive, and Megatron numbers tensor-parallel ranks first, so tensor-parallel groups stay
-    on a node. A colocated engine has no bundle of its own: engine i is in the bundle of rank i × gpus_per_engine.
+    The ranks of a node are consecutive, and Megatron numbers tensor-parallel ranks first, so tensor-parallel groups
+    stay on a node. A colocated engine has no bundle of its own: engine i is in the bundle of rank i × gpus_per_engine.
     """
 
     nodes: int
@@ -54,7 +54,7 @@ class Bundles:
         return (
             f"{self._needs()}, and they did not become free within {timeout_s:g} s: "
             f"free are {_listed(free_gpus_of_nodes)}. The ranks of a node (--actor-num-gpus-per-node), and an engine "
-            "(--rollout-num-gpus-per-engine), need their GPUs on one node; end other users of the cluster, or lower them"
+            "(--rollout-num-gpus-per-engine), need their GPUs on one node; free GPUs of the cluster, or lower them"
         )
 
     def _needs(self) -> str:

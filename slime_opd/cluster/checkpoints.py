@@ -81,7 +81,7 @@ class RunCheckpoints:
             self.trainer_config = dataclasses.replace(self.trainer_config, checkpoint=options)
 
     def begin(self, trainers: TrainerGroup) -> None:
-        """Prepare --save for the first new checkpoint. Call it after the trainers have loaded the starting checkpoint."""
+        """Prepare --save for the first new checkpoint. Call it after the trainers have loaded theirs."""
         self._saved_at = time.monotonic()
         if self._root is None or not self._root.is_dir() or self.start.step >= self.policy.total:
             return

@@ -63,7 +63,7 @@ class EngineActor:
 
 
 class EngineGroup:
-    """All engines of a run. `url` is the address for requests: the engine's, or that of the router in front of several."""
+    """All engines of a run. `url`: the address for requests, of the engine or of the router in front of several."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class EngineGroup:
         return options
 
     def stop(self) -> None:
-        """End the router and every engine, including engines that are still starting; an actor's warden ends its server."""
+        """End the router and every engine, even if it is still starting; an actor's warden ends its server."""
         self._is_stopping = True
         if self._router is not None:
             self._router.stop()

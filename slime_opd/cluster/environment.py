@@ -71,7 +71,8 @@ def engine_environment(config: Config, devices: Devices, user: Mapping[str, str]
     """Variables of each engine; {} without GPUs."""
     if not devices.has_gpus:
         return {}
-    # Trainer ranks, such as pipeline stages, use different amounts of memory; SGLang refuses GPUs whose free memory differs.
+    # Trainer ranks, such as pipeline stages, use different amounts of memory; SGLang refuses GPUs whose free memory
+    # differs.
     colocated = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"} if config.cluster.colocate else {}
     return colocated | _set_by_user(user) | _communicator_variables(config, user)
 

@@ -13,7 +13,7 @@ GCS_TIMEOUT_VARIABLE, GCS_TIMEOUT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 
 
 
 def is_inside_job() -> bool:
-    """Whether this process was started by `ray job submit`, in which case Ray takes its address from the environment."""
+    """Whether this process was started by `ray job submit`, so that Ray finds its address in the environment."""
     return "RAY_ADDRESS" in os.environ or "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 

@@ -30,7 +30,7 @@ def template_arguments(text: str) -> dict[str, Any]:
 
 
 class Renderer:
-    """Renders prompts with a tokenizer's chat template. `arguments` of the template; None: no template, strings only."""
+    """Renders prompts with a tokenizer's chat template. `arguments`: the template's; None: no template."""
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] | None) -> None:
         self._tokenizer = tokenizer
@@ -105,7 +105,7 @@ def _message(turn: object, where: str) -> Message:
 
 
 def _content(content: object, where: str) -> str:
-    """The text of a message; text parts are joined. Other types are refused: a template would write their Python repr."""
+    """The text of a message; text parts are joined. Other types are refused: a template would print their repr."""
     if isinstance(content, str):
         return content
     if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
@@ -144,8 +144,8 @@ def ends_with_assistant(value: object) -> bool:
 def last_answer(prompt: Sequence[int], conversation: Sequence[int], eos: int | None, where: str) -> list[int]:
     """The tokens of a conversation's last answer: those that follow `prompt` in `conversation`.
 
-    Tokens after the last end-of-sequence token (a template's newline) are removed, since no rollout would generate them.
-    Raises DataError if `conversation` does not begin with `prompt`, or the answer is empty.
+    Tokens after the last end-of-sequence token (a template's newline) are removed, since no rollout would generate
+    them. Raises DataError if `conversation` does not begin with `prompt`, or the answer is empty.
     """
     length = len(prompt)
     if list(conversation[:length]) != list(prompt):

@@ -65,7 +65,8 @@ class Columns:
             return {}
         if not isinstance(value, Mapping):
             raise DataError(
-                f"{row.where}: --metadata-key {self.metadata_key} is {json_kind(value)}; expected an object, or another column"
+                f"{row.where}: --metadata-key {self.metadata_key} is {json_kind(value)}; "
+                "expected an object, or another column"
             )
         return value
 

@@ -1,8 +1,8 @@
 """The file formats of a data set: JSONL, a JSON array, CSV and Parquet.
 
-Each format has `len()` and `rows(start, stop)`, which yields (position in the file, columns) row by row. Only a batch of
-rows is in memory, except for a JSON array, which is parsed as a whole. For any content, the only exception is a
-DataError that names the position.
+Each format has `len()` and `rows(start, stop)`, which yields (position in the file, columns) row by row. Only a
+batch of rows is in memory, except for a JSON array, which is parsed as a whole. For any content, the only exception is
+a DataError that names the position.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ class Csv:
         yield from islice(self._records(), start, stop)
 
     def _records(self) -> Iterator[Positioned]:
-        # The default limit refuses fields above 128 KiB. The limit is global to the process, so it is set before each use.
+        # The default limit refuses fields above 128 KiB. The limit is global to the process, so it is set before each
+        # use.
         csv.field_size_limit(self._max_row_bytes)
         with self._path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=self._delimiter, strict=True)

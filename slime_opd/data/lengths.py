@@ -99,7 +99,8 @@ class Excluded:
         if reasons := self._too_long():
             count = sum(self.counts[reason] for reason in reasons)
             notes.append(
-                f"{path}: {count} of {total} prompts dropped by --too-long-prompts drop; {self._first(reasons[0], path)}"
+                f"{path}: {count} of {total} prompts dropped by --too-long-prompts drop; "
+                f"{self._first(reasons[0], path)}"
             )
         return notes
 

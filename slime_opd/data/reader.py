@@ -1,6 +1,6 @@
 """Rows of a data file, and the values in their columns.
 
-`FILE` is JSONL, a JSON array of objects, CSV or Parquet (see formats.py). `FILE@[a:b]` selects rows like a Python slice.
+`FILE` is JSONL, a JSON array of objects, CSV or Parquet (see formats.py). `FILE@[a:b]` is a Python slice of it.
 Every row has its position, so that errors can name the file and the line.
 """
 

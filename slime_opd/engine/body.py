@@ -19,7 +19,7 @@ _BYTES_PER_ROW = 128
 
 
 def body_limit(num_rows: int) -> int:
-    """Largest accepted size, in bytes, of an answer with `num_rows` log-prob rows: over three times what SGLang sends."""
+    """Largest accepted size, in bytes, of an answer with `num_rows` log-prob rows: three times that of SGLang's."""
     return _MIN_LIMIT + _BYTES_PER_ROW * num_rows
 
 

@@ -49,7 +49,7 @@ class EngineClient:
     `api_key` is sent as a bearer token, user info in `url` as basic authentication; both are removed from the attribute
     `url` and from messages.
     `vocabulary_size` of the model: ids beyond it are refused, and its last id is accepted when SGLang echoes it as 0.
-    `transport`, `backoff_s` and `sleep` are for tests. The attribute `bytes_moved` counts bodies of requests and answers.
+    `transport`, `backoff_s` and `sleep` are for tests. `bytes_moved` counts the bodies of requests and answers.
     """
 
     def __init__(

@@ -22,7 +22,7 @@ from slime_opd.errors import EngineError, EngineTimeout
 
 
 class EngineControl:
-    """Client of one SGLang server's admin calls. `timeout_s` bounds each call; `api_key` is the server's, if it has one."""
+    """Client of one SGLang server's admin calls. `timeout_s` bounds each call; `api_key`: the server's, or None."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class EngineControl:
         )
 
     def flush_cache(self, timeout_s: float = 60.0) -> None:
-        """Drop cached prefixes. A server with requests in flight refuses; the call is repeated for `timeout_s` seconds."""
+        """Drop cached prefixes. A server with requests in flight refuses; retried for `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         pause = 0.05
         while True:
@@ -135,7 +135,7 @@ class EngineControl:
         self.update_weights_from_tensor([expected] * num_ranks, load_format=weight_proof.LOADER, flush_cache=False)
 
     def finish_weight_proof(self) -> dict[str, list[str]]:
-        """Names of wrong tensors since `begin_weight_proof`, by kind; {} proves that the server has the trainer's weights.
+        """Names of wrong tensors since `begin_weight_proof`, by kind; {} proves that it has the trainer's weights.
 
         `weight_proof.CHANGED`: parameters of the server that loading changed; `DIFFERENT`: tensors that arrived with
         another checksum than the trainer's; `MISSING`: tensors that did not arrive.

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import httpx
 import psutil
 
-# Prefixes of arguments that identify a server's processes. SGLang's children set their titles ("sglang::scheduler_TP0").
+# Prefixes of arguments that identify a server's processes. SGLang's children set their titles
+# ("sglang::scheduler_TP0").
 _NAMES_BY_PREFIX = {
     "sglang.launch_server": "HTTP process",
     "slime_opd.engine.cpu_launcher": "HTTP process",

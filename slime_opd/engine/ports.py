@@ -19,7 +19,8 @@ def free_port(host: str = "127.0.0.1") -> int:
                 continue
             return port
     raise OSError(
-        f"found no free port of {host or 'this node'}, expected one from {_SERVER_PORTS.start} to {_SERVER_PORTS.stop - 1}"
+        f"found no free port of {host or 'this node'}, "
+        f"expected one from {_SERVER_PORTS.start} to {_SERVER_PORTS.stop - 1}"
     )
 
 

@@ -1,6 +1,6 @@
 """Validated parser of SGLang's log-prob rows `[log_prob, token_id, text or null]`. Pure.
 
-Invalid rows raise EngineError. Types are checked for whole columns at a time, because a response may have a million rows.
+Invalid rows raise EngineError. Types are checked for whole columns: a response may have a million rows.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 
 from slime_opd.errors import EngineError
 
-# A log-prob is at most 0 in exact arithmetic. In float32 `log(softmax)` exceeds 0 by up to 1e-7, and `logit - logsumexp`
-# by up to the spacing of float32 at the logit, which is 6e-5 for logits up to 1,024.
+# A log-prob is at most 0 in exact arithmetic. In float32 `log(softmax)` exceeds 0 by up to 1e-7, and `logit -
+# logsumexp` by up to the spacing of float32 at the logit, which is 6e-5 for logits up to 1,024.
 MAX_LOG_PROB = 1e-4
-# Below -745 a probability is 0 even in float64. Placeholders for a missing log-prob (-9999, -1e30, the smallest float32)
-# are below this limit.
+# Below -745 a probability is 0 even in float64. Placeholders for a missing log-prob (-9999, -1e30, the smallest
+# float32) are below this limit.
 MIN_LOG_PROB = -1000.0
 SMALLEST_FLOAT32 = float(np.finfo(np.float32).min)
 # Upper limit of the sum of different tokens' probabilities at one position: 1 plus rounding.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class _Request:
-    """`silence_s`: seconds without any answer before it ends. `latest`: the loop's time at which it ends in any case."""
+    """`silence_s`: seconds without any answer before it ends. `latest`: the loop's time at which it must end."""
 
     silence_s: float
     latest: float

@@ -1,9 +1,9 @@
 """The wire protocol of top-k log-probs: payloads of requests, and parsers of their answers. Pure.
 
 A server returns the log-probs of its own most likely tokens (`top_logprobs_num`) and of requested ids
-(`token_ids_logprob`), but it takes one list of ids for a whole request, and returns all of them at each position. So the
-log-probs of the student's candidates, which differ by position, are first looked up in the server's top N, which has
-nearly all of them. The missing ones are requested in segments of positions with a short list of ids each; the server
+(`token_ids_logprob`), but it takes one list of ids for a whole request, and returns all of them at each position. So
+the log-probs of the student's candidates, which differ by position, are first looked up in the server's top N, which
+has nearly all of them. Missing ones are requested in segments of positions with a short list of ids each; the server
 has cached the prefixes of the segments. benchmarks/README.md compares the bytes and seconds of such requests.
 
 Notation: R response tokens, K candidates, N most likely tokens.

@@ -43,7 +43,8 @@ def main(module: str, argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    # Through the importable module, not __main__: SGLang pickles its arguments, and so the key's class, for its children.
+    # Through the importable module, not __main__: SGLang pickles its arguments, and so the key's class, for its
+    # children.
     from slime_opd.engine import with_key
 
     with_key.main(sys.argv[1], sys.argv[2:])

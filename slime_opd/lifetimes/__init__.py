@@ -95,7 +95,7 @@ def own(scope: str | None = None) -> str:
 
 
 def leave_last_words(text: str) -> None:
-    """Set the line that this process's warden prints if the process dies without printing an error; replaces the last."""
+    """Set the line that this process's warden prints if the process dies without an error of its own."""
     if _owner.pid == os.getpid():
         with contextlib.suppress(OSError):  # the warden was killed
             os.write(_owner.pipe, " ".join(text.split()).encode() + b"\n")
@@ -115,7 +115,7 @@ def processes_in_scope(scope: str) -> list[int]:
 
 
 def scope_of_process(pid: int) -> str | None:
-    """The scope that a process owns, or else was started in; None if it has none. A run's driver owns the run's scope."""
+    """The scope that a process owns (a run's driver: the run's), or else was started in; None if it has none."""
     return _owned_scope(pid) or _inherited_scope(pid)
 
 
@@ -134,7 +134,7 @@ def _map_scope(scope: str) -> mmap.mmap:
 
 
 def _make_private_directory(scope: str) -> str:
-    """Make the owner's temporary directory, below the current one, or below /tmp if paths of sockets would get too long."""
+    """Make the owner's temporary directory: below the current one, or below /tmp if socket paths would be too long."""
     shared = tempfile.gettempdir()
     defaults = (shared, os.path.join(shared, f"torchinductor_{_user_name()}"))
     for name, path in zip(SHARED_DIRECTORIES, defaults, strict=True):

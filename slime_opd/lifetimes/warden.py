@@ -40,8 +40,8 @@ def main() -> None:
     if message in (b"", NORMAL_EXIT):
         return
     report = (
-        f"slime_opd: error: process {owner} died without an error of its own: it was killed, or Ray ended it when a part "
-        f"of Ray was; {message.decode()}\n"
+        f"slime_opd: error: process {owner} died without an error of its own: it was killed, or Ray ended it when a "
+        f"part of Ray was; {message.decode()}\n"
     )
     if killed:
         report += f"slime_opd: process {owner} died; ended what it had started: {', '.join(killed)}\n"
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def end_scope(scope: str, owner: int) -> list[str]:
-    """Kill the processes of a scope except this one, and remove their shared memory; returns what it killed, "PID NAME".
+    """Kill the processes of a scope except this one, and remove their shared memory; returns "PID NAME" of each.
 
     The resource trackers of Python's multiprocessing unlink semaphores and exit once the processes that use them have
     exited; wardens of nested scopes remove their temporary directories. Both are killed only after a grace period.

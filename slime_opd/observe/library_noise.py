@@ -1,4 +1,4 @@
-"""Silence irrelevant warnings of other libraries, each by its own text or logger, so that new warnings are still shown."""
+"""Silence irrelevant warnings of libraries, each by its own text or logger, so that new warnings are still shown."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class MetricSinks:
     def __init__(
         self, run_dir: Path, options: ObserveConfig, config: dict[str, object] | None = None, *, first_step: int = 0
     ) -> None:
-        """`config`: the run's options, for services that show them. `first_step`: the rollouts that were done before."""
+        """`config`: the run's options, for services that show them. `first_step`: number of rollouts done before."""
         run_dir.mkdir(parents=True, exist_ok=True)
         lines = JsonLines(run_dir, first_step)
         self.attempt = lines.attempt

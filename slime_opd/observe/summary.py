@@ -17,7 +17,7 @@ _METRICS = (
 
 @dataclass(frozen=True)
 class Places:
-    """The directories that a run writes to. `save` None: no checkpoints. `saves`: text that says when they are written."""
+    """The directories that a run writes to. `save` None: no checkpoints. `saves`: when they are written, as text."""
 
     run_dir: Path
     attempt: int
@@ -90,7 +90,7 @@ def closing(progress: Progress, last: Mapping[str, float], checkpoint: str | Non
 
 
 def stopped(progress: Progress, save: str | None, checkpoint: str | None, start: str | None) -> str:
-    """The line of a run that ends before its last rollout. `checkpoint`: the newest; `start`: the starting checkpoint."""
+    """The line of a run that ends before its last rollout. `checkpoint`: the newest; `start`: the first one."""
     where = f"stopped after {progress.done} of {progress.total} rollouts"
     if save is None:
         return f"{where}: no checkpoint was written, because --save is not set"

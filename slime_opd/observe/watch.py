@@ -1,4 +1,4 @@
-"""State of a watchdog: the run's activities, their progress, and the processes that do not respond. Pure; times are given.
+"""State of a watchdog: activities, their progress, and processes that do not respond. Pure; times are arguments.
 
 begin("rollout 3/100") ──► advance() … advance() ──► end()
                      look(now, processes) ──► lines to print, or the reason to end the run

@@ -91,8 +91,8 @@ class _Worker:
     def _give_up(self, label: str, answer: str, code: int) -> None:
         """Discard a process that ended without an answer; `code` is its exit code.
 
-        A signal is caused by the comparison: its time limit, too much memory, too deep a stack. A normal exit means that
-        the worker itself is broken, and raises RuntimeError.
+        A signal is caused by the comparison: its time limit, too much memory, too deep a stack. A normal exit means
+        that the worker itself is broken, and raises RuntimeError.
         """
         self.close()
         if code >= 0:

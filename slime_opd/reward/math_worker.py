@@ -1,4 +1,4 @@
-"""The process that compares answers for `math.py`: reads JSON lines, answers each with "1" or "0", until its input ends.
+"""The process that compares answers for `math.py`: answers each JSON line with "1" or "0", until its input ends.
 
 It imports nothing from this package. An alarm without a handler bounds each comparison: the kernel ends the process.
 """
