@@ -1,19 +1,20 @@
-# What the run scripts share: checking input, starting processes, waiting for them with a
-# deadline, and stopping exactly those. Sourced, not run.
+# Shared functions of the run scripts: check input, start processes, wait for them with a deadline,
+# and stop exactly those. Sourced, not run.
 
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(cd "$HERE/.." && pwd)
-BASE=$(realpath -m "${BASE:-$PWD}")  # checkpoints, data and results; each path of a script may be set on its own
+BASE=$(realpath -m "${BASE:-$PWD}")  # checkpoints, data and results; the scripts' paths may be set one by one, too
 LOGS=$(realpath -m "${LOGS:-$BASE/logs}")
 PYTHON=${PYTHON:-python}
 STARTED=()  # process groups of this script
 JOB=        # the Ray job that is running
 RAY_DIRECTORY=  # where its cluster keeps sessions and logs
 JOBS=0
-# The token of this script's own Ray cluster, in the environment of its processes alone: without it Ray runs code for
-# whoever reaches its ports. Both variables are needed; with a token that merely lies in the home directory, Ray's job client sends none.
+# The token of this script's Ray cluster, which exists only in the environment of its processes: without a token Ray
+# runs the code of anyone who reaches its ports. Both variables are needed: Ray's job client does not send a token that
+# is in the home directory.
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 unset RAY_AUTH_TOKEN_PATH
@@ -23,11 +24,11 @@ fail() {
    exit 1
 }
 
-require_directory() { # VARIABLE, what it is
+require_directory() { # VARIABLE, description
    [ -d "${!1}" ] || fail "$1: found no directory ${!1}, expected $2"
 }
 
-require_file() { # VARIABLE, what it is
+require_file() { # VARIABLE, description
    [ -f "${!1}" ] || fail "$1: found no file ${!1}, expected $2"
 }
 
@@ -41,8 +42,8 @@ free_port() {
    PYTHONPATH="$ROOT" "$PYTHON" -m slime_opd.engine.ports
 }
 
-# Run a command to its end in a process group of its own: a signal to this script then stops it at
-# once, where bash would wait for a command in the foreground.
+# Run a command in its own process group and wait for it. A signal to this script then stops it at once, while bash
+# would wait for a command in the foreground.
 run() { # command…
    setsid "$@" &
    STARTED+=("$!")
@@ -50,7 +51,7 @@ run() { # command…
    unset 'STARTED[-1]'
 }
 
-# Start a command in a process group of its own, with its output in a file. Sets PID.
+# Start a command in its own process group, with its output in a file. Sets PID.
 start() { # LOG, command…
    local log=$1
    shift
@@ -60,7 +61,7 @@ start() { # LOG, command…
    STARTED+=("$PID")
 }
 
-# Stop the job and the process groups of this script, last first, and nothing else. Ray's logs stay where something failed.
+# Stop the job and the process groups of this script, last first. Ray's logs are kept if the script failed.
 stop_started() {
    local status=$? index pid deadline
    if [ -n "$JOB" ]; then
@@ -71,7 +72,7 @@ stop_started() {
       pid=${STARTED[index]}
       kill -TERM -- "-$pid" 2>/dev/null || continue
       deadline=$((SECONDS + 30))
-      { # bash prints how a process ended the moment it takes note of it
+      { # without the messages that bash prints when a process ends
          while kill -0 -- "-$pid" && ((SECONDS < deadline)); do sleep 0.5; done
          kill -KILL -- "-$pid" || true
          wait "$pid" || true
@@ -86,7 +87,7 @@ trap 'exit 143' TERM
 
 wait_for_url() { # name, URL, process id, its log, seconds
    local name=$1 url=$2 pid=$3 log=$4 deadline=$((SECONDS + $5))
-   command -v curl >/dev/null || fail "found no curl, which looks whether $name is ready"
+   command -v curl >/dev/null || fail "found no curl, which is needed to wait for $name"
    echo "waiting for $name at $url (log: $log)"
    until curl --silent --fail --max-time 5 --output /dev/null "$url"; do
       if ! kill -0 "$pid" 2>/dev/null; then
@@ -100,8 +101,8 @@ wait_for_url() { # name, URL, process id, its log, seconds
    done
 }
 
-# Convert a Hugging Face checkpoint for Megatron, once: an interrupted conversion leaves no
-# directory under the final name. Needs MODEL_ARGS.
+# Convert a Hugging Face checkpoint for Megatron, unless that is done. An interrupted conversion leaves no directory
+# with the final name. Needs MODEL_ARGS.
 convert_once() { # Hugging Face directory, Megatron directory
    [ -d "$2" ] && return
    echo "converting $1 to $2"
@@ -111,15 +112,14 @@ convert_once() { # Hugging Face directory, Megatron directory
    mv "$2.partial" "$2"
 }
 
-# A Ray cluster of this script alone: its own ports and directory, and only the GPUs given, so
-# that Ray can neither join another cluster nor hand out a GPU that someone else uses.
-# `ray stop` would stop every Ray on this host; with --block, ending this one process ends its
-# cluster, at once where nothing is drained. Sets RAY_DASHBOARD.
-start_ray() { # comma-separated GPUs; none on a machine without
+# Start a Ray cluster for this script only: with its own ports and directory and only the given GPUs, so that Ray
+# neither joins another cluster nor uses other GPUs. `ray stop` would stop every Ray on this host; with --block, ending
+# this process ends its cluster, at once because draining is off. Sets RAY_DASHBOARD.
+start_ray() { # comma-separated GPUs; "" without GPUs
    local dashboard_port
    dashboard_port=$(free_port)
-   RAY_DIRECTORY=$(mktemp -d /tmp/slime_opd.XXXXXX)  # short: Ray puts sockets there
-   # A job that is stopped may save first: Ray would kill it after 3 seconds.
+   RAY_DIRECTORY=$(mktemp -d /tmp/slime_opd.XXXXXX)  # a short path, because Ray creates sockets in it
+   # A stopped job may save first; by default Ray kills it after 3 seconds.
    start "$LOGS/ray.log" env CUDA_VISIBLE_DEVICES="$1" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 RAY_JOB_STOP_WAIT_TIME_S=120 \
       ray start --head --block --num-gpus "$(count_of "$1")" --temp-dir "$RAY_DIRECTORY" --disable-usage-stats \
       --port "$(free_port)" --ray-client-server-port "$(free_port)" \
@@ -128,7 +128,7 @@ start_ray() { # comma-separated GPUs; none on a machine without
    wait_for_url "the Ray head" "$RAY_DASHBOARD/api/gcs_healthz" "$PID" "$LOGS/ray.log" 120
 }
 
-# The job's own process outlives its cluster, so it is stopped by name on an early end.
+# The job's process outlives its cluster, so an early end of the script stops the job by its id.
 train() { # flags of slime_opd.train
    JOB=slime_opd_$$_$((JOBS += 1))
    run ray job submit --address "$RAY_DASHBOARD" --submission-id "$JOB" \

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The steps that tools/setup_cpu.sh and tools/setup_gpu.sh share. Sourced by both, after they set
+# Shared functions of tools/setup_cpu.sh and tools/setup_gpu.sh. Sourced by both, after they set
 # NAME (of the script), ROOT, VENV, PYTHON, NEEDED_GB and STAMP.
 
 fail() {
@@ -10,16 +10,16 @@ fail() {
 step() { # description, command…
    echo "$NAME: $1"
    shift
-   "$@" || fail "'$*' failed; its output above says why (is a package index in reach?)"
+   "$@" || fail "'$*' failed; see its output above (is the package index reachable?)"
 }
 
-check_python() { # the versions to accept in words, an expression over sys.version_info
-   command -v "$PYTHON" >/dev/null || fail "found no $PYTHON, expected Python $1; name one with PYTHON=…"
+check_python() { # accepted versions as text, the same as an expression over sys.version_info
+   command -v "$PYTHON" >/dev/null || fail "found no $PYTHON, expected Python $1; set PYTHON=… to one"
    "$PYTHON" -c "import sys; sys.exit(not ($2))" ||
-      fail "found $("$PYTHON" --version 2>&1) at $(command -v "$PYTHON"), expected $1; name one with PYTHON=…"
+      fail "found $("$PYTHON" --version 2>&1) at $(command -v "$PYTHON"), expected $1; set PYTHON=… to one"
 }
 
-fingerprint() { # files… : changes when one of them, the interpreter or the place of the project changes
+fingerprint() { # files… : changes when one of them, the interpreter or the project's directory changes
    { cat "$ROOT/setup.py" "$ROOT/tools/setup_common.sh" "$@"; echo "$ROOT"; "$PYTHON" --version; } | sha256sum | cut -d' ' -f1
 }
 

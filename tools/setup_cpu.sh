@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A virtual environment that runs all of slime_opd on a Linux machine without a GPU.
+# Make a virtual environment for slime_opd on a Linux machine without a GPU.
 #
 #   tools/setup_cpu.sh [DIRECTORY]      (default: .venv)
 #
-# pip alone cannot do it: SGLang's own requirements bring some 11 GB of CUDA packages and then need
-# a driver, so SGLang is installed without them, after the packages that it needs on a CPU (the
-# cpu extra in setup.py). A second run finds its work done. PYTHON names the interpreter.
+# pip alone cannot do it: SGLang's requirements are 11 GB of CUDA packages that need a driver. So SGLang is
+# installed without them, after the packages that it needs on a CPU (the cpu extra in setup.py). A second run
+# does nothing if nothing has changed. PYTHON is the interpreter.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -22,7 +22,7 @@ source "$ROOT/tools/setup_common.sh"
 [ "$(uname -s)" = Linux ] || fail "found $(uname -s), expected Linux: SGLang's CPU engine runs nowhere else"
 check_python "3.11 or newer" "sys.version_info >= (3, 11)"
 if [ "${CUDA_VISIBLE_DEVICES-unset}" != "" ] && nvidia-smi -L >/dev/null 2>&1; then
-   fail "this machine has a CUDA GPU: use tools/setup_gpu.sh, or set CUDA_VISIBLE_DEVICES= to go on without it"
+   fail "this machine has a CUDA GPU: use tools/setup_gpu.sh, or set CUDA_VISIBLE_DEVICES= to ignore it"
 fi
 
 FINGERPRINT=$(fingerprint "${BASH_SOURCE[0]}")
@@ -34,7 +34,7 @@ fi
 make_venv
 PIP=("$VENV/bin/python" -m pip --disable-pip-version-check -qq)
 step "installing $TORCH" "${PIP[@]}" install "$TORCH"
-step "installing slime_opd with what its CPU stack needs (a minute or two)" "${PIP[@]}" install -e "${ROOT}[cpu,test]"
+step "installing slime_opd with the requirements of its CPU stack (a minute or two)" "${PIP[@]}" install -e "${ROOT}[cpu,test]"
 step "installing $SGLANG without its CUDA packages" "${PIP[@]}" install --no-deps "$SGLANG"
 step "checking that it imports" "$VENV/bin/python" -W ignore -c 'import httpx, mbridge, megatron.core, ray, sglang, slime_opd, torch'
 echo "$FINGERPRINT" >"$STAMP"

@@ -1,40 +1,40 @@
 #!/usr/bin/env bash
-# A virtual environment that runs all of slime_opd on Linux machines with NVIDIA GPUs.
+# Make a virtual environment for slime_opd on Linux machines with NVIDIA GPUs.
 #
 #   tools/setup_gpu.sh [DIRECTORY]      (default: .venv)
 #
 #   PYTHON=python3.12    the interpreter: 3.11 or 3.12, for which SGLang's packages have wheels
-#   WITHOUT_NVCC=1       go on without a CUDA toolkit; machines that run engines need one
-#   WITH_FLASH_ATTN=1    build flash-attn too, for --attention-backend flash; long
-#   MAX_JOBS=N           compilers that run at once (default: one per core and per 4 GB of memory)
+#   WITHOUT_NVCC=1       do not require a CUDA toolkit; machines that run engines need one
+#   WITH_FLASH_ATTN=1    build flash-attn too, for --attention-backend flash; takes long
+#   MAX_JOBS=N           number of parallel compilers (default: one per core and per 4 GB of memory)
 #
-# pip alone cannot do it: Transformer Engine's PyTorch extension is a source distribution, and in its
-# isolated build pip compiles it for the newest torch, not for the one that SGLang pins. So SGLang
-# comes first, and the extension is compiled for what is there, with the CUDA headers of torch's own
-# wheels. The versions are in setup.py, in the extras gpu, transformer-engine and flash-attn.
+# pip alone cannot do it: Transformer Engine's PyTorch extension is a source distribution, and pip's isolated
+# build compiles it for the newest torch, not for the version that SGLang pins. So SGLang is installed first,
+# and the extension is compiled for the installed torch, with the CUDA headers of torch's own wheels. The
+# versions are in setup.py, in the extras gpu, transformer-engine and flash-attn.
 #
-# No GPU is needed, so it can run on a login node or in a container build; it then names the imports
-# that it could not try, and a second run where there is a GPU tries them.
+# It needs no GPU, so it can run on a login node or in a container build. It then lists the imports that it
+# could not check; a second run on a machine with a GPU checks them.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 NAME=setup_gpu
 VENV=${1:-.venv}
 PYTHON=${PYTHON:-python3}
-CUDA=12.8 # what the torch that SGLang pins is built for
+CUDA=12.8 # the version for which SGLang's pinned torch is built
 NEEDED_GB=20
-# What the last step imports: anywhere, and only where there is a driver.
+# The modules that the last step imports: on any machine, and only with a driver.
 IMPORTS="httpx mbridge megatron.core ray sglang.launch_server slime_opd.train torch transformer_engine.pytorch"
 KERNELS="sgl_kernel sglang.srt.entrypoints.engine"
 STAMP=$VENV/.slime_opd_setup
 # shellcheck source=tools/setup_common.sh
 source "$ROOT/tools/setup_common.sh"
 
-has_driver() { # a GPU may be hidden or busy; what the kernels are linked to is the driver's library
+has_driver() { # not nvidia-smi: a GPU may be hidden or busy; the kernels are linked to the driver's library
    "$PYTHON" -c 'import ctypes; ctypes.CDLL("libcuda.so.1")' 2>/dev/null
 }
 
-find_nvcc() { # where SGLang's just-in-time compiler will look for it
+find_nvcc() { # in the places that SGLang's just-in-time compiler searches
    local nvcc
    if [ -n "${CUDA_HOME:-${CUDA_PATH:-}}" ]; then
       nvcc=${CUDA_HOME:-$CUDA_PATH}/bin/nvcc
@@ -66,7 +66,7 @@ check_python "3.11 or 3.12" "sys.version_info[:2] in ((3, 11), (3, 12))"
 "$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
    fail "found no Python.h for $PYTHON, expected Python's headers; install them (python3-dev, python3-devel)"
 export CXX=${CXX:-g++}
-command -v "$CXX" >/dev/null || fail "found no C++ compiler $CXX, expected g++ 9 or newer; install it, or name one with CXX=…"
+command -v "$CXX" >/dev/null || fail "found no C++ compiler $CXX, expected g++ 9 or newer; install it, or set CXX=…"
 "$PYTHON" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
    fail "found no libnuma.so.1, expected it: SGLang's kernels are linked to it; install it (libnuma1, numactl-libs)"
 [ -z "${WITHOUT_NVCC:-}" ] || [ -z "${WITH_FLASH_ATTN:-}" ] || fail "found WITHOUT_NVCC and WITH_FLASH_ATTN, expected one of them: flash-attn is compiled with nvcc"
@@ -90,8 +90,8 @@ step "installing slime_opd, SGLang and its torch (11 GB)" "${PIP[@]}" install -e
 "$BIN/python" -W ignore -c 'import sys, torch; sys.exit(torch.version.cuda != sys.argv[1])' "$CUDA" ||
    fail "found $("$BIN/python" -W ignore -c 'import torch; print("torch", torch.__version__, "built for CUDA", torch.version.cuda)'), expected a build for CUDA $CUDA; use a package index with PyPI's wheels"
 
-# The headers of torch's own CUDA libraries are in their wheels, but for two parts. A toolkit's may be of another
-# version, without cuDNN and NCCL; Transformer Engine would take them, so it is shown none.
+# The wheels of torch's CUDA libraries have their headers, except for two parts. A toolkit's headers may be of another
+# version, without cuDNN and NCCL; Transformer Engine would use them, so CUDA_HOME is set to a path that does not exist.
 step "installing a builder and CUDA headers" \
    "${PIP[@]}" install "setuptools>=70.1" wheel "nvidia-cuda-nvcc-cu12==$CUDA.*" "nvidia-cuda-cccl-cu12==$CUDA.*"
 HEADERS=$(printf '%s:' "$BIN"/../lib/python3*/site-packages/nvidia/*/include)

@@ -74,8 +74,11 @@ def commands_run(machine: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"PYTHON": "no-such-python"}, "found no no-such-python, expected Python 3.11 or 3.12; name one"),
-        ({"REFUSE": "version_info", "VERSION": "3.13.0"}, "found Python 3.13.0 at .*, expected 3.11 or 3.12; name one"),
+        ({"PYTHON": "no-such-python"}, "found no no-such-python, expected Python 3.11 or 3.12; set PYTHON"),
+        (
+            {"REFUSE": "version_info", "VERSION": "3.13.0"},
+            "found Python 3.13.0 at .*, expected 3.11 or 3.12; set PYTHON",
+        ),
         ({"REFUSE": "Python.h"}, r"found no Python.h for python3, expected Python's headers; install them"),
         ({"REFUSE": "libnuma"}, r"found no libnuma.so.1, expected it: SGLang's kernels are linked to it; install it"),
         ({"CXX": "no-such-compiler"}, r"found no C\+\+ compiler no-such-compiler, expected g\+\+ 9 or newer; install"),
