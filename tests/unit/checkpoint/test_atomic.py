@@ -1,4 +1,4 @@
-"""A Hugging Face directory takes its name only when it is whole, and none is written over."""
+"""A directory gets its final name only when it is complete, and no existing one is overwritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a directory means, what is refused with which way out, and what becomes of old ones."""
+"""Which checkpoint a directory denotes, what is refused and with which advice, and which old ones are removed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def run(written, tmp_path):
-    """A copy of them to do harm to."""
+    """A copy of them to damage."""
     shutil.copytree(written, tmp_path / "run")
     return tmp_path / "run"
 

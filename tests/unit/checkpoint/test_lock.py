@@ -1,4 +1,4 @@
-"""One run per directory: the lock is refused while its holder lives, and free as soon as it has ended, however it ended."""
+"""One run per directory: the lock is held while its process lives, and free when it has ended, however it ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""manifest.sha256: what it lists, what sha256sum makes of it, and which damage to files or to itself it shows."""
+"""manifest.sha256: its entries, its use with sha256sum, and the damage to files or to itself that it detects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`.metadata` is read without running what it holds: what torch and Megatron write passes, anything else is refused."""
+"""`.metadata` is read without running its code: what torch and Megatron write passes, anything else is refused."""
 
 from __future__ import annotations
 

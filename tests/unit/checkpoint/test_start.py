@@ -1,4 +1,4 @@
-"""Where a run starts from: the table, on every combination, and on directories as runs leave them."""
+"""Where a run starts from: the table on every combination of its columns, and on directories of real runs."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def start(config: Config, identity=IDENTITY) -> Start:
 
 
 def begin(config: Config, root: Path, identity=IDENTITY) -> Start:
-    """As a run does it: choose, then set aside what the first new checkpoint would be written over."""
+    """The steps of a run: choose the start, then set aside checkpoints that the first save would overwrite."""
     aside.finish_set_aside(root)
     chosen = start(config, identity)
     aside.set_aside(root, chosen.newest_kept)

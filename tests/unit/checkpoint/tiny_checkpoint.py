@@ -1,4 +1,4 @@
-"""A real torch_dist checkpoint of a few kilobytes, written by torch.distributed.checkpoint in this process, without ranks."""
+"""A real torch_dist checkpoint of a few kilobytes, written by torch.distributed.checkpoint in this process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TENSORS = {"embedding.word_embeddings.weight": (16, 8), "decoder.final_layernorm
 
 
 def write_checkpoint(directory: Path, step: int | None = None, *, with_manifest: bool = True) -> Path:
-    """Write one checkpoint to `directory`; that of a run at `step` has a run state."""
+    """Write one checkpoint to `directory`, with a run state if `step` is given."""
     directory.mkdir(parents=True)
     pieces = [Piece(key, (0,) * len(shape), shape, shape, torch.float32) for key, shape in TENSORS.items()]
     torch_dist.write(directory, pieces, lambda piece: torch.full(piece.shape, 0.5))
@@ -28,7 +28,7 @@ def write_checkpoint(directory: Path, step: int | None = None, *, with_manifest:
 
 
 def write_run(root: Path, *steps: int, tracked: int | None = None) -> Path:
-    """Write a run's checkpoints of `steps` and the tracker file, which names the last of them unless told otherwise."""
+    """Write a run's checkpoints of `steps` and the tracker file, which names the last of them by default."""
     for step in steps:
         write_checkpoint(root / f"iter_{step:07d}", step)
     (root / "latest_checkpointed_iteration.txt").write_text(str(steps[-1] if tracked is None else tracked))

@@ -1,4 +1,4 @@
-"""Core attention of packed rows: each kernel is called with all that the model needs, and the layers hold the chosen one."""
+"""Core attention of packed rows: each kernel gets all arguments that the model needs, and layers use the chosen one."""
 
 import sys
 from types import ModuleType, SimpleNamespace
@@ -108,7 +108,7 @@ def test_grouped_heads_of_the_installed_variable_length_kernel_keep_their_shape(
 
 
 class Config(SimpleNamespace):
-    """What Megatron's layer specs read of a TransformerConfig, with nothing special."""
+    """The fields of a plain TransformerConfig that Megatron's layer specs read."""
 
     def __getattr__(self, name):
         return None

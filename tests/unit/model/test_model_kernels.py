@@ -20,8 +20,8 @@ UNFUSED = ("GLM-4", "DeepSeek-V3", "Moonlight")
 
 
 @pytest.fixture
-def pretended(monkeypatch):
-    """Has the model believe that it is on a machine; its CUDA and Transformer Engine are not there."""
+def simulate(monkeypatch):
+    """Sets the machine that the model is built for; its CUDA and Transformer Engine need not exist."""
     # Megatron refuses the fusion where it finds no kernel.
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
 
@@ -45,22 +45,22 @@ def bridge_of(directory: str, *flags: str) -> ModelBridge:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_rotation_is_fused_where_the_fused_kernel_is_right(family, pretended, tmp_path):
-    pretended(H100_TE)
+def test_the_rotation_is_fused_where_the_fused_kernel_is_right(family, simulate, tmp_path):
+    simulate(H100_TE)
     assert bridge_of(directory_of(family, tmp_path)).config.apply_rope_fusion is (family not in UNFUSED)
-    pretended(Machine())
+    simulate(Machine())
     assert bridge_of(str(tmp_path)).config.apply_rope_fusion is False
 
 
-def test_deepseeks_own_widths_are_rotated_by_the_fused_kernel(pretended, tmp_path):
-    pretended(H100_TE)
+def test_deepseeks_own_widths_are_rotated_by_the_fused_kernel(simulate, tmp_path):
+    simulate(H100_TE)
     directory = directory_of("DeepSeek-V3", tmp_path, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
     assert bridge_of(directory).config.apply_rope_fusion is True
 
 
 @pytest.mark.parametrize("family", UNFUSED)
-def test_a_requested_fusion_is_refused_where_it_is_wrong(family, pretended, tmp_path):
-    pretended(H100_TE)
+def test_a_requested_fusion_is_refused_where_it_is_wrong(family, simulate, tmp_path):
+    simulate(H100_TE)
     with pytest.raises(ConfigError, match="--apply-rope-fusion: "):
         bridge_of(directory_of(family, tmp_path), "--apply-rope-fusion")
 
@@ -75,36 +75,36 @@ def test_a_requested_fusion_is_refused_where_it_is_wrong(family, pretended, tmp_
         ("DeepSeek-V3", "--multi-latent-attention --rope-type yarn --kv-lora-rank 32", True),
     ],
 )
-def test_raw_mode_has_the_same_rules(family, flags, fused, pretended, tmp_path):
-    pretended(H100_TE)
+def test_raw_mode_has_the_same_rules(family, flags, fused, simulate, tmp_path):
+    simulate(H100_TE)
     flags = f"--hf-checkpoint {directory_of(family, tmp_path)} --num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4 --swiglu {flags}"
     config = parse(flags.split())
     assert transformer_config.config_from_flags(config).apply_rope_fusion is fused
 
 
-def test_fused_operations_come_with_transformer_engines_layers(pretended, tmp_path):
+def test_fused_operations_come_with_transformer_engines_layers(simulate, tmp_path):
     fusions = ("persist_layer_norm", "masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion")
     directory = directory_of("Qwen3", tmp_path)
     for machine in (H100_TE, Machine(), Machine(has_cuda=True, compute_capability=(9, 0))):
-        pretended(machine)
+        simulate(machine)
         found = bridge_of(directory).config
         assert {getattr(found, name) for name in fusions} == {machine.engine is not None}
 
 
-def test_the_flag_reaches_transformer_engine_where_its_attention_runs(pretended, tmp_path):
+def test_the_flag_reaches_transformer_engine_where_its_attention_runs(simulate, tmp_path):
     directory = directory_of("Qwen3", tmp_path)
-    pretended(H100_TE)
+    simulate(H100_TE)
     assert bridge_of(directory, "--attention-backend", "fused").config.attention_backend.name == "fused"
     # Elsewhere Megatron's switches of Transformer Engine are left alone.
-    pretended(Machine())
+    simulate(Machine())
     assert bridge_of(directory, "--attention-backend", "fused").config.attention_backend.name == "auto"
-    pretended(Machine(has_cuda=True, compute_capability=(9, 0)))
+    simulate(Machine(has_cuda=True, compute_capability=(9, 0)))
     with pytest.raises(ConfigError, match="--attention-backend fused"):
         bridge_of(directory, "--attention-backend", "fused")
 
 
-def test_a_broken_transformer_engine_stops_the_model(pretended, tmp_path):
-    pretended(Machine(has_cuda=True, compute_capability=(9, 0), engine="2.11.0", engine_error="OSError: no library"))
+def test_a_broken_transformer_engine_stops_the_model(simulate, tmp_path):
+    simulate(Machine(has_cuda=True, compute_capability=(9, 0), engine="2.11.0", engine_error="OSError: no library"))
     directory = directory_of("Qwen3", tmp_path)
     with pytest.raises(ConfigError, match=r"cannot be imported \(OSError: no library\)"):
         bridge_of(directory)

@@ -1,4 +1,4 @@
-"""What Megatron's dataclasses are given of the options that a user sets by Megatron's names."""
+"""Arguments of Megatron's dataclasses, from the user's Megatron options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What families are read from, whichever transformers wrote it."""
+"""Reading a Hugging Face config of transformers 4 or 5."""
 
 import json
 from types import SimpleNamespace

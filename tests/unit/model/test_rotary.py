@@ -1,4 +1,4 @@
-"""Packed rows are rotated as Megatron-core rotates them, to the bit, and without a wait for the device."""
+"""The rotation of packed rows is bit-identical to Megatron-core's, and never waits for the device."""
 
 from types import SimpleNamespace
 
@@ -65,7 +65,7 @@ def row(lengths: list[int], width: int, dtype: torch.dtype = torch.float32, devi
 
 
 def rotated(function, states, *arguments, **options):
-    """What a function makes of states, and the gradient that it hands back for an uneven one."""
+    """The output of a function, and its gradient for an uneven output gradient."""
     states = states.clone().requires_grad_()
     result = function(states, *arguments, **options)
     result.backward(torch.arange(result.numel()).view_as(result).to(result) / result.numel())

@@ -1,4 +1,4 @@
-"""Shards of tensor-parallel ranks become the parameter that mbridge splits into them."""
+"""Merged tensor-parallel shards equal the parameter that mbridge split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in shared memory: another process reads them, and nothing of them is left when the writer is killed."""
+"""Weights in shared memory: another process reads them, and no memory is left when the writer is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights sent to scripted engines, and the proof that they serve them."""
+"""Weights sent to scripted engines, and the check that they serve them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_an_engine_that_answers_before_it_has_copied_still_gets_every_bucket(tmp
 
 
 class Forgetful(FusedModel):
-    """Loses what it loaded of a parameter, each time in another way, and says nothing."""
+    """Loses a part of the loaded weights, each time another one, and reports success."""
 
     def load_weights(self, named_tensors) -> None:
         super().load_weights(named_tensors)

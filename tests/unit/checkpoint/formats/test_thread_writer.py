@@ -1,4 +1,4 @@
-"""A rank's files of a checkpoint are written by the rank itself: there is no other process whose death it would wait on."""
+"""A rank writes its files of a checkpoint with its own threads, without another process that could be killed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slime_opd.checkpoint.formats.thread_writer import write_with_threads
 
 @pytest.fixture
 def write(monkeypatch):
-    """Megatron's function that writes buckets and puts what came of it into a queue, without any process to start."""
+    """Megatron's function that writes buckets and puts the results into a queue; it must not start a process."""
     writer = filesystem_async.FileSystemWriterAsync
     monkeypatch.setattr(writer, "write_preloaded_data_multiproc", writer.__dict__["write_preloaded_data_multiproc"])
     monkeypatch.setattr(filesystem_async, "_results_queue", None)

@@ -1,4 +1,4 @@
-"""torch_dist checkpoints a piece at a time."""
+"""Reading torch_dist checkpoints piece by piece."""
 
 from __future__ import annotations
 
