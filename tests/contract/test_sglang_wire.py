@@ -21,7 +21,7 @@ def recorded(name: str) -> dict:
     return json.loads((Path(__file__).parent / f"sglang_0_5_9_{name}.json").read_text())
 
 
-def test_a_response_that_met_its_length_limit():
+def test_a_response_that_reached_its_length_limit():
     answer = recorded("generation_length")
     generation = protocol.parse_generation(answer)
     rows = answer["meta_info"]["output_token_logprobs"]
@@ -33,7 +33,7 @@ def test_a_response_that_met_its_length_limit():
     assert generation.weight_version == "default"
 
 
-def test_a_response_that_met_a_stop_token_keeps_it():
+def test_a_response_that_ended_with_a_stop_token_keeps_it():
     generation = protocol.parse_generation(recorded("generation_stop"))
     assert generation.finish_reason == "stop"
     assert len(generation.token_ids) == len(generation.log_probs) == 1
@@ -124,7 +124,7 @@ def test_a_generation_with_an_id_outside_the_vocabulary_is_an_error():
         protocol.parse_generation(answer, largest)
 
 
-def test_what_a_server_says_about_itself():
+def test_the_model_info_of_a_server():
     answers = recorded("info")
     info = protocol.parse_model_info(answers["model_info"], answers["server_info"])
     assert info == protocol.ModelInfo(

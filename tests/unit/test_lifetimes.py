@@ -236,7 +236,7 @@ def test_a_scope_holds_what_is_below_it_and_nothing_beside_it():
     assert not any(lifetimes.is_within(other, "ab") for other in ("abc", "b/ab", "a", "", None))
 
 
-def test_a_process_has_one_scope_and_those_it_starts_have_scopes_below():
+def test_a_process_has_one_scope_and_its_children_have_scopes_below_it():
     program = "from slime_opd import lifetimes; print(lifetimes.own(), lifetimes.own())"
     environment = {**os.environ, lifetimes.RUN_VARIABLE: "outer"}
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

@@ -136,7 +136,7 @@ class Scripted:
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)], ids=str
 )
-def test_a_signal_during_start_up_ends_by_way_of_every_finally(number, code):
+def test_a_signal_during_start_up_ends_through_every_finally(number, code):
     run = Scripted("start")
     run.until("waiting")
     run.process.send_signal(number)
@@ -158,7 +158,7 @@ def test_a_signal_while_generating_saves_the_steps_that_are_done():
     assert run.end(go_on=True)[:2] == (143, ["logged", "save", "saved", "clean-up", "clean"])
 
 
-def test_without_a_grace_the_run_ends_at_once_and_says_that_nothing_is_saved():
+def test_without_a_grace_period_the_run_ends_at_once_without_a_save():
     run = Scripted("train", grace_s=0)
     run.until("waiting")
     run.process.send_signal(signal.SIGTERM)
@@ -167,7 +167,7 @@ def test_without_a_grace_the_run_ends_at_once_and_says_that_nothing_is_saved():
     assert "SIGTERM: ending without a checkpoint: --exit-grace-s is 0" in error
 
 
-def test_the_grace_is_a_deadline_whatever_was_estimated():
+def test_the_grace_period_is_a_deadline_in_any_case():
     run = Scripted("train", grace_s=0.3)
     run.until("waiting")
     run.process.send_signal(signal.SIGTERM)
@@ -176,7 +176,7 @@ def test_the_grace_is_a_deadline_whatever_was_estimated():
     assert "--exit-grace-s 0.3 is over" in error
 
 
-def test_a_second_signal_changes_nothing_and_a_second_interrupt_gives_up_the_save():
+def test_a_second_signal_has_no_effect_and_a_second_interrupt_cancels_the_save():
     run = Scripted("train")
     run.until("waiting")
     run.process.send_signal(signal.SIGTERM)
@@ -227,7 +227,7 @@ os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("when", ["inside", "after"])
-def test_starting_daemons_takes_no_handler_away_and_puts_them_out_of_reach(when):
+def test_starting_ray_keeps_the_handlers_and_gives_its_daemons_their_own_sessions(when):
     run = subprocess.run([sys.executable, "-u", "-c", APART, when], capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (143, "True\n"), run.stderr
 

@@ -39,7 +39,7 @@ def outside_of_jobs(monkeypatch):
     return monkeypatch
 
 
-def test_a_private_cluster_has_a_token_of_its_own_and_listens_on_loopback(outside_of_jobs):
+def test_a_private_cluster_has_a_random_token_and_listens_on_loopback(outside_of_jobs):
     tokens = set()
     for _ in range(2):
         private_cluster.prepare_environment("local")

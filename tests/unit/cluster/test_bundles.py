@@ -18,7 +18,7 @@ def test_the_ranks_of_a_node_are_one_bundle_and_each_engine_is_one():
     assert [plan.bundle_of_engine(engine) for engine in range(4)] == [2, 3, 4, 5]
 
 
-def test_a_colocated_engine_stands_in_the_bundle_of_its_ranks():
+def test_a_colocated_engine_is_in_the_bundle_of_its_ranks():
     plan = bundles(is_colocated=True)
     assert plan.gpus == [4, 4]
     assert [plan.bundle_of_engine(engine) for engine in range(4)] == [0, 0, 1, 1]

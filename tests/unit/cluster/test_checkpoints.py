@@ -76,7 +76,7 @@ def save(parts: tuple[RunCheckpoints, Trainers, Source], step: int, reason: str 
     checkpoints.save(trainers, {"step": step, "prompts": source.state()}, reason)
 
 
-def test_the_same_command_continues_with_its_place_in_the_prompts(tmp_path, capsys):
+def test_the_same_command_continues_at_its_position_in_the_prompts(tmp_path, capsys):
     first = begin(config_of(tmp_path))
     assert first[0].start.step == 0
     save(first, 3)
@@ -98,7 +98,7 @@ def test_a_changed_option_is_shown(tmp_path, capsys):
     ("change", "load", "sentence"),
     [({"seed": 7}, False, "--seed is 7"), ({}, True, "gives other prompts"), ({}, False, "on other prompts")],
 )
-def test_what_may_not_change_is_a_configuration_error(tmp_path, change, load, sentence):
+def test_an_option_that_must_not_change_is_a_config_error(tmp_path, change, load, sentence):
     save(begin(config_of(tmp_path)), 3)
     config = config_of(tmp_path, load=str(tmp_path) if load else None)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, **change))
@@ -107,7 +107,7 @@ def test_what_may_not_change_is_a_configuration_error(tmp_path, change, load, se
         RunCheckpoints(config, source)
 
 
-def test_checkpoints_by_time_are_thinned_and_others_stay(tmp_path):
+def test_superfluous_checkpoints_by_time_are_removed_and_others_kept(tmp_path):
     parts = begin(config_of(tmp_path))
     for step, reason in ((1, "time"), (2, "interval"), (3, "time"), (4, "time"), (5, "time"), (6, "last")):
         save(parts, step, reason)
@@ -115,7 +115,7 @@ def test_checkpoints_by_time_are_thinned_and_others_stay(tmp_path):
     assert directory.find(str(tmp_path)).iteration == 6
 
 
-def test_a_limit_of_the_user_is_the_only_one(tmp_path):
+def test_a_users_limit_replaces_the_default(tmp_path):
     parts = begin(config_of(tmp_path, keep_checkpoints=9))
     for step in range(1, 6):
         save(parts, step, "time")
@@ -147,7 +147,7 @@ def test_without_save_nothing_is_due(tmp_path):
     assert RunCheckpoints(config, Source()).reason(100) is None
 
 
-def test_each_checkpoint_is_written_for_hugging_face_too_and_what_a_kill_left_out_is_made_up_for(tmp_path):
+def test_each_checkpoint_has_a_hugging_face_copy_even_if_a_kill_prevented_it(tmp_path):
     config = config_of(tmp_path / "save", save_hf=str(tmp_path / "hf" / "step_{rollout_id}"))
     parts = begin(config)
     save(parts, 2)
@@ -182,7 +182,7 @@ def test_weights_alone_are_continued_with_a_fresh_optimizer(tmp_path, capsys):
     assert "is initialised anew" in capsys.readouterr().out
 
 
-def test_a_replay_does_not_go_on_in_the_recorded_runs_directory_but_from_its_checkpoint(tmp_path):
+def test_a_replay_may_load_the_recorded_runs_checkpoint_but_not_share_its_save(tmp_path):
     config = config_of(tmp_path / "recorded")
     save(begin(config), 3)
     replay = dataclasses.replace(config, debug=DebugConfig(load_debug_rollout_data="rollouts/{rollout_id}"))

@@ -97,12 +97,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("error", "expected"), CASES, ids=lambda case: getattr(type(case), "__name__", "")[:30])
-def test_each_failure_is_one_sentence(error, expected):
+def test_each_failure_has_its_message(error, expected):
     told = str(describe("trainer rank 1", error, MEMORY))
     assert expected in told and "\n" not in told and "Traceback" not in told
 
 
-def test_a_bug_has_no_sentence():
+def test_an_unknown_error_has_no_message_of_its_own():
     assert describe("trainer rank 1", raised_by_actor(KeyError("columns")), MEMORY) is None
     assert describe("trainer rank 1", ZeroDivisionError(), MEMORY) is None
 
@@ -118,7 +118,7 @@ def test_the_root_cause_is_the_death_and_not_the_connections_it_cut():
     assert root_cause([("rank 0", lost), ("rank 1", lost)])[0] == "rank 0"
 
 
-def test_the_kernels_kills_are_told_where_there_were_any():
+def test_out_of_memory_kills_are_reported():
     before, gib = Memory(0, 0, 3), 1024**3
     assert "out-of-memory killer ended 2 processes there" in Memory(2 * gib, 24 * gib, 5).describe_since(before)
     assert "ended 1 process there" in Memory(2 * gib, 24 * gib, 4).describe_since(before)
@@ -136,7 +136,7 @@ def test_kills_are_read_from_the_kernels_counters(tmp_path, monkeypatch):
     assert Memory.now().kernel_kills == 7
 
 
-def test_the_last_words_name_the_activity_and_the_traceback(tmp_path, capsys):
+def test_the_exit_message_names_the_activity_and_the_traceback(tmp_path, capsys):
     log = tmp_path / "logs" / "traceback.log"
     failure = describe("trainer rank 1", actor_died(), MEMORY)
     failure.__cause__ = actor_died()
@@ -155,7 +155,7 @@ def test_a_bug_keeps_its_traceback_and_is_the_last_line_too(tmp_path, capsys):
     assert "Traceback" in capsys.readouterr().err and "Traceback" in (tmp_path / "log").read_text()
 
 
-def test_a_run_that_had_not_started_has_its_sentence_alone(capsys):
+def test_the_error_of_a_run_that_had_not_started_has_no_traceback(capsys):
     assert exit_message(CheckpointError("no"), None, None) == "slime_opd: error: no"
     assert capsys.readouterr().err == ""
 
@@ -166,7 +166,7 @@ def test_a_log_that_cannot_be_written_does_not_hide_the_failure(tmp_path):
     assert message.startswith("slime_opd: error: not finite") and "could not be written" in message
 
 
-def test_a_wrong_option_that_an_actor_found_is_still_one(tmp_path):
+def test_a_config_error_of_an_actor_is_a_config_error_of_the_run(tmp_path):
     with pytest.raises(ConfigError, match="no such transport"):
         exit_message(raised_by_actor(ConfigError("no such transport")), tmp_path / "log", None)
 

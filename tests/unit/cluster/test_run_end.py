@@ -84,7 +84,7 @@ def do_steps(run: Run, count: int) -> int:
     return caught.value.code
 
 
-def test_an_interrupted_rollout_gives_its_prompts_back_and_the_steps_before_it_are_saved(run):
+def test_after_an_interrupted_rollout_its_prompts_are_used_again_and_finished_steps_are_saved(run):
     run.killed_in = 2
     assert do_steps(run, 10) == 143
     assert run._checkpoints.saved == [{"step": 2, "prompts": {"offset": 16}}]
@@ -96,6 +96,6 @@ def test_nothing_is_saved_before_the_first_step_and_nothing_twice(run):
     assert run._checkpoints.saved == []
 
 
-def test_a_run_that_nobody_ends_saves_nothing_at_its_end(run):
+def test_a_run_without_a_signal_saves_nothing_at_its_end(run):
     assert do_steps(run, 3) == 0
     assert run._checkpoints.saved == []

@@ -37,7 +37,7 @@ def test_a_second_run_in_one_directory_is_refused_and_the_first_keeps_its_lock(t
         assert str(os.getpid()) in (save / LOCK).read_text()
 
 
-def test_a_run_that_cannot_start_gives_its_lock_back(tmp_path):
+def test_a_run_that_cannot_start_releases_its_lock(tmp_path):
     with pytest.raises(AssertionError, match="join Ray"):
         start(tmp_path, "--save", str(tmp_path / "save"))
     with RunLock(tmp_path / "save"):

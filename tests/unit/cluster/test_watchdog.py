@@ -81,7 +81,7 @@ def test_the_thread_looks_by_itself_and_ends_with_its_run(monkeypatch, reported)
     assert not watchdog._thread.is_alive()
 
 
-def test_a_server_is_asked_only_while_nothing_advances(watchdog, clock, monkeypatch, reported):
+def test_a_server_is_polled_only_without_progress(watchdog, clock, monkeypatch, reported):
     asked = []
     monkeypatch.setattr(module.health, "answers", lambda url, timeout_s: bool(asked.append(url)))
     watchdog.add_server("the teacher", "http://h:1")
@@ -102,7 +102,7 @@ def test_a_server_is_asked_only_while_nothing_advances(watchdog, clock, monkeypa
         assert len(asked) == 3
 
 
-def test_a_ray_that_cannot_be_asked_is_reported_and_the_other_processes_are_still_looked_at(watchdog, clock, reported):
+def test_if_ray_does_not_answer_the_other_processes_are_still_checked(watchdog, clock, reported):
     def broken():
         raise RpcError("Deadline Exceeded. And more")
 
@@ -144,12 +144,12 @@ def task_error(cause: Exception) -> Exception:
     return RayTaskError("train", "a traceback", cause).as_instanceof_cause()
 
 
-def test_results_come_when_they_are_there(watchdog, monkeypatch):
+def test_results_are_returned_as_soon_as_they_are_ready(watchdog, monkeypatch):
     Calls(monkeypatch, {"a": 1, "b": 2}, slices=3)
     assert watchdog.get(["a", "b"], ["rank 0", "rank 1"]) == [1, 2]
 
 
-def test_of_several_failures_the_one_that_the_others_follow_from_is_told(watchdog, monkeypatch):
+def test_the_root_cause_of_several_failures_is_raised(watchdog, monkeypatch):
     lost = task_error(RuntimeError("Connection closed by peer"))
     killed = ActorUnavailableError("RpcError\n\tpid: 12", bytes(16))
     calls = Calls(monkeypatch, {"a": lost, "b": killed, "c": "pending"})
@@ -158,20 +158,20 @@ def test_of_several_failures_the_one_that_the_others_follow_from_is_told(watchdo
     assert found.value.__cause__ is lost and calls.grace_s > 0
 
 
-def test_a_death_is_told_without_waiting_for_what_follows_from_it(watchdog, monkeypatch):
+def test_a_death_is_reported_without_waiting_for_its_consequences(watchdog, monkeypatch):
     calls = Calls(monkeypatch, {"a": ActorUnavailableError("RpcError", bytes(16)), "b": "pending"})
     with pytest.raises(ProcessDied, match="trainer rank 0 died"):
         watchdog.get(["a", "b"], ["trainer rank 0", "trainer rank 1"])
     assert calls.grace_s == 0
 
 
-def test_what_an_actor_raised_as_a_sentence_is_raised_as_itself(watchdog, monkeypatch):
+def test_an_error_of_this_package_in_an_actor_is_raised_unchanged(watchdog, monkeypatch):
     Calls(monkeypatch, {"a": task_error(NonFiniteError("the loss is not finite"))})
     with pytest.raises(NonFiniteError, match=r"^the loss is not finite$"):
         watchdog.get(["a"], ["trainer rank 0"])
 
 
-def test_a_bug_in_an_actor_is_raised_as_it_is(watchdog, monkeypatch):
+def test_a_bug_in_an_actor_is_raised_unchanged(watchdog, monkeypatch):
     Calls(monkeypatch, {"a": task_error(KeyError("columns"))})
     with pytest.raises(KeyError):
         watchdog.get(["a"], ["trainer rank 0"])
@@ -184,7 +184,7 @@ def test_a_wait_has_a_limit_that_names_who_is_late(watchdog, clock, monkeypatch)
         watchdog.get(["a", "b"], ["trainer rank 0", "trainer rank 1"], timeout_s=10)
 
 
-def test_rays_own_death_is_raised_before_what_follows_from_it(watchdog, monkeypatch, reported):
+def test_the_death_of_ray_is_raised_before_its_consequences(watchdog, monkeypatch, reported):
     view = ProcessView("Ray's raylet", Status.DEAD, "process 5, killed by signal 9")
     calls = Calls(monkeypatch, {"a": ActorUnavailableError("Socket closed", bytes(16))}, slices=1)
     monkeypatch.setattr(ray_processes, "look", lambda: [] if calls.slices else [view])
@@ -242,7 +242,7 @@ def beats(monkeypatch):
     return latest
 
 
-def test_ranks_on_this_machine_are_as_the_kernel_has_them(beats):
+def test_the_status_of_ranks_on_this_machine_is_that_of_their_processes(beats):
     reports = RankReports(["rank 0", "rank 1", "rank 2", "rank 3"])
     beats.update({rank: Beat("here", 11 + rank, 1, 0) for rank in range(3)})
     views, _ = reports.look()
@@ -255,7 +255,7 @@ def test_ranks_on_this_machine_are_as_the_kernel_has_them(beats):
     assert reports.look() == ([], 0)
 
 
-def test_a_rank_elsewhere_is_silent_once_it_has_not_reported_for_long(beats, clock):
+def test_a_rank_on_another_node_without_recent_heartbeats_is_silent(beats, clock):
     reports = RankReports(["rank 0"])
     beats[0] = Beat("there", 13, 1, 0)
     assert reports.look()[0][0].status is Status.ALIVE

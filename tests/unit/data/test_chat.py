@@ -29,7 +29,7 @@ def test_template_arguments_reach_the_template(tokenizer):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "true"])
-def test_template_arguments_that_are_no_object_name_their_flag(text):
+def test_template_arguments_that_are_not_an_object_name_their_flag(text):
     with pytest.raises(ConfigError, match="--apply-chat-template-kwargs"):
         template_arguments(text)
 
@@ -40,7 +40,7 @@ def test_messages_without_a_template_name_the_flag_and_the_row(tokenizer):
 
 
 @pytest.mark.parametrize("value", [None, 3, [], ["hi"], [{"content": "hi"}], {"role": "user"}])
-def test_a_value_that_is_no_prompt_is_an_error_with_or_without_template(tokenizer, value):
+def test_a_value_that_is_not_a_prompt_is_an_error_with_or_without_template(tokenizer, value):
     for arguments in (None, {}):
         with pytest.raises(DataError, match=r"row 1: (the prompt is|a message of the prompt is)"):
             Renderer(tokenizer, arguments).prompt(value, "row 1")

@@ -49,7 +49,7 @@ def test_a_built_in_reward_needs_one_answer_in_every_row(value, state):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud800"])
-def test_what_is_no_label_for_anyone_is_refused(value):
+def test_values_that_cannot_be_labels_are_refused(value):
     with pytest.raises(DataError, match=r"f\.jsonl, line 7: the label \(--label-key label\)"):
         label(value)
 
@@ -59,7 +59,7 @@ def test_a_missing_label_names_the_row_the_flag_and_the_keys():
         FREE.label(Row("f.jsonl, line 7", {"labels": 1}))
 
 
-def test_who_compares_with_the_label_follows_from_the_rewards():
+def test_the_rewards_decide_whether_labels_are_checked():
     base = ["--prompt-data", "f", "--label-key", "l"]
     users = {
         (): (None, "the reward math"),
@@ -83,7 +83,7 @@ def test_keys_of_evaluation_are_named_by_the_flag_that_set_them():
     )
 
 
-def test_a_file_is_summed_up_in_a_line_with_duplicates_and_contradicting_labels(tmp_path):
+def test_the_summary_of_a_file_counts_duplicates_and_contradicting_labels(tmp_path):
     rows = [{"input": "1+1=", "label": "2"}] * 3 + [{"input": "1+1=", "label": "3"}, {"input": "11+1=", "label": None}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))

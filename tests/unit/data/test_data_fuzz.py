@@ -90,7 +90,7 @@ def test_any_json_gives_prompts_or_one_sentence(tmp_path, tokenizer, rows, as_ar
     ],
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_known_ways_to_be_broken_have_their_sentence(tmp_path, line, sentence, suffix):
+def test_known_defects_have_their_message(tmp_path, line, sentence, suffix):
     assert sentence in rows_or_one_sentence(tmp_path / f"data{suffix}", line)
 
 

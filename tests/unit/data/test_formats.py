@@ -97,19 +97,19 @@ def test_a_row_of_parquet_above_the_limit_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_a_limit_beyond_any_file_is_none(tmp_path, name):
+def test_a_limit_larger_than_any_file_has_no_effect(tmp_path, name):
     content = {"a.jsonl": '{"n": 1}', "a.json": '[{"n": 1}]', "a.csv": "n\n1"}[name]
     assert len(read(tmp_path / name, content, max_row_bytes=10**30)) == 1
 
 
-def test_a_line_without_an_end_is_read_no_further_than_the_limit(tmp_path, monkeypatch):
+def test_a_line_without_an_end_is_read_up_to_the_limit(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_text('{"n": "' + "x" * 1_000_000)
     with pytest.raises(DataError, match=r"line 1: the row has more than 1000 bytes"):
         RowReader(str(path), max_row_bytes=1000)
 
 
-def test_rows_are_read_as_they_are_asked_for(tmp_path):
+def test_rows_are_read_lazily(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"n": 1}\n{"n": 2}\nbroken\n')
     reader = RowReader(str(path))

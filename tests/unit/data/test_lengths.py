@@ -25,7 +25,7 @@ from slime_opd.errors import DataError
         ({}, 10**9, None, None),
     ],
 )
-def test_the_limit_that_a_row_passes(limits, prompt, response, reason):
+def test_the_limit_that_a_row_exceeds(limits, prompt, response, reason):
     assert LengthLimits(**limits).exceeded(prompt, response) == reason
 
 
@@ -55,7 +55,7 @@ def test_prompts_without_a_token_for_a_response_are_refused_counted_and_the_firs
     )
 
 
-def test_they_are_dropped_and_counted_where_the_flag_says_so(path, tokenizer):
+def test_too_long_prompts_are_dropped_and_counted_with_the_flag(path, tokenizer):
     source = PromptSource.of_run(run(path, "--too-long-prompts", "drop"), tokenizer)
     assert [len(prompt.tokens) for prompt in source.take(3)] == [3, 9, 4]
     assert source.summary.notes == (

@@ -59,7 +59,7 @@ def test_a_slice_that_cannot_be_read_is_an_error_about_the_slice(five_rows, suff
         read_rows(five_rows + suffix)
 
 
-def test_the_format_is_told_by_content_not_by_name(tmp_path):
+def test_the_format_is_detected_from_the_content(tmp_path):
     assert read_rows(write_parquet(tmp_path / "rows.data", [{"n": 7}]))[0].get("n") == 7
 
 
@@ -95,14 +95,14 @@ def test_parquet_rows_are_counted_from_the_top_of_the_file_in_a_slice(tmp_path):
     assert [row.where for row in read_rows(f"{path}@[2:]")] == [f"{path}, row 2", f"{path}, row 3"]
 
 
-def test_a_line_that_is_no_object_is_an_error(tmp_path):
+def test_a_line_that_is_not_an_object_is_an_error(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"n": 1}\n[{"n": 1}]\n')
     with pytest.raises(DataError, match=r"line 2: is a list, expected one object"):
         read_rows(str(path))
 
 
-def test_bytes_that_are_no_text_are_a_data_error(tmp_path):
+def test_bytes_that_are_not_text_are_a_data_error(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xff\xfe\x00junk")
     with pytest.raises(DataError, match=r"line 1: is not UTF-8 text .* expected JSONL, a JSON array, CSV or Parquet"):

@@ -148,7 +148,7 @@ def test_a_limit_that_drops_every_prompt_is_an_error_with_the_shortest_length(tm
         PromptSource(DataConfig(prompt_data=path, rollout_max_prompt_len=2), tokenizer)
 
 
-def test_missing_options_columns_and_prompts_are_told(tmp_path, tokenizer):
+def test_missing_options_columns_and_prompts_are_reported(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"inputs": "abc", "metadata": "m", "empty": ""}])
     with pytest.raises(ConfigError, match="--prompt-data is missing"):
         PromptSource(DataConfig(), tokenizer)

@@ -220,7 +220,7 @@ def teacher_scores(answer: Callable[[httpx.Request], httpx.Response]):
     return asyncio.run(main())
 
 
-def test_the_true_answer_is_believed():
+def test_a_valid_answer_is_accepted():
     scores, teacher = teacher_scores(lambda request: httpx.Response(200, content=json.dumps(true_answer()).encode()))
     assert scores.failure is None and not teacher.failures
     assert scores.log_probs.tolist() == [-1.0, -2.0, -0.5]

@@ -60,7 +60,7 @@ def answers(*responses: httpx.Response | Exception):
 OK = httpx.Response(200, json=generation())
 
 
-def test_a_generation_is_asked_for_by_token_ids():
+def test_a_generation_request_has_token_ids():
     answer, seen = answers(OK)
     result = run(answer, lambda client: client.generate((5, 6), SAMPLING))
     assert result.token_ids == (7, 1)
@@ -82,13 +82,13 @@ def test_a_generation_is_asked_for_by_token_ids():
         httpx.Response(200, json=generation("abort")),
     ],
 )
-def test_what_may_pass_is_tried_again(failure):
+def test_transient_failures_are_retried(failure):
     answer, seen = answers(failure, failure, OK)
     assert run(answer, lambda client: client.generate((5,), SAMPLING)).token_ids == (7, 1)
     assert len(seen) == 3
 
 
-def test_the_last_reason_is_told_when_all_attempts_failed():
+def test_the_error_of_the_last_attempt_is_raised():
     answer, seen = answers(httpx.Response(500, text="out of memory"))
     with pytest.raises(EngineError, match=r"http://engine:1/generate: HTTP 500: out of memory \(attempts: 3\)"):
         run(answer, lambda client: client.generate((5,), SAMPLING), retries=2)
@@ -162,7 +162,7 @@ def test_requests_in_flight_are_bounded_and_waiting_costs_no_time_limit():
     assert most == 3
 
 
-def test_an_attempt_that_waits_for_its_turn_again_leaves_its_place_to_others():
+def test_a_request_that_waits_for_a_retry_frees_its_slot():
     first = True
 
     async def fail_once(request):
@@ -200,7 +200,7 @@ def test_scores_of_other_tokens_are_final_errors():
     assert len(seen) == 1
 
 
-def test_health_is_the_servers_word():
+def test_health_raises_unless_the_server_is_healthy():
     answer, seen = answers(httpx.Response(200))
     run(answer, lambda client: client.health())
     assert seen[0].url.path == "/health"
@@ -226,11 +226,11 @@ def waits_after(*responses: httpx.Response, retries: int = 3, timeout_s: float =
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_servers_retry_after_is_heeded_on_top_of_the_backoff(status):
+def test_the_wait_is_retry_after_plus_backoff(status):
     assert waits_after(httpx.Response(status, headers={"Retry-After": "7"}), httpx.Response(500), OK) == [8.0, 1.0]
 
 
-def test_retry_after_is_bounded_by_a_maximum_and_by_the_patience_of_the_whole_request():
+def test_retry_after_is_bounded_per_attempt_and_per_request():
     long = httpx.Response(503, headers={"Retry-After": "86400"})
     assert waits_after(long, OK) == [61.0]
     # Three retries of 30 s each are 90 s of patience.
@@ -311,7 +311,7 @@ def test_a_body_that_is_announced_as_too_long_is_not_read():
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "gzip, gzip"])
-def test_a_compressed_answer_is_not_asked_for_and_not_decompressed(encoding):
+def test_a_compressed_answer_is_not_requested_and_not_decompressed(encoding):
     seen, body = [], Endless()
 
     async def answer(request):
@@ -324,7 +324,7 @@ def test_a_compressed_answer_is_not_asked_for_and_not_decompressed(encoding):
     assert body.read == 0 and len(seen) == 1
 
 
-def test_a_busy_servers_compressed_error_page_is_tried_again():
+def test_a_compressed_error_page_of_a_busy_server_is_retried():
     async def answer(request):
         if seen.append(request) or len(seen) == 1:
             return httpx.Response(503, headers={"content-encoding": "gzip"}, stream=Endless())

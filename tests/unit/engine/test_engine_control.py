@@ -45,7 +45,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("path", CALLS)
-def test_a_call_goes_to_its_path_and_a_no_is_an_error(path):
+def test_a_call_goes_to_its_path_and_a_refusal_is_an_error(path):
     asked, seen = control(DONE)
     CALLS[path](asked)
     assert [where for where, _ in seen] == [path]
@@ -58,7 +58,7 @@ def test_a_call_goes_to_its_path_and_a_no_is_an_error(path):
             CALLS[path](refused)
 
 
-def test_a_server_that_is_gone_or_silent_is_an_engine_error():
+def test_a_server_that_died_or_is_silent_is_an_engine_error():
     gone, _ = control(httpx.ConnectError("refused"))
     with pytest.raises(EngineError, match="ConnectError: refused"):
         gone.set_weight_version("2")

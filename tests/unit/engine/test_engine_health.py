@@ -72,18 +72,18 @@ def test_a_stopped_process_of_a_server_is_seen_and_runs_again(server, name):
     assert worst_status(workers) == ("running", "")
 
 
-def test_a_process_that_took_the_id_of_a_dead_one_is_not_it():
+def test_a_process_with_a_reused_id_is_another_process():
     assert process_status(os.getpid()) == "running"
     assert process_status(os.getpid(), started=1.0) == "dead"
 
 
-def test_a_server_that_is_gone_has_no_workers():
+def test_a_dead_server_has_no_workers():
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait()
     assert server_workers(process.pid) == [] and process_status(process.pid) == "dead"
 
 
-def test_the_dead_are_named_before_the_stopped():
+def test_dead_processes_are_named_before_stopped_ones():
     workers = [Worker("scheduler_TP0", 1, 0.0), Worker("scheduler_TP1", 2, 0.0), Worker("detokenizer", 3, 0.0)]
     statuses = {1: "stopped", 2: "dead", 3: "dead"}
     found = worst_status(workers, lambda pid, started: statuses[pid])

@@ -21,7 +21,7 @@ from slime_opd.errors import EngineError
 from slime_opd.lifetimes.processes import is_alive, processes_in_group
 
 
-def test_an_engine_is_sglang_where_cuda_is_and_the_cpu_launcher_elsewhere():
+def test_the_engine_command_depends_on_cuda():
     options = {"mem-fraction-static": ("0.7",), "disable_radix_cache": ()}
     command = engine_command("/m", host="h", port=5, options=options, has_cuda=True)
     assert command[1:] == [
@@ -32,7 +32,7 @@ def test_an_engine_is_sglang_where_cuda_is_and_the_cpu_launcher_elsewhere():
     assert on_cpu[2] == "slime_opd.engine.cpu_launcher"
 
 
-def test_the_weight_loader_is_named_by_its_place():
+def test_the_weight_loader_is_an_importable_name():
     module, name = weight_proof.LOADER.rsplit(".", 1)
     assert getattr(sys.modules[module], name) is weight_proof.begin
 
@@ -84,7 +84,7 @@ def owned(tmp_path: Path, source: str, port: int = 1) -> OwnedProcess:
     )
 
 
-def test_an_engine_that_loses_its_detokenizer_while_it_starts_is_not_waited_for(tmp_path):
+def test_an_engine_that_loses_its_detokenizer_while_it_starts_is_an_error(tmp_path):
     # SGLang's HTTP process goes on without it, and answers as long as nobody asks for text.
     child = ["bash", "-c", "exec -a sglang::detokenizer sleep 3"]
     source = f"import subprocess, time; subprocess.Popen({child}); time.sleep(600)"
@@ -156,7 +156,7 @@ def test_a_server_outlives_the_thread_that_started_it_and_not_its_killed_owner(t
         owner.communicate()
 
 
-def test_a_process_is_started_once_and_asked_only_when_started(tmp_path):
+def test_a_process_is_started_once_and_has_no_exit_code_before(tmp_path):
     process = owned(tmp_path, "import time; time.sleep(600)")
     with pytest.raises(EngineError, match="was not started"):
         process.exit_code()

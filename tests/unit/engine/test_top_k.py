@@ -71,7 +71,7 @@ def test_the_first_row_is_of_the_token_before_the_response():
         (lambda table: table[2].__setitem__(slice(None), [[-0.3, 3, None], [-0.4, 1, None]]), "add up to 1.41"),
     ],
 )
-def test_rows_that_are_not_what_was_asked_for_are_errors(damage, message):
+def test_rows_of_another_request_are_errors(damage, message):
     given_rows = rows(np.array([[1, 2], [3, 0], [2, 1]]), table_of(3, 4))
     damage(given_rows)
     with pytest.raises(EngineError, match=message):
@@ -79,7 +79,7 @@ def test_rows_that_are_not_what_was_asked_for_are_errors(damage, message):
 
 
 @pytest.mark.parametrize("nothing", [None, []])
-def test_rows_that_are_not_there_are_an_error_unless_there_are_no_tokens(nothing):
+def test_missing_rows_are_an_error_unless_there_are_no_tokens(nothing):
     assert parse_rows(nothing, 0, 3).ids.shape == (0, 3)
     with pytest.raises(EngineError, match="top-k"):
         parse_rows(nothing, 2, 3)
@@ -115,7 +115,7 @@ class Server:
 
 
 @given(st.integers(1, 80), st.integers(1, 6), st.integers(1, 12), st.integers(0, 1000))
-def test_candidates_are_scored_exactly_whatever_the_top_holds(length, k, n, seed):
+def test_candidates_are_scored_exactly_for_any_top_k(length, k, n, seed):
     random = np.random.default_rng(seed)
     table, prompt = table_of(length, 24, seed), 3
     tokens = random.integers(0, 23, prompt + length).tolist()
@@ -130,7 +130,7 @@ def test_candidates_are_scored_exactly_whatever_the_top_holds(length, k, n, seed
     np.testing.assert_array_equal(fill(known, candidates, segments, answers, tokens, prompt), expected)
 
 
-def test_only_what_is_missing_is_asked_for_and_only_where():
+def test_only_missing_candidates_are_requested():
     candidates = np.tile(np.int32([5, 6]), (40, 1))
     missing = np.zeros((40, 2), bool)
     missing[3, 0] = missing[7, 1] = missing[33, 1] = True

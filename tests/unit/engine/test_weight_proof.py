@@ -69,7 +69,7 @@ def test_a_proof_leaves_the_model_as_it_was_also_when_the_one_before_was_not_fin
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_a_checksum_sees_one_bit_and_every_change_of_position(dtype, monkeypatch):
+def test_a_checksum_detects_a_changed_bit_and_a_changed_order(dtype, monkeypatch):
     monkeypatch.setattr(weight_proof, "_CHUNK", 8)  # several chunks
     values = (torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * 50 + 128).to(dtype)
 
@@ -87,7 +87,7 @@ def test_a_checksum_sees_one_bit_and_every_change_of_position(dtype, monkeypatch
             assert checksum(changed) != original
 
 
-def test_a_checksum_is_of_the_values_wherever_they_lie_in_memory():
+def test_a_checksum_does_not_depend_on_strides_or_storage_offset():
     values = torch.arange(40, dtype=torch.bfloat16)
     for start in range(4):
         for end in range(30, 34):

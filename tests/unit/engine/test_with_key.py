@@ -51,7 +51,7 @@ def test_a_server_gets_the_key_without_showing_it(tmp_path):
     assert SECRET not in run.stdout + run.stderr and "****" in run.stdout
 
 
-def test_a_key_is_a_string_that_prints_as_stars():
+def test_the_repr_of_a_key_hides_its_value():
     key = Key(SECRET)
     assert key == SECRET and f"Bearer {'' + key}" == f"Bearer {SECRET}"
     assert repr(key) == "'****'" and SECRET not in f"{[key]} { ({'api_key': key}) }"

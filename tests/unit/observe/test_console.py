@@ -27,14 +27,14 @@ def test_a_log_has_the_whole_line_and_the_time_left():
         assert part in line
 
 
-def test_less_than_a_minute_is_not_worth_a_word():
+def test_less_than_a_minute_left_is_not_shown():
     assert "left" not in console.step_summary(3, 10, RECORD, seconds_left=59)
 
 
 @pytest.mark.parametrize(
     ("width", "kept", "dropped"), [(200, "lr", ""), (150, "entropy", "lr"), (80, "reverse KL", "length")]
 )
-def test_a_terminal_has_what_fits_and_no_half_metric(monkeypatch, width, kept, dropped):
+def test_a_narrow_terminal_gets_fewer_metrics(monkeypatch, width, kept, dropped):
     monkeypatch.setattr(console, "CONSOLE", Console(force_terminal=True, width=width))
     line = console.step_summary(3, 10, RECORD)
     assert len(line) <= width

@@ -17,7 +17,7 @@ def lines(run_dir) -> list[dict]:
     return [record for record in written if record.keys() - {"step", "attempt", "time"}]
 
 
-def test_a_record_is_a_line_and_what_is_not_finite_is_null(tmp_path):
+def test_a_record_is_a_line_and_values_that_are_not_finite_are_null(tmp_path):
     with MetricSinks(tmp_path, ObserveConfig(no_tensorboard=True)) as sinks:
         sinks.log(1, {"train/loss": 0.5, "train/lr": float("nan")})
     (record,) = lines(tmp_path)
@@ -40,7 +40,7 @@ def test_tensorboard_has_a_curve_per_metric(tmp_path):
     assert scalars(tmp_path) == [(1, 0.5), (2, 0.25)]
 
 
-def test_a_torn_last_line_is_dropped_and_the_run_goes_on_after_it(tmp_path):
+def test_an_incomplete_last_line_is_removed_and_the_run_appends(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1}\n{"step": 2, "tra')
     with MetricSinks(tmp_path, ObserveConfig(no_tensorboard=True)) as sinks:
         sinks.log(2, {"train/loss": 1})
@@ -66,12 +66,12 @@ def test_a_repeated_step_is_another_attempts_and_readers_take_the_last(tmp_path)
     assert curve(read_metrics(tmp_path), "train/loss") == ([0, 1, 2, 3], [1, 1, 1, 2])
 
 
-def test_a_run_that_starts_over_supersedes_everything(tmp_path):
+def test_an_attempt_from_step_0_replaces_all_records(tmp_path):
     attempts(tmp_path, (0, [0, 1, 2]), (0, [1]))
     assert curve(read_metrics(tmp_path), "train/loss") == ([1], [2])
 
 
-def test_a_start_that_logs_nothing_supersedes_nothing(tmp_path):
+def test_an_attempt_without_records_replaces_none(tmp_path):
     attempts(tmp_path, (0, [1, 2]))
     with MetricSinks(tmp_path, ObserveConfig(), first_step=0):
         pass

@@ -15,7 +15,7 @@ def looks(watch: Watch, times, processes=(TRAINER, ENGINE)) -> list[tuple[float,
     return [(now, line) for now in times for line in watch.look(now, processes).lines]
 
 
-def test_a_wait_without_progress_is_told_with_what_since_when_and_who_lives():
+def test_a_line_about_a_wait_has_activity_duration_and_processes():
     watch = Watch(60, 0)
     watch.begin("rollout 3/100", 0)
     watch.advance(30, 5, "samples")
@@ -25,7 +25,7 @@ def test_a_wait_without_progress_is_told_with_what_since_when_and_who_lives():
     ]
 
 
-def test_lines_about_one_wait_come_ever_more_rarely():
+def test_the_interval_between_lines_about_one_wait_grows():
     watch = Watch(60, 0)
     watch.begin("training 3/100", 0)
     told = [now for now, _ in looks(watch, range(0, 60 * 60))]
@@ -40,7 +40,7 @@ def test_a_slow_run_that_advances_is_not_mentioned():
         assert watch.look(now + 49, [TRAINER, ENGINE]) == Findings()
 
 
-def test_progress_starts_the_intervals_anew_and_an_activity_its_count():
+def test_progress_resets_the_interval_and_an_activity_its_count():
     watch = Watch(10, 0)
     watch.begin("rollout 1/2", 0)
     assert len(looks(watch, range(0, 30))) == 2
@@ -52,11 +52,11 @@ def test_progress_starts_the_intervals_anew_and_an_activity_its_count():
     assert "training 1/2 for 10 s; trainer" in line
 
 
-def test_nothing_is_told_while_nothing_is_waited_for():
+def test_nothing_is_reported_between_activities():
     assert looks(Watch(1, 2), range(0, 1000)) == []
 
 
-def test_of_nested_activities_the_inner_one_is_waited_for():
+def test_the_innermost_activity_is_reported():
     watch = Watch(10, 0)
     watch.begin("rollout 1/2", 0)
     watch.begin("sending weights", 5)
@@ -65,7 +65,7 @@ def test_of_nested_activities_the_inner_one_is_waited_for():
     assert watch.activity == "rollout 1/2" and "rollout 1/2 for 30 s" in looks(watch, [30])[0][1]
 
 
-def test_the_hard_limit_ends_the_run_with_the_same_sentence():
+def test_the_timeout_ends_the_run_with_the_same_message():
     watch = Watch(0, 100)
     watch.begin("saving after 4 rollouts", 0)
     assert watch.look(99, [TRAINER]) == Findings()
@@ -82,7 +82,7 @@ def test_a_dead_process_ends_the_run_whether_it_is_waited_for_or_not(waits):
     assert watch.look(1, [TRAINER, dead]).failure == "engine 0 died (scheduler, process 7)"
 
 
-def test_a_stopped_process_is_mentioned_once_and_again_when_it_goes_on():
+def test_a_stopped_process_is_mentioned_once_and_when_it_responds_again():
     watch = Watch(60, 0)
     watch.begin("training 1/1", 0)
     assert looks(watch, range(0, 10), [STOPPED]) == []

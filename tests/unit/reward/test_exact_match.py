@@ -46,7 +46,7 @@ def test_the_last_complete_box_is_found_with_braces_matched(text, expected):
     assert last_boxed(text) == expected
 
 
-def test_equal_final_answers_are_worth_one_and_others_nothing():
+def test_equal_final_answers_give_one_and_others_zero():
     reward = ExactMatch()
     assert asyncio.run(reward(sample("we get #### 42", "42"))) == 1.0
     assert asyncio.run(reward(sample("42", "because #### 42"))) == 1.0

@@ -64,7 +64,7 @@ def test_a_custom_reward_may_be_async_or_not_and_never_blocks_the_loop(function,
     ("function", "message"),
     [("raises", "KeyError: 'score'"), ("not_a_number", "returned nan"), ("a_dict", "returned {'score': 1.0}")],
 )
-def test_a_custom_reward_that_fails_or_gives_no_finite_number_names_itself_and_the_prompt(function, message):
+def test_an_error_of_a_custom_reward_names_the_reward_and_the_prompt(function, message):
     with pytest.raises(DataError) as caught:
         asyncio.run(compute_reward(CustomReward(f"{MODULE}.{function}", Config()), sample()))
     assert f"{MODULE}.{function}" in str(caught.value)

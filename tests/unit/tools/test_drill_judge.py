@@ -18,7 +18,7 @@ def problems(result: Result, output: str = SENTENCE) -> list[str]:
     return problems_of(result, KINDS[result.kind], output, 10.0)
 
 
-def test_a_run_that_ends_with_a_sentence_and_leaves_nothing_is_fine():
+def test_a_run_that_ends_with_its_message_and_leaves_nothing_has_no_problem():
     assert problems(GOOD) == []
 
 
@@ -57,7 +57,7 @@ def test_a_signal_to_the_driver_is_answered_by_its_exit_code_and_name():
     assert problems(killed, "") == []
 
 
-def test_a_kill_is_aimed_by_the_durations_of_the_step_before():
+def test_the_moment_of_a_kill_follows_from_the_durations_of_the_last_step():
     last = {"perf/update_weights_time": 1.0, "perf/rollout_time": 4.0, "perf/train_time": 2.0}
     assert delay_in_step(Phase.UPDATE_WEIGHTS, 0.5, last) == 0.5
     assert delay_in_step(Phase.GENERATE, 0.25, last) == 2.0

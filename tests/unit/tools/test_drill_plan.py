@@ -52,13 +52,13 @@ def test_a_run_gets_at_most_five_kills_of_its_stack_and_none_is_dropped():
     assert all(1 <= len(own) <= 5 and {trial.stack for trial in own} == {stack} for stack, own in found)
 
 
-def test_narrowing_to_a_stack_leaves_out_the_kinds_that_it_does_not_have():
+def test_restricting_to_a_stack_removes_kinds_that_do_not_apply():
     names = {kind.name for kind in on_stacks(ALL, [SGLANG_TEACHER])}
     assert "router-kill" not in names and "reward-worker-kill" not in names
     assert {"driver-kill", "engine-scheduler-kill"} <= names
 
 
-def test_a_kill_that_was_missed_is_done_at_another_moment():
+def test_a_missed_kill_is_retried_at_another_moment():
     trial = plan(1, 0, ALL)[0]
     again = trial.again()
     assert (again.number, again.kind, again.phase, again.tries) == (trial.number, trial.kind, trial.phase, 1)

@@ -21,7 +21,7 @@ from drill.steps import check_start, indistinct, missing
         ([7, 8, 8, 9], 6, (), (8,)),
     ],
 )
-def test_a_start_goes_on_after_the_checkpoint_and_does_each_step_once(steps, saved, lost, doubled):
+def test_a_start_resumes_after_the_checkpoint_and_does_each_step_once(steps, saved, lost, doubled):
     check = check_start(steps, saved)
     assert (check.lost, check.doubled) == (lost, doubled)
 
