@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import os
 import pickle
 import tempfile
@@ -13,6 +14,44 @@ import pytest
 
 # A test may make this process the owner of a scope (slime_opd/lifetimes/), whose temporary directory goes with it.
 os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+
+
+E2E = "tests/e2e/"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """With pytest-xdist a file's tests share a worker, since they share its fixtures, and so do all of tests/e2e."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneRealStackAtATime(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return E2E if nodeid.startswith(E2E) else super()._split_scope(nodeid)
+
+    return OneRealStackAtATime(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With pytest-xdist tests/e2e comes first: it takes as long as all others together, and waits where they compute."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not item.nodeid.startswith(E2E))
+
+
+def pytest_sessionstart() -> None:
+    """Import the tests and their libraries without the garbage collector."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Let the collector pass over what was imported: while the tests run it would walk all of it again and again."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Undo it before the process ends: libraries look for leaks then."""
+    gc.unfreeze()
+
 
 # One character, one token; 64 of them, so that the tokenizer fills the model's vocabulary.
 TINY_VOCABULARY = ("<pad>", "<eos>", *"0123456789", *"abcdefghijklmnopqrstuvwxyz", *" +-*/=()?.,:;!'\"\n#%&<>@_|$")

@@ -1,6 +1,7 @@
 """The rules of the tree: which room may import which, and how large a file or a function may grow."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ TOO_LONG_FILES: set[str] = set()  # only shrinks
 TOO_LONG_FUNCTIONS: set[str] = set()  # only shrinks
 
 
+@functools.cache
 def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
 
