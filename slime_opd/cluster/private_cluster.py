@@ -10,6 +10,8 @@ import secrets
 
 # Ray waits a minute for a head node that may restart; this one is on the same machine and does not restart.
 GCS_TIMEOUT_VARIABLE, GCS_TIMEOUT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 15
+# Ray starts a worker per core in advance, which no actor of a run uses: each has an environment, so a process, of its own.
+PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 
 
 def is_inside_job() -> bool:
@@ -30,6 +32,5 @@ def prepare_environment(address: str) -> None:
     os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
     # "0" makes Ray start a cluster that has only the loopback address, as it does on Windows and macOS.
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # Ray would start a worker per core in advance; each actor of a run has an environment, so a process, of its own.
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
+    os.environ.setdefault(PRESTART_VARIABLE, "0")
     os.environ.setdefault(GCS_TIMEOUT_VARIABLE, str(GCS_TIMEOUT_S))

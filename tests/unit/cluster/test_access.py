@@ -32,10 +32,11 @@ def outside_of_jobs(monkeypatch):
         if name.startswith("RAY_"):
             monkeypatch.delenv(name)
     # Restored after the test, whatever it sets.
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_prestart_worker_first_driver")
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", private_cluster.PRESTART_VARIABLE)
     for name in names:
         monkeypatch.setenv(name, "before")
     monkeypatch.setenv(private_cluster.GCS_TIMEOUT_VARIABLE, "7")
+    monkeypatch.delenv(private_cluster.PRESTART_VARIABLE)
     return monkeypatch
 
 
@@ -45,6 +46,7 @@ def test_a_private_cluster_has_a_random_token_and_listens_on_loopback(outside_of
         private_cluster.prepare_environment("local")
         assert os.environ["RAY_AUTH_MODE"] == "token"
         assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+        assert os.environ[private_cluster.PRESTART_VARIABLE] == "0"
         tokens.add(os.environ["RAY_AUTH_TOKEN"])
     assert len(tokens) == 2 and all(len(token) == 64 for token in tokens)
     assert os.environ[private_cluster.GCS_TIMEOUT_VARIABLE] == "7"  # the user's own
