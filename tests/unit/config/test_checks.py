@@ -154,54 +154,69 @@ RULES = {
         "--opd-schedule: found 'forward_kl', expected pairs such as forward_kl:0.4,reverse_kl:0.6",
     ),
     "a ramp that cannot be read": (f"{GOOD} --opd-coef-ramp 0:0,2:1", "--opd-coef-ramp: found '0:0,2:1', expected"),
-    "a server's whole vocabulary": (
+    "server teacher without top-k": (
         f"{GOOD} --opd-divergence reverse_kl",
         "--opd-divergence with --opd-type sglang needs --opd-log-prob-top-k",
     ),
-    "rewards on no tokens": (
+    "token rewards without top-k": (
         f"{MEGATRON} --opd-divergence token_reward_direct",
         "token_reward_direct needs --opd-log-prob-top-k",
     ),
-    "remainder of rewards": (
+    "remainder of token rewards": (
         f"{TOP_K} --opd-divergence token_reward_direct --opd-top-k-remainder truncated",
         "--opd-top-k-remainder truncated has no effect with --opd-divergence token_reward_direct",
     ),
-    "a mixture of one": (
+    "jsd beta of one": (
         f"{MEGATRON} --opd-divergence jsd --opd-jsd-beta 1",
         "--opd-jsd-beta: found 1.0, expected a number between 0 and 1",
     ),
-    "a server's temperature": (f"{GOOD} --opd-temperature 0.7", "a server always scores at temperature 1"),
-    "weight of no divergence": (f"{GOOD} --opd-divergence-coef 2", "no effect without --opd-divergence or"),
-    "strategy of no top-k": (f"{DIVERGING} --opd-top-k-strategy union", "no effect without --opd-log-prob-top-k"),
-    "precision of no wire": (f"{DIVERGING} --opd-wire-dtype float16", "no effect without --opd-log-prob-top-k"),
-    "memory of no teacher": (f"{GOOD} --opd-teacher-resident", "no effect without --opd-type megatron"),
-    "clamp of no penalty": (
+    "temperature of a server teacher": (f"{GOOD} --opd-temperature 0.7", "a server always scores at temperature 1"),
+    "divergence coefficient without a divergence": (
+        f"{GOOD} --opd-divergence-coef 2",
+        "no effect without --opd-divergence or",
+    ),
+    "top-k strategy without top-k": (
+        f"{DIVERGING} --opd-top-k-strategy union",
+        "no effect without --opd-log-prob-top-k",
+    ),
+    "wire dtype without top-k": (f"{DIVERGING} --opd-wire-dtype float16", "no effect without --opd-log-prob-top-k"),
+    "resident teacher without a Megatron teacher": (
+        f"{GOOD} --opd-teacher-resident",
+        "no effect without --opd-type megatron",
+    ),
+    "clamp without a penalty": (
         f"{DIVERGING} --opd-kl-clamp 5",
         "has no effect without a penalty (--opd-kl-coef above 0)",
     ),
-    "weights of no rewards": (
+    "reward weights without token rewards": (
         f"{DIVERGING} --opd-reward-weight-mode none",
         "without --opd-divergence token_reward_direct",
     ),
-    "mixture of another": (f"{DIVERGING} --opd-jsd-beta 0.1", "--opd-jsd-beta 0.1 has no effect without"),
-    "share of no weighting": (
+    "jsd beta without jsd": (f"{DIVERGING} --opd-jsd-beta 0.1", "--opd-jsd-beta 0.1 has no effect without"),
+    "keep fraction without top weighting": (
         f"{GOOD} --opd-token-keep-fraction 0.1",
         "--opd-token-keep-fraction 0.1 has no effect without --opd-token-weighting top",
     ),
-    "column of no mix": (f"{TOP_K} --opd-off-policy-key a", "no effect without --opd-off-policy-fraction"),
-    "mix without a column": (
+    "off-policy column without off-policy samples": (
+        f"{TOP_K} --opd-off-policy-key a",
+        "no effect without --opd-off-policy-fraction",
+    ),
+    "off-policy data set without a column": (
         f"{TOP_K} --opd-off-policy-fraction 0.1 --opd-off-policy-source dataset",
         "--opd-off-policy-source dataset needs --opd-off-policy-key",
     ),
-    "column of the teacher": (
+    "off-policy column with a teacher": (
         f"{TOP_K} --opd-off-policy-fraction 0.1 --opd-off-policy-key a",
         "--opd-off-policy-key has no effect without --opd-off-policy-source dataset",
     ),
-    "a teacher that does not write": (
+    "off-policy teacher that cannot generate": (
         f"{DIVERGING} --opd-off-policy-fraction 0.1",
         "--opd-off-policy-source teacher needs --opd-type sglang",
     ),
-    "mix of a penalty": (f"{GOOD} --opd-off-policy-fraction 0.1", "no effect without --opd-divergence or"),
+    "off-policy samples without a divergence": (
+        f"{GOOD} --opd-off-policy-fraction 0.1",
+        "no effect without --opd-divergence or",
+    ),
     "weights without a reward": (f"{GOOD} --opd-reward-beta 1", "--opd-reward-beta needs a reward"),
     "pass rates without a reward": (f"{GOOD} --opd-pass-rate-weights 1 1", "--opd-pass-rate-weights needs a reward"),
     "pass rates of one answer": (
@@ -214,51 +229,57 @@ RULES = {
         f"{REWARDED} {TEACHER} --n-samples-per-prompt 1 --dynamic-sampling-filter-path a.b",
         "a group of one has one reward",
     ),
-    "too few at once": (
+    "over-sampling below the batch size": (
         f"{REWARDED} --dynamic-sampling-filter-path a.b --over-sampling-batch-size 1",
         "--over-sampling-batch-size: found 1, expected at least --rollout-batch-size 2",
     ),
-    "prompts of no filter": (f"{REWARDED} --over-sampling-batch-size 4", "no effect without --dynamic-sampling-filter"),
-    "rollouts of unknown prompts": (
+    "over-sampling without a filter": (
+        f"{REWARDED} --over-sampling-batch-size 4",
+        "no effect without --dynamic-sampling-filter",
+    ),
+    "off-policy rollouts with a filter": (
         f"{REWARDED} {TEACHER} --opd-divergence jsd --opd-log-prob-top-k 4 --dynamic-sampling-filter-path a.b "
         "--opd-off-policy-fraction 0.5 --opd-off-policy-unit rollouts",
         "--opd-off-policy-unit rollouts with --dynamic-sampling-filter-path",
     ),
-    # Words of slime's.
-    "a rollout of one's own": (f"{GOOD} --rollout-function-path a.b", "rollouts of one's own are not supported"),
+    # slime's flags.
+    "custom rollout function": (f"{GOOD} --rollout-function-path a.b", "rollouts of one's own are not supported"),
     "fine-tuning's rollout": (
         f"{GOOD} --rollout-function-path slime.rollout.sft_rollout.generate_rollout",
         "--rollout-function-path is for supervised fine-tuning: add --loss-type sft_loss",
     ),
-    "training alone": (f"{GOOD} --debug-train-only", "found nothing to train on, expected --load-debug-rollout-data"),
-    "a replay by epochs": (
+    "train only without rollouts": (
+        f"{GOOD} --debug-train-only",
+        "found nothing to train on, expected --load-debug-rollout-data",
+    ),
+    "replay by epochs": (
         f"{GOOD.replace('--num-rollout', '--num-epoch')} --load-debug-rollout-data b{{rollout_id}}",
         "--num-epoch counts prompts, which a replay does not read: give --num-rollout",
     ),
-    "a recording without a number": (
+    "recording path without a number": (
         f"{GOOD} --save-debug-rollout-data rollouts.parquet",
         "--save-debug-rollout-data: found 'rollouts.parquet', expected a path with {rollout_id} in it",
     ),
-    "a recording with another brace": (f"{GOOD} --save-debug-rollout-data {{rollout_id}}{{x}}", "no other braces"),
-    "recording a recording": (
+    "recording path with another brace": (f"{GOOD} --save-debug-rollout-data {{rollout_id}}{{x}}", "no other braces"),
+    "recording a replay": (
         f"{GOOD} --save-debug-rollout-data a{{rollout_id}} --load-debug-rollout-data b{{rollout_id}}",
         "the rollouts are recorded already",
     ),
-    "neither half": (
+    "rollout only with a replay": (
         f"{GOOD} --debug-rollout-only --load-debug-rollout-data b{{rollout_id}}",
         "--debug-rollout-only with --load-debug-rollout-data: nothing would be done",
     ),
-    "generating for fine-tuning": (f"{SFT} --debug-rollout-only", "--debug-rollout-only with --loss-type sft_loss"),
+    "rollout only with fine-tuning": (f"{SFT} --debug-rollout-only", "--debug-rollout-only with --loss-type sft_loss"),
     "no advantages": (f"{GOOD} --disable-compute-advantages-and-returns", "is for supervised fine-tuning"),
     "kl in the reward": (f"{GOOD} --kl-coef 0.1", "say --use-kl-loss --kl-loss-coef 0.1"),
-    "a project of nobody": (f"{GOOD} --wandb-project p", "--wandb-project has no effect without --use-wandb"),
+    "wandb project without wandb": (f"{GOOD} --wandb-project p", "--wandb-project has no effect without --use-wandb"),
     # Ranges.
-    "a clamp of nothing": (f"{GOOD} --opd-kl-clamp 0", "--opd-kl-clamp: found 0.0, expected a number above 0"),
-    "a discount that grows": (
+    "clamp of zero": (f"{GOOD} --opd-kl-clamp 0", "--opd-kl-clamp: found 0.0, expected a number above 0"),
+    "discount above one": (
         f"{GOOD} --opd-kl-discount 1.5",
         "--opd-kl-discount: found 1.5, expected a number from 0 to 1",
     ),
-    "keeping no token": (
+    "keep fraction of zero": (
         f"{GOOD} --opd-token-weighting top --opd-token-keep-fraction 0",
         "--opd-token-keep-fraction: found 0.0, expected a number above 0",
     ),
@@ -267,21 +288,21 @@ RULES = {
         f"{GOOD} --opd-kl-coef -1",
         "--opd-kl-coef: found -1.0, expected a number from 0 to 10000",
     ),
-    "share above one": (
+    "fraction above one": (
         f"{GOOD} --opd-max-fallback-fraction 1.5",
         "--opd-max-fallback-fraction: found 1.5, expected a number from 0 to 1",
     ),
-    "share below zero": (f"{GOOD} --opd-max-fallback-fraction -0.1", "expected a number from 0 to 1"),
-    "no time for the teacher": (
+    "fraction below zero": (f"{GOOD} --opd-max-fallback-fraction -0.1", "expected a number from 0 to 1"),
+    "teacher timeout of zero": (
         f"{GOOD} --opd-teacher-timeout-s 0",
         "--opd-teacher-timeout-s: found 0.0, expected a number above 0",
     ),
-    "no time for a generation": (f"{GOOD} --rollout-request-timeout-s -1", "expected a number above 0"),
-    "no temperature": (
+    "negative generation timeout": (f"{GOOD} --rollout-request-timeout-s -1", "expected a number above 0"),
+    "temperature of zero": (
         f"{GOOD} --rollout-temperature 0",
         "--rollout-temperature: found 0.0, expected a number above 0",
     ),
-    "top-k of nothing": (
+    "top-k of zero": (
         f"{EVALUATED} --eval-top-k 0",
         "--eval-top-k: found 0, expected -1 (all tokens) or a number above 0",
     ),
@@ -299,7 +320,7 @@ RULES = {
         f"{MODEL} {DATA} {TEACHER} --num-rollout 1 --rollout-max-response-len 8",
         "--rollout-batch-size: found none",
     ),
-    "a learning rate of a thousand": (
+    "learning rate of a thousand": (
         f"{GOOD} --lr 1000",
         "--lr: found 1000.0, expected a number from 0 to 1: Adam moves every weight",
     ),
@@ -354,7 +375,7 @@ RULES = {
         "--context-parallel-size 2: packed rows are not split over ranks yet",
     ),
     "two precisions": (f"{GOOD} --bf16 --fp32", "found --bf16 and --fp32, expected one precision"),
-    "full recomputation of what": (f"{GOOD} --recompute-granularity full", "needs --recompute-method"),
+    "full recomputation without a method": (f"{GOOD} --recompute-granularity full", "needs --recompute-method"),
     "recomputation without a kind": (
         f"{GOOD} --recompute-method block",
         "no effect without --recompute-granularity full",
@@ -381,7 +402,10 @@ RULES = {
         f"{GOOD} --num-steps-per-rollout 3",
         "--num-steps-per-rollout 3 does not divide the 4 samples",
     ),
-    "packing to what": (f"{GOOD} --use-dynamic-batch-size", "--use-dynamic-batch-size needs --max-tokens-per-gpu"),
+    "dynamic batches without a size": (
+        f"{GOOD} --use-dynamic-batch-size",
+        "--use-dynamic-batch-size needs --max-tokens-per-gpu",
+    ),
     # Engines, checkpoints, weights.
     "engines and gpus": (
         f"{GOOD} --rollout-num-gpus 3 --rollout-num-gpus-per-engine 2",
@@ -394,24 +418,30 @@ RULES = {
         "does not divide --actor-num-gpus-per-node 1",
     ),
     "more engines than shared gpus": (f"{GOOD} --colocate --rollout-num-gpus 2", "more than the 1 training GPUs"),
-    "saving to nowhere": (f"{GOOD} --save-interval 1", "--save-interval 1 has no effect without --save"),
-    "a step of nothing": (f"{GOOD} --ckpt-step 1", "--ckpt-step 1 has no effect without --load or --save"),
-    "minutes between nothing": (
+    "save interval without save": (f"{GOOD} --save-interval 1", "--save-interval 1 has no effect without --save"),
+    "checkpoint step without a checkpoint": (
+        f"{GOOD} --ckpt-step 1",
+        "--ckpt-step 1 has no effect without --load or --save",
+    ),
+    "save minutes without save": (
         f"{GOOD} --save-interval-minutes 5",
         "--save-interval-minutes 5.0 has no effect without",
     ),
-    "one export for all steps": (f"{GOOD} --save s --save-hf out", "--save-hf: found 'out', expected a path with"),
-    "an export of an unknown name": (f"{GOOD} --save s --save-hf out_{{step}}", "--save-hf: found 'out_{step}'"),
+    "export path without a step": (f"{GOOD} --save s --save-hf out", "--save-hf: found 'out', expected a path with"),
+    "export path with an unknown name": (f"{GOOD} --save s --save-hf out_{{step}}", "--save-hf: found 'out_{step}'"),
     "shared memory of two nodes": (
         f"{GOOD} --actor-num-nodes 2 --update-weight-transport tensor",
         "--update-weight-transport tensor is shared memory on one node",
     ),
-    "directory of no one": (f"{GOOD} --update-weight-disk-dir d", "no effect without --update-weight-transport disk"),
-    "a pattern that cannot be read": (
+    "disk directory without the disk transport": (
+        f"{GOOD} --update-weight-disk-dir d",
+        "no effect without --update-weight-transport disk",
+    ),
+    "unreadable layer pattern": (
         f"{GOOD} --moe-layer-freq x",
         "--moe-layer-freq: found 'x', expected a whole number",
     ),
-    "rank of another attention": (
+    "latent rank without latent attention": (
         f"{GOOD} --q-lora-rank 8",
         "--q-lora-rank 8 has no effect without --multi-latent-att",
     ),
@@ -453,7 +483,7 @@ RULES = {
     ),
     "interval without data": (f"{GOOD} --eval-interval 1", "--eval-interval needs --eval-prompt-data"),
     "evaluation without data": (EVALUATE_ONLY, "found no --eval-prompt-data"),
-    "half a pair": (
+    "odd number of evaluation values": (
         f"{EVALUATED} --eval-prompt-data a b c",
         "found 3 values ['a', 'b', 'c'], expected pairs of NAME FILE",
     ),

@@ -8,7 +8,7 @@ from slime_opd.config import parse
 from slime_opd.errors import ConfigError
 
 # Every flag of slime's model scripts, standard recipes and distillation examples, with a value that they give it.
-WORDS = """
+ARGUMENTS = """
 # model architecture (scripts/models)
 --add-qkv-bias
 --attention-dropout 0.0
@@ -176,7 +176,7 @@ WORDS = """
 --wandb-project slime-dev
 --wandb-team glm-zero
 """
-FLAGS = [line for line in WORDS.splitlines() if line and not line.startswith("#")]
+FLAGS = [line for line in ARGUMENTS.splitlines() if line and not line.startswith("#")]
 REFUSED = {
     "--enable-mtp-training": "is not supported: layers for multi-token prediction stay as they are",
 }
@@ -184,14 +184,14 @@ REFUSED = {
 
 @pytest.mark.parametrize("line", FLAGS, ids=lambda line: line.split()[0])
 def test_every_flag_is_read_or_refused_with_the_reason(line):
-    flag, *words = line.split()
+    flag, *values = line.split()
     if reason := REFUSED.get(flag):
         with pytest.raises(ConfigError, match=f"{flag} {reason}"):
-            parse([flag, *words])
+            parse([flag, *values])
     else:
-        parse([flag, *words])
+        parse([flag, *values])
 
 
 def test_all_of_them_together_are_read():
-    words = [word for line in FLAGS if line.split()[0] not in REFUSED for word in line.split()]
-    assert parse(words).model.spec == ("slime_plugins.models.glm4", "get_glm_spec")
+    values = [word for line in FLAGS if line.split()[0] not in REFUSED for word in line.split()]
+    assert parse(values).model.spec == ("slime_plugins.models.glm4", "get_glm_spec")
