@@ -127,7 +127,7 @@ def check_slime_flags(config: Config) -> list[str]:
     problems, function = [], config.rollout.rollout_function_path
     if function not in (None, SLIME_SFT_ROLLOUT):
         problems.append(
-            f"--rollout-function-path: found {function!r}, expected {SLIME_SFT_ROLLOUT}: rollouts of one's own are not supported; a reward of one's own is (--custom-rm-path)"
+            f"--rollout-function-path: found {function!r}, expected {SLIME_SFT_ROLLOUT}: custom rollout functions are not supported; a custom reward is (--custom-rm-path)"
         )
     spec = config.model.spec
     if spec and spec[0] not in SLIME_SPECS:

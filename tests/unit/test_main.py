@@ -13,9 +13,9 @@ from slime_opd.__main__ import COMMANDS, main
 from slime_opd.errors import ConfigError
 
 
-@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
-def test_without_a_command_it_shows_them(words, capsys):
-    main(words)
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_without_a_command_it_shows_them(arguments, capsys):
+    main(arguments)
     said = capsys.readouterr().out
     assert said.startswith("usage: python -m slime_opd COMMAND") and all(f"\n  {name} " in said for name in COMMANDS)
 
@@ -38,9 +38,9 @@ def test_report_is_a_table_and_a_picture(tmp_path, capsys):
     main(["report", str(tmp_path / "run"), str(tmp_path / "picture.png")])
     assert "| run | 50.0% | 50.0% | 0.250 | 0.250 | 2.00 |" in capsys.readouterr().out
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    for words in ([], [str(tmp_path / "gone")], ["a.png", "b.png"]):
+    for arguments in ([], [str(tmp_path / "gone")], ["a.png", "b.png"]):
         with pytest.raises(ConfigError, match=r"report: found|not found"):
-            main(["report", *words])
+            main(["report", *arguments])
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_report_is_a_table_and_a_picture(tmp_path, capsys):
         ("slime_opd train --moe-router-topk-l", {"--moe-router-topk-limited-devices"}),
     ],
 )
-def test_a_shell_is_told_what_may_follow(line, expected, tmp_path):
-    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n"}
+def test_a_shell_gets_completions(line, expected, tmp_path):
+    requested = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n"}
     answer = tmp_path / "answer"
-    environment = {**os.environ, **asked, "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    environment = {**os.environ, **requested, "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
     subprocess.run([sys.executable, "-m", "slime_opd"], env=environment, check=True, timeout=60)
     assert {word.strip() for word in answer.read_text().split("\n")} >= expected

@@ -47,16 +47,16 @@ SLIME_SGLANG = f"""{SLIME} --opd-type sglang --rm-url http://127.0.0.1:13141/gen
 SLIME_MEGATRON = f"{SLIME} --opd-type megatron --opd-teacher-load torch_dist --rm-type math"
 
 
-def config_of(words: str) -> Config:
-    return parse(shlex.split(words))
+def config_of(arguments: str) -> Config:
+    return parse(shlex.split(arguments))
 
 
-def problems_of(words: str) -> list[str]:
-    return problems(config_of(words))
+def problems_of(arguments: str) -> list[str]:
+    return problems(config_of(arguments))
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         GOOD,
         REWARDED,
@@ -98,8 +98,8 @@ def problems_of(words: str) -> list[str]:
         f"{REWARDED} {TEACHER} --opd-reward-beta 0.5 --opd-pass-rate-weights 1 1",
     ],
 )
-def test_a_run_that_makes_sense_has_no_problem(words):
-    assert problems_of(words) == []
+def test_a_run_that_makes_sense_has_no_problem(arguments):
+    assert problems_of(arguments) == []
 
 
 RULES = {
@@ -243,7 +243,7 @@ RULES = {
         "--opd-off-policy-unit rollouts with --dynamic-sampling-filter-path",
     ),
     # slime's flags.
-    "custom rollout function": (f"{GOOD} --rollout-function-path a.b", "rollouts of one's own are not supported"),
+    "custom rollout function": (f"{GOOD} --rollout-function-path a.b", "custom rollout functions are not supported"),
     "fine-tuning's rollout": (
         f"{GOOD} --rollout-function-path slime.rollout.sft_rollout.generate_rollout",
         "--rollout-function-path is for supervised fine-tuning: add --loss-type sft_loss",
@@ -499,15 +499,15 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("words, sentence", RULES.values(), ids=RULES)
-def test_a_rule_that_is_broken_alone_gives_one_sentence(words, sentence):
-    (problem,) = problems_of(words)
+@pytest.mark.parametrize("arguments, sentence", RULES.values(), ids=RULES)
+def test_a_rule_that_is_broken_alone_gives_one_sentence(arguments, sentence):
+    (problem,) = problems_of(arguments)
     assert sentence in problem
     assert "\n" not in problem
 
 
 def test_every_rule_is_broken_by_a_test():
-    broken = {check for words, _ in RULES.values() for check in CHECKS if check(config_of(words))}
+    broken = {check for arguments, _ in RULES.values() for check in CHECKS if check(config_of(arguments))}
     assert broken == set(CHECKS)
 
 
@@ -526,8 +526,8 @@ def test_every_rule_is_broken_by_a_test():
     ],
 )
 def test_a_malformed_teacher_address_is_refused(url):
-    words = [*shlex.split(GOOD), "--rm-url", url]
-    (problem,) = problems(parse(words))
+    arguments = [*shlex.split(GOOD), "--rm-url", url]
+    (problem,) = problems(parse(arguments))
     assert problem.startswith("--rm-url: found ") and "expected the server's address, http://HOST:PORT" in problem
 
 
@@ -543,8 +543,8 @@ def test_slimes_script_for_a_megatron_teacher_lacks_only_its_label_key():
 
 
 def test_no_check_edits_the_configuration():
-    for words, _ in RULES.values():
-        config = config_of(words)
+    for arguments, _ in RULES.values():
+        config = config_of(arguments)
         before = copy.deepcopy(config)
         problems(config)
         assert config == before

@@ -106,7 +106,7 @@ def test_the_reason_for_an_upper_bound_is_given_beyond_it_alone():
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         ("--lr 1000", "--lr: found 1000.0, expected a number from 0 to 1: Adam moves every weight"),
         ("--rollout-temperature 1e6", "expected a number above 0 and at most 100: every token would be equally likely"),
@@ -115,14 +115,14 @@ def test_the_reason_for_an_upper_bound_is_given_beyond_it_alone():
         ("--bucket-size 0", "--bucket-size (--ddp-bucket-size): found 0, expected a number above 0"),
     ],
 )
-def test_a_number_out_of_range_is_refused_with_the_reason(words, sentence):
-    (problem,) = check_options.check_ranges(parse(words.split()))
+def test_a_number_out_of_range_is_refused_with_the_reason(arguments, sentence):
+    (problem,) = check_options.check_ranges(parse(arguments.split()))
     assert sentence in problem
 
 
-@pytest.mark.parametrize("words", ["--lr 1", "--opd-kl-coef 1000", "--seed 2147483647", "--rollout-top-k -1"])
-def test_a_bound_of_a_range_is_accepted(words):
-    assert check_options.check_ranges(parse(words.split())) == []
+@pytest.mark.parametrize("arguments", ["--lr 1", "--opd-kl-coef 1000", "--seed 2147483647", "--rollout-top-k -1"])
+def test_a_bound_of_a_range_is_accepted(arguments):
+    assert check_options.check_ranges(parse(arguments.split())) == []
 
 
 def test_every_default_is_in_the_range_and_a_choice():

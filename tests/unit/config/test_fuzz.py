@@ -29,12 +29,12 @@ WORDS = st.one_of(
 LINES = st.lists(st.tuples(st.sampled_from(FLAGS), st.lists(WORDS, max_size=3)), max_size=12)
 
 
-def parsed(words: list[str]) -> tuple[Config, list[str]] | None:
-    """What `parse_all` makes of the words; None where they ask for help, and get it or a sentence."""
+def parsed(arguments: list[str]) -> tuple[Config, list[str]] | None:
+    """What `parse_all` makes of the arguments; None where they ask for help, and get it or a sentence."""
     try:
-        return parse_all(words)
+        return parse_all(arguments)
     except (SystemExit, ConfigError):
-        assert {"--help", "-h"} & {word.partition("=")[0] for word in words}
+        assert {"--help", "-h"} & {word.partition("=")[0] for word in arguments}
         return None
 
 
@@ -43,24 +43,24 @@ def parsed(words: list[str]) -> tuple[Config, list[str]] | None:
 @example([("--config", ["/"])])
 @example([("--opd-schedule", ["forward_kl:"]), ("--opd-coef-ramp", ["0:0,"])])
 @example([("--lr", ["-h", "0"])])
-def test_any_words_are_a_configuration_or_sentences(lines):
-    words = [word for flag, rest in lines for word in (flag, *rest)]
+def test_any_arguments_are_a_configuration_or_sentences(lines):
+    arguments = [word for flag, rest in lines for word in (flag, *rest)]
     with contextlib.redirect_stdout(io.StringIO()):
-        found = parsed(words)
+        found = parsed(arguments)
     if found is None:
         return
     config, said = found
     for line in [*said, *problems(config), *notes(config)]:
         assert line.strip() and "\n" not in line
     try:
-        parse(words)
+        parse(arguments)
     except ConfigError as error:
         assert str(error).splitlines() == said
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.text(max_size=12), max_size=8))
-def test_any_text_is_a_configuration_or_sentences(words):
+def test_any_text_is_a_configuration_or_sentences(arguments):
     with contextlib.redirect_stdout(io.StringIO()):
-        found = parsed(words)
+        found = parsed(arguments)
     assert found is None or all(isinstance(line, str) and line for line in found[1])

@@ -131,12 +131,12 @@ def test_what_cannot_run_is_refused_in_one_sentence(machine, attention, sentence
         (H100_TE, FP32, "attention is torch's scaled_dot_product_attention, segment by segment, because"),
     ],
 )  # fmt: skip
-def test_a_slower_path_is_said_with_its_reason(machine, attention, sentence):
+def test_a_slower_path_is_noted_with_its_reason(machine, attention, sentence):
     assert sentence in choose_kernels(machine, attention).note
 
 
 @pytest.mark.parametrize("machine", [CPU, H100_TE, H100_TE_FLASH, replace(H100, engine=None)])
-def test_what_was_asked_for_needs_no_note(machine):
+def test_a_requested_kernel_needs_no_note(machine):
     backend = "local" if machine.has_cuda and machine.engine is None else "auto"
     assert choose_kernels(machine, Attention(backend=backend)).note is None
 

@@ -151,7 +151,7 @@ def computer_with_a_gpu(tmp_path, monkeypatch):
     machine.of_this_computer.cache_clear()
 
 
-def test_a_computer_is_looked_at_in_a_process_of_its_own(computer_with_a_gpu, monkeypatch):
+def test_a_computer_is_inspected_in_a_process_of_its_own(computer_with_a_gpu, monkeypatch):
     ran = []
     printed = "a library's greeting\n" + machine.to_json(Machine(has_cuda=True, engine="2.11.0")) + "\n"
     monkeypatch.setattr(
@@ -162,11 +162,11 @@ def test_a_computer_is_looked_at_in_a_process_of_its_own(computer_with_a_gpu, mo
     assert ran == [[sys.executable, "-m", "slime_opd.config.machine"]]
 
 
-def test_the_process_that_looks_prints_a_machine(computer_with_a_gpu):
+def test_the_inspecting_process_prints_a_machine(computer_with_a_gpu):
     assert machine.of_this_computer() == Machine()
 
 
-def test_without_a_driver_no_process_looks(tmp_path, monkeypatch):
+def test_without_a_driver_no_process_is_started(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "_CONTROL_DEVICE", tmp_path / "none")
     monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: pytest.fail("a process was started"))
     machine.of_this_computer.cache_clear()

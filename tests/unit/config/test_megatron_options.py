@@ -82,8 +82,8 @@ def test_megatron_lms_names_are_fields_here(flag):
 
 
 def test_a_switch_is_turned_off_by_no_or_by_false():
-    for words in (["--no-tp-comm-split-ag"], ["--tp-comm-split-ag", "false"]):
-        assert parse(words).megatron.tp_comm_split_ag is False
+    for arguments in (["--no-tp-comm-split-ag"], ["--tp-comm-split-ag", "false"]):
+        assert parse(arguments).megatron.tp_comm_split_ag is False
 
 
 def test_types_are_megatrons():
@@ -136,7 +136,7 @@ def test_a_pattern_that_is_neither_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["--params-dtype", "bf16"], "--params-dtype is set by this package: say --bf16, --fp16 or --fp32"),
         (["--num-expert", "8"], "--num-expert: unknown flag; did you mean --num-experts?"),
@@ -147,9 +147,9 @@ def test_a_pattern_that_is_neither_is_refused(text):
         (["--main-params-dtype", "bf16"], "--main-params-dtype: found 'bf16', expected one of fp32, fp16"),
     ],
 )
-def test_wrong_words_are_one_sentence(words, sentence):
+def test_wrong_arguments_are_one_sentence(arguments, sentence):
     with pytest.raises(ConfigError) as error:
-        parse(words)
+        parse(arguments)
     assert sentence in str(error.value) and "\n" not in str(error.value)
 
 
@@ -162,7 +162,7 @@ def test_what_is_set_survives_a_file_and_a_process(tmp_path):
     assert parse(["--config", str(tmp_path / "config.yaml")]) == config
 
 
-def test_help_counts_them_and_lists_them_when_asked():
+def test_help_counts_them_and_lists_them_on_request():
     assert f"{len(OF_MEGATRON)} more flags: --help megatron" in help_text(Config)
     lines = [line for line in help_text(Config, ["megatron"]).splitlines() if line.startswith("  --")]
     assert len(lines) >= len(OF_MEGATRON)

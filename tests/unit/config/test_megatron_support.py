@@ -54,8 +54,8 @@ def test_what_is_refused_is_refused_by_name_with_the_reason(name):
 def default_values() -> dict[str, str]:
     """Megatron's default of each refused option, where it can be given on a command line."""
     defaults = {name: megatron_fields()[name].default for name, support in SUPPORT.items() if support.is_refused}
-    words = {name: {"on": "true", "off": "false"}.get(default, default) for name, default in defaults.items()}
-    return {name: word for name, word in words.items() if is_word(name, word)}
+    arguments = {name: {"on": "true", "off": "false"}.get(default, default) for name, default in defaults.items()}
+    return {name: word for name, word in arguments.items() if is_word(name, word)}
 
 
 def is_word(name: str, word: str) -> bool:
@@ -80,7 +80,7 @@ ENGINE = "--attention-backend local is chosen"
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["--fp8-format", "hybrid"], "--fp8 hybrid (--fp8-format) is not supported: rows are packed to any length"),
         (["--disable-tp-comm-overlap-ag"], "--tp-comm-overlap-ag false (--disable-tp-comm-overlap-ag) has no effect here"),
@@ -119,17 +119,19 @@ ENGINE = "--attention-backend local is chosen"
         (["--num-layers", "2", "--moe-router-dtype", "fp32"], "--moe-router-dtype fp32 has no effect: the model has no experts"),
     ],
 )  # fmt: skip
-def test_an_option_that_needs_another_is_refused_without_it(words, sentence):
-    assert any(line.startswith(sentence) for line in problems(parse(words))), problems(parse(words))
+def test_an_option_that_needs_another_is_refused_without_it(arguments, sentence):
+    assert any(line.startswith(sentence) for line in problems(parse(arguments))), problems(parse(arguments))
 
 
 def test_slimes_switches_that_change_nothing_are_accepted():
-    words = shlex.split(
+    arguments = shlex.split(
         "--no-masked-softmax-fusion --moe-grouped-gemm --moe-token-drop-policy probs --moe-aux-loss-coeff 0 "
         "--moe-router-load-balancing-type seq_aux_loss --moe-token-dispatcher-type alltoall --no-rope-fusion "
         "--no-gradient-accumulation-fusion --num-experts 4 --num-layers 2 --cuda-graph-impl none"
     )
-    assert not [line for line in problems(parse(words)) if line.startswith(("--no-", "--moe", "--cuda", "--masked"))]
+    assert not [
+        line for line in problems(parse(arguments)) if line.startswith(("--no-", "--moe", "--cuda", "--masked"))
+    ]
 
 
 def test_help_says_what_is_refused():
@@ -162,8 +164,8 @@ def mixture(tmp_path) -> list[str]:
 
 
 def test_flags_that_describe_another_model_are_refused_in_bridge_mode(mixture):
-    def said(*words: str) -> list[str]:
-        return [line for line in problems(parse([*mixture, *words])) if "takes the model from there" in line]
+    def said(*arguments: str) -> list[str]:
+        return [line for line in problems(parse([*mixture, *arguments])) if "takes the model from there" in line]
 
     assert said("--num-experts", "8", "--moe-router-topk", "2") == []
     (experts,) = said("--num-experts", "4")
@@ -173,7 +175,7 @@ def test_flags_that_describe_another_model_are_refused_in_bridge_mode(mixture):
 
 
 def test_flags_of_the_model_are_not_read_in_bridge_mode_and_a_note_says_so(mixture):
-    words = ["--moe-router-score-function", "sigmoid", "--moe-router-dtype", "fp32"]
-    bridge, raw = parse([*mixture, *words]), parse(words)
+    arguments = ["--moe-router-score-function", "sigmoid", "--moe-router-dtype", "fp32"]
+    bridge, raw = parse([*mixture, *arguments]), parse(arguments)
     (note,) = notes_of_model_flags(bridge)
     assert note.endswith("does not read --moe-router-score-function sigmoid") and notes_of_model_flags(raw) == []

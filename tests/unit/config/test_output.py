@@ -62,7 +62,7 @@ def test_only_a_terminal_has_a_width():
     assert terminal_width(io.StringIO()) is None
 
 
-def test_on_a_terminal_the_help_is_wrapped_and_loses_no_word():
+def test_on_a_terminal_the_help_is_wrapped_without_losing_text():
     whole, wrapped = help_text(Config, ["opd", "cluster"]), help_text(Config, ["opd", "cluster"], 100)
     assert max(map(len, whole.splitlines())) > 100 >= max(map(len, wrapped.splitlines()))
     assert wrapped.split() == whole.split()

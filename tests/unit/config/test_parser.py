@@ -32,7 +32,7 @@ def words_of(option: Option) -> st.SearchStrategy[str]:
     )
 
 
-def test_no_words_give_the_defaults():
+def test_no_arguments_give_the_defaults():
     assert parse([]) == Config()
 
 
@@ -50,9 +50,9 @@ def test_every_option_is_read_back_with_its_type(name, data):
     if option.is_switch:
         assert option.read(parse([option.flag])) is True
         return
-    words = data.draw(st.lists(words_of(option), min_size=1, max_size=3 if option.many else 1))
-    found = option.read(parse([option.flag, *words]))
-    expected = tuple(option.kind(word) for word in words)
+    arguments = data.draw(st.lists(words_of(option), min_size=1, max_size=3 if option.many else 1))
+    found = option.read(parse([option.flag, *arguments]))
+    expected = tuple(option.kind(word) for word in arguments)
     assert found == (expected if option.many else expected[0])
 
 
@@ -67,7 +67,7 @@ def test_the_last_of_a_repeated_flag_wins_and_an_equals_sign_works():
     assert (config.optimizer.lr, config.rollout.rollout_stop, config.opd.use_opd) == (2.0, ("--",), False)
 
 
-def test_words_for_sglang_are_collected_and_ours_are_not():
+def test_sglang_options_are_collected_and_options_of_this_package_are_not():
     config = parse(
         ["--sglang-cuda-graph-bs", "1", "2", "4", "--sglang-server-concurrency", "7", "--sglang-enable-x", "--lr", "1"]
     )
@@ -99,11 +99,11 @@ def test_a_misspelt_flag_is_named_with_the_flag_it_resembles():
         ("lr 1", "found 'lr' before any flag, expected flags that start with --"),
     ],
 )
-def test_a_wrong_word_gives_one_sentence_with_flag_found_and_expected(argv, sentence):
+def test_a_wrong_argument_is_one_sentence_with_flag_found_and_expected(argv, sentence):
     assert problems_of(*argv.split()) == [sentence]
 
 
-def test_all_wrong_words_are_reported_together():
+def test_all_wrong_arguments_are_reported_together():
     assert len(problems_of("--lr", "x", "--num-rollout", "y", "--nothing")) == 3
 
 

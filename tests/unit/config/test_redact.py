@@ -66,8 +66,8 @@ def test_a_redacted_file_asks_for_the_secrets_again(tmp_path):
 
 
 def test_the_message_about_a_malformed_address_has_no_secret():
-    words = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"http://me:{SECRET}/x@h/generate?key={SECRET}"]
-    found = [problem for problem in problems(parse(words)) if "--rm-url" in problem]
+    arguments = ["--use-opd", "--opd-type", "sglang", "--rm-url", f"http://me:{SECRET}/x@h/generate?key={SECRET}"]
+    found = [problem for problem in problems(parse(arguments)) if "--rm-url" in problem]
     assert len(found) == 1 and SECRET not in found[0]
 
 

@@ -67,7 +67,7 @@ def test_the_command_line_wins_over_the_file_and_the_file_over_the_defaults(file
     assert (config.optimizer.lr, config.training.seed, config.opd.use_opd) == (2.0, 5, False)
 
 
-def test_engine_options_become_words(file):
+def test_engine_options_become_strings(file):
     config = read(file, "sglang_cuda_graph_bs: [1, 2]\nsglang-enable-x: true\nsglang-y: false\nsglang-z: 0.5\n")
     assert config.sglang == {"cuda-graph-bs": ("1", "2"), "enable-x": (), "z": ("0.5",)}
 

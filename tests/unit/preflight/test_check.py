@@ -33,8 +33,8 @@ def place(tmp_path_factory):
     return root
 
 
-def findings(words: str):
-    return preflight(parse(shlex.split(words)), [])
+def findings(arguments: str):
+    return preflight(parse(shlex.split(arguments)), [])
 
 
 def good(place) -> str:
@@ -63,7 +63,7 @@ def test_a_run_that_makes_sense_has_no_problem_and_leaves_nothing_behind(place):
 
 def test_ten_mistakes_of_one_script_are_found_in_one_go(place, capsys):
     imported_before = set(sys.modules)
-    words = (
+    arguments = (
         f"--hf-checkpoint {place}/student --prompt-data {place}/train.jsonl --input-key promt --label-key label --rm-type math "
         "--num-layers 24 --hidden-size 64 --num-attention-heads 4 --vocab-size 64 --lr fast --rollot-shuffle --kl-loss-type k9 "
         "--num-rollout 4 --rollout-batch-size 2 --n-samples-per-prompt 2 --rollout-max-response-len 8 --tensor-model-parallel-size 3 "
@@ -71,7 +71,7 @@ def test_ten_mistakes_of_one_script_are_found_in_one_go(place, capsys):
         "--use-opd --opd-type sglang --rm-url http://127.0.0.1:9/generate --opd-kl-coef -1 --sglang-mem-fraction-statik 0.5"
     )
     with pytest.raises(SystemExit) as left:
-        train.main(["--check", *shlex.split(words)])
+        train.main(["--check", *shlex.split(arguments)])
     assert left.value.code == 2
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == f"{sum(line.startswith('problem ') for line in lines)} problems"
@@ -116,25 +116,25 @@ def test_a_place_without_a_checkpoint_has_no_shapes(tmp_path):
     assert sizes_at(str(tmp_path)) == {}
 
 
-def test_what_the_run_would_start_from_is_told_and_a_refused_start_is_a_problem(place, tmp_path):
-    words = f"{good(place)} --use-opd --opd-type megatron --opd-teacher-load {place}/student --save {tmp_path}"
-    assert any(f"start: --hf-checkpoint {place}/student" in line for line in findings(words).ok)
+def test_the_start_of_the_run_is_reported_and_a_refused_start_is_a_problem(place, tmp_path):
+    arguments = f"{good(place)} --use-opd --opd-type megatron --opd-teacher-load {place}/student --save {tmp_path}"
+    assert any(f"start: --hf-checkpoint {place}/student" in line for line in findings(arguments).ok)
     step = tmp_path / "iter_0000002"
     step.mkdir()
     (step / ".metadata").touch()
     (step / "run_state.json").write_text('{"step": 2}')
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    (problem,) = findings(words).problems
+    (problem,) = findings(arguments).problems
     assert "holds checkpoints of another run" in problem and "give another --save" in problem
 
 
 def test_a_kernel_that_this_computer_does_not_have_is_found_by_check_and_before_a_run(place, monkeypatch):
     monkeypatch.setattr(machine, "of_this_computer", lambda: Machine(has_cuda=True, compute_capability=(9, 0)))
-    words = f"{good(place)} --attention-backend flash"
-    (problem,) = findings(words).problems
+    arguments = f"{good(place)} --attention-backend flash"
+    (problem,) = findings(arguments).problems
     assert problem.startswith("--attention-backend flash: flash-attn is not installed here")
     with pytest.raises(ConfigError, match="--attention-backend flash: flash-attn is not installed here"):
-        require_ready(parse(shlex.split(words)))
+        require_ready(parse(shlex.split(arguments)))
     without = findings(good(place))
     assert without.problems == []
     assert any(note.startswith("Transformer Engine is not installed here") for note in without.notes)

@@ -19,17 +19,19 @@ def student(tmp_path):
 
 
 def test_the_layout_must_divide_the_checkpoints_architecture(student):
-    words = f"--megatron-to-hf-mode bridge --hf-checkpoint {student} --pipeline-model-parallel-size 3".split()
-    assert check_architecture.check_layout_of_checkpoint(parse([*words, "--tensor-model-parallel-size", "4"])) == [
+    arguments = f"--megatron-to-hf-mode bridge --hf-checkpoint {student} --pipeline-model-parallel-size 3".split()
+    assert check_architecture.check_layout_of_checkpoint(parse([*arguments, "--tensor-model-parallel-size", "4"])) == [
         "--tensor-model-parallel-size 4 does not divide the model's 2 key-value heads (query groups)",
         "--pipeline-model-parallel-size 3 does not divide the model's 4 layers; --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers give the ends others",
     ]
-    assert check_architecture.check_layout_of_checkpoint(parse(words[:4])) == []
+    assert check_architecture.check_layout_of_checkpoint(parse(arguments[:4])) == []
     ends = ["--decoder-first-pipeline-num-layers", "1", "--decoder-last-pipeline-num-layers", "1"]
-    assert check_architecture.check_layout_of_checkpoint(parse([*words, *ends])) == []
+    assert check_architecture.check_layout_of_checkpoint(parse([*arguments, *ends])) == []
     (student / "config.json").write_text("{")
-    assert check_architecture.check_layout_of_checkpoint(parse(words)) == []
-    assert check_architecture.check_hf_config(parse(words)) == [f"--hf-checkpoint: {student}/config.json is not JSON"]
+    assert check_architecture.check_layout_of_checkpoint(parse(arguments)) == []
+    assert check_architecture.check_hf_config(parse(arguments)) == [
+        f"--hf-checkpoint: {student}/config.json is not JSON"
+    ]
 
 
 @pytest.mark.parametrize("entry", ["rope_scaling", "rope_parameters"])
@@ -39,8 +41,8 @@ def test_rotary_flags_are_compared_with_what_transformers_4_and_5_write(student,
     if entry == "rope_parameters":
         config = {"model_type": "llama", "rope_parameters": rotary | {"rope_theta": 5e5}}
     (student / "config.json").write_text(json.dumps(config))
-    words = f"--hf-checkpoint {student} --use-rope-scaling --rotary-scaling-factor 8 --rotary-base 10000".split()
-    found = check_architecture.check_architecture_flags(parse(words))
+    arguments = f"--hf-checkpoint {student} --use-rope-scaling --rotary-scaling-factor 8 --rotary-base 10000".split()
+    found = check_architecture.check_architecture_flags(parse(arguments))
     assert sorted(problem.partition(":")[0] for problem in found) == ["--rotary-base", "--rotary-scaling-factor"]
 
 
@@ -48,7 +50,7 @@ MIXTURE = {"model_type": "qwen3_moe", "num_experts": 6, "num_hidden_layers": 4}
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         (
             "--tensor-model-parallel-size 2",
@@ -61,9 +63,9 @@ MIXTURE = {"model_type": "qwen3_moe", "num_experts": 6, "num_hidden_layers": 4}
         ("--tensor-model-parallel-size 2 --sequence-parallel --expert-model-parallel-size 3", None),
     ],
 )
-def test_layouts_that_a_mixture_cannot_be_trained_at(student, words, expected):
+def test_layouts_that_a_mixture_cannot_be_trained_at(student, arguments, expected):
     (student / "config.json").write_text(json.dumps(MIXTURE))
-    found = check_architecture.check_mixture(parse(["--hf-checkpoint", str(student), *words.split()]))
+    found = check_architecture.check_mixture(parse(["--hf-checkpoint", str(student), *arguments.split()]))
     assert [problem.startswith(expected) for problem in found] == [True] if expected else found == []
 
 
@@ -76,9 +78,9 @@ def test_a_model_without_experts_has_none_to_share(student):
 
 
 def test_a_top_k_larger_than_the_vocabulary_is_refused(student):
-    words = ["--hf-checkpoint", str(student), "--opd-log-prob-top-k"]
-    assert check_architecture.check_top_k_of_vocabulary(parse([*words, "64"])) == []
-    (problem,) = check_architecture.check_top_k_of_vocabulary(parse([*words, "65"]))
+    arguments = ["--hf-checkpoint", str(student), "--opd-log-prob-top-k"]
+    assert check_architecture.check_top_k_of_vocabulary(parse([*arguments, "64"])) == []
+    (problem,) = check_architecture.check_top_k_of_vocabulary(parse([*arguments, "65"]))
     assert problem.startswith("--opd-log-prob-top-k: found 65, expected at most the vocabulary's 64 tokens")
     assert check_architecture.check_top_k_of_vocabulary(parse(["--opd-log-prob-top-k", "65"])) == []
 
@@ -126,8 +128,8 @@ ITS_FLAGS = "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --vocab-siz
 
 def test_flags_that_describe_the_checkpoint_are_no_problem(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
-    words = ["--hf-checkpoint", str(tmp_path), *ITS_FLAGS.split()]
-    assert check_architecture.check_architecture_flags(parse(words)) == []
+    arguments = ["--hf-checkpoint", str(tmp_path), *ITS_FLAGS.split()]
+    assert check_architecture.check_architecture_flags(parse(arguments)) == []
     # In bridge mode the flags are not read.
     bridge = ["--hf-checkpoint", str(tmp_path), "--megatron-to-hf-mode", "bridge"]
     assert check_architecture.check_architecture_flags(parse(bridge)) == []
@@ -150,6 +152,6 @@ def test_flags_that_describe_the_checkpoint_are_no_problem(tmp_path):
 )
 def test_flags_of_another_model_are_named_with_what_the_checkpoint_has(change, sentence, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3))
-    words = ["--hf-checkpoint", str(tmp_path), *ITS_FLAGS.replace(*change).split()]
-    (problem,) = check_architecture.check_architecture_flags(parse(words))
+    arguments = ["--hf-checkpoint", str(tmp_path), *ITS_FLAGS.replace(*change).split()]
+    (problem,) = check_architecture.check_architecture_flags(parse(arguments))
     assert sentence in problem

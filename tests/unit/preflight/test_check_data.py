@@ -177,7 +177,7 @@ def test_a_long_prompt_of_an_evaluation_set_is_found_too(write, check, tmp_path)
         ),
     ],
 )
-def test_sizes_that_cannot_be_meant_are_refused(write, check, flags, response, sentence):
+def test_impossible_sizes_are_refused(write, check, flags, response, sentence):
     code, printed = check(write(), f"--rm-type exact_match {flags}", response=response)
     assert code == 2 and sentence in printed
 

@@ -18,8 +18,8 @@ def student(tmp_path):
 
 
 def test_model_directories_that_are_there_are_no_problem(student, tmp_path):
-    words = ["--hf-checkpoint", str(student), "--ref-load", str(student), "--opd-teacher-load", str(student)]
-    assert check_files.check_checkpoints_exist(parse([*words, "--load", str(tmp_path / "not-yet")])) == []
+    arguments = ["--hf-checkpoint", str(student), "--ref-load", str(student), "--opd-teacher-load", str(student)]
+    assert check_files.check_checkpoints_exist(parse([*arguments, "--load", str(tmp_path / "not-yet")])) == []
 
 
 @pytest.mark.parametrize("flag", ["--hf-checkpoint", "--ref-load", "--opd-teacher-load"])

@@ -113,7 +113,7 @@ def test_a_fused_rotation_that_is_wrong_everywhere_is_refused_at_once(monkeypatc
         (ValueError("Expecting value: line 1"), "Expecting value"),
     ],
 )  # fmt: skip
-def test_a_gpu_that_cannot_be_looked_at_is_a_problem(monkeypatch, error, reason):
+def test_a_gpu_that_cannot_be_inspected_is_a_problem(monkeypatch, error, reason):
     def fail():
         raise error
 

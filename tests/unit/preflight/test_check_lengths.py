@@ -31,7 +31,7 @@ def test_the_response_of_evaluation_is_held_against_the_context_of_the_flag(tmp_
     assert problem.endswith("(--rollout-max-context-len)")
 
 
-def test_a_context_beyond_the_models_is_refused_unless_the_engines_are_told_of_it(tmp_path):
+def test_a_context_beyond_the_models_is_refused_unless_the_engines_have_it(tmp_path):
     [problem] = check_lengths(run(tmp_path, "--rollout-max-context-len", "256", max_position_embeddings=128))
     assert problem.startswith("--rollout-max-context-len: found 256, expected at most the 128 tokens")
     longer = ("--rollout-max-context-len", "256", "--sglang-context-length", "256")

@@ -29,9 +29,9 @@ def test_an_option_that_the_engines_do_not_know_is_refused(flag, sentence):
     assert sentence in problem
 
 
-def test_options_that_the_engines_know_pass_and_without_sglang_nobody_can_tell(monkeypatch):
-    words = "--sglang-mem-fraction-static 0.7 --sglang-cuda-graph-bs 1 2 4 --sglang-attention-backend fa3 --sglang-enable-deterministic-inference"
-    assert check_sglang.check_sglang_options(parse(words.split())) == []
+def test_known_engine_options_pass_and_without_sglang_any_option_passes(monkeypatch):
+    arguments = "--sglang-mem-fraction-static 0.7 --sglang-cuda-graph-bs 1 2 4 --sglang-attention-backend fa3 --sglang-enable-deterministic-inference"
+    assert check_sglang.check_sglang_options(parse(arguments.split())) == []
     check_sglang._options_of_sglang.cache_clear()
     monkeypatch.setattr(check_sglang.importlib.util, "find_spec", lambda name: None)
     assert check_sglang.check_sglang_options(parse(["--sglang-no-such-thing", "1"])) == []
@@ -39,7 +39,7 @@ def test_options_that_the_engines_know_pass_and_without_sglang_nobody_can_tell(m
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         ("--sglang-mem-fraction-static five", "found 'five', expected a number"),
         ("--sglang-mem-fraction-static 5", "found '5', expected a number between 0 and 1"),
@@ -55,9 +55,9 @@ def test_options_that_the_engines_know_pass_and_without_sglang_nobody_can_tell(m
         ("--sglang-json-model-override-args", "found no value, expected a value"),
     ],
 )
-def test_a_value_that_the_engines_would_refuse_is_refused(words, sentence):
-    (problem,) = check_sglang.check_sglang_options(parse(words.split()))
-    assert problem.startswith(f"{words.split()[0]}: ") and sentence in problem
+def test_a_value_that_the_engines_would_refuse_is_refused(arguments, sentence):
+    (problem,) = check_sglang.check_sglang_options(parse(arguments.split()))
+    assert problem.startswith(f"{arguments.split()[0]}: ") and sentence in problem
 
 
 def test_every_option_of_the_installed_sglang_takes_its_own_default():

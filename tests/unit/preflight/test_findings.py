@@ -40,7 +40,7 @@ def test_a_sentence_of_several_lines_or_with_half_a_character_is_one_line():
     assert next(iter(Findings(problems=["a\nb \ud800 c"]).lines())) == "problem      a b ? c"
 
 
-def test_an_error_that_a_look_did_not_expect_is_a_problem_and_no_traceback():
+def test_an_unexpected_error_of_an_inspection_is_a_problem_without_a_traceback():
     found = Findings()
 
     def look():
@@ -54,7 +54,7 @@ def test_an_error_that_a_look_did_not_expect_is_a_problem_and_no_traceback():
     assert next(iter(found.lines())) == f"problem      {error}"
 
 
-def test_an_error_that_a_look_expects_is_its_sentences():
+def test_an_expected_error_of_an_inspection_is_its_sentences():
     found = Findings()
 
     def look():

@@ -23,8 +23,8 @@ def test_nothing_is_made_of_what_a_config_does_not_tell():
     assert size_of({}) is None and size_of({"hidden_size": 64}) is None
 
 
-def total(words: str, architecture: dict = QWEN3_8B) -> float:
-    line = estimates(parse(words.split()), architecture, size_of(architecture))[0]
+def total(arguments: str, architecture: dict = QWEN3_8B) -> float:
+    line = estimates(parse(arguments.split()), architecture, size_of(architecture))[0]
     return float(line.split("about ")[1].split(" GiB")[0])
 
 
@@ -64,15 +64,15 @@ def test_parameters_are_given_in_the_unit_that_shows_them(count, text):
     assert count_text(count) == text
 
 
-def test_what_the_estimate_leaves_out_is_said():
+def test_options_that_the_estimate_ignores_are_named():
     config = parse(["--optimizer-cpu-offload", "--exp-avg-dtype", "bf16", "--rollout-max-response-len", "64"])
     (line, _) = estimates(config, QWEN3_8B, size_of(QWEN3_8B))
     assert line.endswith("; without what --optimizer-cpu-offload, --exp-avg-dtype changes")
 
 
 def test_a_sample_longer_than_a_micro_batch_is_one_of_its_own():
-    def activations(*words: str) -> float:
-        packed = ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "64", *words]
+    def activations(*arguments: str) -> float:
+        packed = ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "64", *arguments]
         return step_bytes(parse(packed), QWEN3_8B, size_of(QWEN3_8B))["activations"]
 
     assert activations("--rollout-max-response-len", "128") == pytest.approx(

@@ -33,7 +33,7 @@ def raises(sample): return sample.prompt.metadata["score"]
 def raises_for_empty(sample): return 1 / len(sample.response)
 def leaves(sample): sys.exit(0)
 def dies(sample):
-    print("the last words")
+    print("the last arguments")
     sys.stdout.flush()
     os._exit(0)
 def hangs(sample):
@@ -128,7 +128,7 @@ def test_the_sentence_names_the_made_up_response_the_line_and_the_last_output(pl
     assert "trial_rewards.py, line" in problem
     assert problem.endswith("(called with row 0 of --prompt-data and an empty response)")
     [problem] = findings(place, "--custom-rm-path trial_rewards.dies").problems
-    assert problem.endswith("; its last output: the last words")
+    assert problem.endswith("; its last output: the last arguments")
 
 
 @pytest.mark.parametrize(

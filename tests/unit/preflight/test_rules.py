@@ -17,8 +17,8 @@ TEACHER = "--use-opd --opd-type sglang --rm-url http://localhost:1/generate"
 GOOD = f"{MODEL} {DATA} {ROLLOUT} {TEACHER}"
 
 
-def config_of(words: str) -> Config:
-    return parse(shlex.split(words))
+def config_of(arguments: str) -> Config:
+    return parse(shlex.split(arguments))
 
 
 def test_validate_reports_all_problems_one_line_each():
@@ -45,19 +45,19 @@ def test_no_rule_edits_the_configuration():
 SAVED = f"{GOOD} --save s"
 
 
-def test_a_sensible_run_has_nothing_to_say():
+def test_a_sensible_run_has_no_notes():
     assert notes(config_of(SAVED)) == []
     (note,) = notes(config_of(f"{SAVED} --colocate"))
     assert "keep their memory on the GPUs at the same time" in note and "--sglang-mem-fraction-static" in note
 
 
-def test_a_run_that_keeps_nothing_is_told_so():
+def test_a_run_without_checkpoints_has_a_note():
     (note,) = notes(config_of(GOOD))
     assert note.startswith("no --save")
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (f"{SAVED} --rollout-temperature 0.8", "an SGLang teacher always scores at temperature 1"),
         (f"{SAVED} --rm-type math --n-samples-per-prompt 1", "only the teacher teaches"),
@@ -69,8 +69,8 @@ def test_a_run_that_keeps_nothing_is_told_so():
         ),
     ],
 )
-def test_what_is_worth_knowing_is_said(words, sentence):
-    (note,) = notes(config_of(words))
+def test_a_surprising_option_has_a_note(arguments, sentence):
+    (note,) = notes(config_of(arguments))
     assert sentence in note
 
 

@@ -80,7 +80,7 @@ def test_a_broken_file_of_a_tokenizer_is_one_sentence_and_no_warning(
     assert list(recwarn) == []
 
 
-def test_code_of_a_model_directory_is_not_run_and_not_asked_about(student, tmp_path):
+def test_code_of_a_model_directory_is_not_run_and_no_prompt_appears(student, tmp_path):
     config = json.loads((student / "tokenizer_config.json").read_text())
     config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
     path = copy(student, tmp_path / "evil", tokenizer_config__json=json.dumps(config).encode())
@@ -141,7 +141,7 @@ def teacher_findings(student, teacher) -> Findings:
     return found
 
 
-def test_the_same_tokenizer_is_said_to_be_the_same(student, tmp_path):
+def test_equal_tokenizers_are_reported_as_equal(student, tmp_path):
     found = teacher_findings(student, save(tmp_path))
     assert found.problems == []
     assert found.ok == [

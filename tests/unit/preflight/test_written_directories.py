@@ -37,10 +37,10 @@ def test_a_read_only_file_system_is_named(tmp_path, monkeypatch):
     assert disk.why_not_writable(str(tmp_path)) == f"no file can be made in {tmp_path} (Read-only file system)"
 
 
-def test_every_directory_that_a_run_writes_to_is_looked_at():
-    words = "--save /proc/a --run-dir /proc/b --update-weight-disk-dir /proc/c"
+def test_every_directory_that_a_run_writes_to_is_checked():
+    arguments = "--save /proc/a --run-dir /proc/b --update-weight-disk-dir /proc/c"
     found = Findings()
-    disk.inspect_written_directories(parse(words.split()), found)
+    disk.inspect_written_directories(parse(arguments.split()), found)
     assert [problem.split()[:2] for problem in found.problems] == [
         ["--save", "/proc/a"],
         ["--run-dir", "/proc/b"],
