@@ -145,7 +145,7 @@ def check_slime_flags(config: Config) -> list[str]:
     ]
     if config.algorithm.kl_coef:
         problems.append(
-            f"--kl-coef {config.algorithm.kl_coef}: GRPO takes the KL to the reference as a loss; say --use-kl-loss --kl-loss-coef {config.algorithm.kl_coef}"
+            f"--kl-coef {config.algorithm.kl_coef}: GRPO takes the KL to the reference as a loss; use --use-kl-loss --kl-loss-coef {config.algorithm.kl_coef}"
         )
     return problems
 

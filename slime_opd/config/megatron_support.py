@@ -47,14 +47,14 @@ BUILT = "a test builds with it; what it does in training was read in Megatron-co
 
 _NO_FAMILY = "no supported model family has it"
 _ONE_CHUNK = "every rank holds one chunk of layers, there is no interleaved pipeline"
-_FP8 = "rows are packed to any length, and Transformer Engine's fp8 kernels take multiples of 8 or 16 rows; say --bf16"
+_FP8 = "rows are packed to any length, and Transformer Engine's fp8 kernels take multiples of 8 or 16 rows; use --bf16"
 _FSDP = "weights are sharded by the distributed optimizer, not by FSDP"
 _GRAPHS = "lengths vary from row to row, and a CUDA graph replays one shape"
 _NO_CONTEXT_PARALLEL = "packed rows are not split over context-parallel ranks"
 _OWN_HEAD = "the loss has an output layer of this package's own, which makes logits chunk by chunk"
 _LOADED = "weights are loaded, never kept as initialised"
 _NO_TIMERS = "Megatron's timers are not used"
-_USERBUFFERS = "Transformer Engine's userbuffers are not initialised; say --sequence-parallel alone"
+_USERBUFFERS = "Transformer Engine's userbuffers are not initialised; use --sequence-parallel alone"
 _GENERATES = "SGLang generates"
 _SPEC = "the layers' spec comes from the model family"
 _DROPS = "tokens would be dropped by how rows are packed, and log-probs would not be those of the engine"
@@ -111,10 +111,10 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     # Precision, determinism.
     (
         Answer.MANAGED,
-        "say --bf16, --fp16 or --fp32",
+        "use --bf16, --fp16 or --fp32",
         "params_dtype pipeline_dtype autocast_dtype enable_autocast",
     ),
-    (Answer.MANAGED, "say --accumulate-allreduce-grads-in-fp32", "grad_reduce_in_fp32"),
+    (Answer.MANAGED, "use --accumulate-allreduce-grads-in-fp32", "grad_reduce_in_fp32"),
     (Answer.WORKS, "a test trains with it on a CPU; on a GPU it chooses deterministic kernels of torch, flash-attn and Transformer Engine, which was only read", "deterministic_mode"),
     (Answer.WORKS, BUILT, "disable_bf16_reduced_precision_matmul"),
     (Answer.REFUSED, "its kernels are for inference with FlashAttention", "batch_invariant_mode"),
@@ -135,7 +135,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     (Answer.WORKS, TRAINED, "recompute_modules distribute_saved_activations"),
     (
         Answer.REFUSED,
-        "say --recompute-granularity selective --recompute-modules moe",
+        "use --recompute-granularity selective --recompute-modules moe",
         "moe_layer_recompute",
     ),
     (
@@ -151,7 +151,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
         "offload_modules min_offloaded_tensor_size",
     ),
     # Kernels. Which of them a machine can run is also a matter of its attention backend and Transformer Engine.
-    (Answer.MANAGED, "say --attention-backend: local is this package's own, anything else Transformer Engine where it is", "transformer_impl"),
+    (Answer.MANAGED, "use --attention-backend: local is this package's own, anything else Transformer Engine where it is", "transformer_impl"),
     (Answer.ENGINE, "the fused rotation is its kernel", "apply_rope_fusion"),
     (Answer.ENGINE, "layers without it run unfused", "bias_activation_fusion bias_dropout_fusion"),
     (Answer.ACCEPTED, "no attention here has Megatron's softmax", "masked_softmax_fusion"),
@@ -181,9 +181,9 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
         "kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type original_max_position_embeddings beta_fast beta_slow "
         "mscale mscale_all_dim",
     ),
-    (Answer.MANAGED, "say --norm-epsilon", "layernorm_epsilon"),
-    (Answer.MANAGED, "say --disable-bias-linear", "add_bias_linear"),
-    (Answer.MANAGED, "say --swiglu", "gated_linear_unit"),
+    (Answer.MANAGED, "use --norm-epsilon", "layernorm_epsilon"),
+    (Answer.MANAGED, "use --disable-bias-linear", "add_bias_linear"),
+    (Answer.MANAGED, "use --swiglu", "gated_linear_unit"),
     (
         Answer.REFUSED,
         _NO_FAMILY,
@@ -232,7 +232,7 @@ _DECLARED: tuple[tuple[Answer, str, str], ...] = (
     ),
     (Answer.REFUSED, _OTHER_ROUTE, "moe_input_jitter_eps moe_router_force_load_balancing"),
     (Answer.NO_EFFECT, "no recorded routes are replayed", "moe_enable_routing_replay"),
-    (Answer.REFUSED, "say --moe-router-num-groups and --moe-router-group-topk", "moe_router_topk_limited_devices"),
+    (Answer.REFUSED, "use --moe-router-num-groups and --moe-router-group-topk", "moe_router_topk_limited_devices"),
     (Answer.REFUSED, _DROPS, "moe_expert_capacity_factor moe_pad_expert_input_to_capacity"),
     (Answer.NO_EFFECT, "no token is dropped", "moe_token_drop_policy"),
     (Answer.ENGINE, "the kernel is its own", "moe_permute_fusion moe_router_fusion"),
@@ -304,7 +304,7 @@ def _entries() -> Iterator[tuple[str, Support]]:
     )
     yield (
         "moe_token_dispatcher_type",
-        Support(Answer.REFUSED, "it takes no rows of varying length; say alltoall", ("alltoall", "flex"), True),
+        Support(Answer.REFUSED, "it takes no rows of varying length; use alltoall", ("alltoall", "flex"), True),
     )
 
 

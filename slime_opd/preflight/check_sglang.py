@@ -16,12 +16,12 @@ from slime_opd.config.options import suggestion
 
 # Options of an engine that a run sets for it, and where the user sets them.
 _SET_FOR_ENGINES = {
-    "model-path": "say --hf-checkpoint",
-    "model": "say --hf-checkpoint",
+    "model-path": "use --hf-checkpoint",
+    "model": "use --hf-checkpoint",
     "host": "each engine listens where it runs",
     "port": "each engine takes a free one",
-    "tp-size": "say --rollout-num-gpus-per-engine",
-    "tensor-parallel-size": "say --rollout-num-gpus-per-engine",
+    "tp-size": "use --rollout-num-gpus-per-engine",
+    "tensor-parallel-size": "use --rollout-num-gpus-per-engine",
     "api-key": "a run makes a key of its own where engines are on several nodes, and keeps it out of logs",
     "admin-api-key": "updates of weights come without one",
     "custom-weight-loader": "weight updates need this package's own",

@@ -271,7 +271,7 @@ RULES = {
     ),
     "rollout only with fine-tuning": (f"{SFT} --debug-rollout-only", "--debug-rollout-only with --loss-type sft_loss"),
     "no advantages": (f"{GOOD} --disable-compute-advantages-and-returns", "is for supervised fine-tuning"),
-    "kl in the reward": (f"{GOOD} --kl-coef 0.1", "say --use-kl-loss --kl-loss-coef 0.1"),
+    "kl in the reward": (f"{GOOD} --kl-coef 0.1", "use --use-kl-loss --kl-loss-coef 0.1"),
     "wandb project without wandb": (f"{GOOD} --wandb-project p", "--wandb-project has no effect without --use-wandb"),
     # Ranges.
     "clamp of zero": (f"{GOOD} --opd-kl-clamp 0", "--opd-kl-clamp: found 0.0, expected a number above 0"),

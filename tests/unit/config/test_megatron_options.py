@@ -138,7 +138,7 @@ def test_a_pattern_that_is_neither_is_refused(text):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--params-dtype", "bf16"], "--params-dtype is set by this package: say --bf16, --fp16 or --fp32"),
+        (["--params-dtype", "bf16"], "--params-dtype is set by this package: use --bf16, --fp16 or --fp32"),
         (["--num-expert", "8"], "--num-expert: unknown flag; did you mean --num-experts?"),
         (["--moe-router-dtype", "fp31"], "expected one of fp32, fp64; did you mean fp32?"),
         (["--no-rope-fusion", "1"], "--no-rope-fusion: found '1', expected no value: it is a switch"),

@@ -21,7 +21,7 @@ from slime_opd.preflight import check_sglang
         ),
         ("--sglang-api-key", "--sglang-api-key is set by this package: a run makes a key of its own"),
         ("--sglang-port", "--sglang-port is set by this package: each engine takes a free one"),
-        ("--sglang-tp-size", "say --rollout-num-gpus-per-engine"),
+        ("--sglang-tp-size", "use --rollout-num-gpus-per-engine"),
     ],
 )
 def test_an_option_that_the_engines_do_not_know_is_refused(flag, sentence):
