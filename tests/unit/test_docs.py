@@ -1,4 +1,4 @@
-"""What the pages refer to exists: tests by name, files of the tests, and other pages."""
+"""The tests, files and pages that the docs refer to exist."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TESTS = {
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_tests_and_files_that_a_page_names_exist(page):
+def test_the_tests_and_files_that_a_page_names_exist(page):
     text = page.read_text()
     assert set(re.findall(r"`(test_\w{12,})`", text)) <= TESTS
     files = {ROOT / path for path in re.findall(r"`(tests/[\w/]+\.py)`", text)}

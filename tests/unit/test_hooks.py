@@ -1,4 +1,4 @@
-"""Functions of the user: how they are imported, and with which arguments they are called."""
+"""User functions: how they are imported, and the arguments they are called with."""
 
 import textwrap
 
@@ -15,7 +15,7 @@ FLAG = "--custom-rm-path"
 
 @pytest.fixture
 def module(tmp_path, monkeypatch, request):
-    """Writes a module of its own name and returns that name."""
+    """Write a module with a unique name; returns the name."""
     monkeypatch.syspath_prepend(tmp_path)
     count = iter(range(100))
 
@@ -48,7 +48,7 @@ def sample():
         ("import functools\ndef g(scale, sample): ...\nf = functools.partial(g, 1)", False),
     ],
 )
-def test_the_required_parameters_decide_who_calls_it(module, definition, takes_args):
+def test_the_number_of_required_parameters_decides_the_signature(module, definition, takes_args):
     assert load_hook(FLAG, f"{module(definition)}.f", "sample").takes_args is takes_args
 
 
@@ -62,7 +62,7 @@ def test_the_required_parameters_decide_who_calls_it(module, definition, takes_a
         ("def f(**kwargs): ...", "takes (**kwargs)"),
     ],
 )
-def test_other_signatures_are_refused_with_both_that_work(module, definition, found):
+def test_other_signatures_are_refused_with_the_two_that_are_accepted(module, definition, found):
     name = module(definition)
     with pytest.raises(ConfigError) as caught:
         load_hook(FLAG, f"{name}.f", "sample")
@@ -81,7 +81,7 @@ def test_other_signatures_are_refused_with_both_that_work(module, definition, fo
         ("", "has no function 'f'"),
     ],
 )
-def test_a_module_that_cannot_be_imported_is_one_sentence(module, source, sentence):
+def test_a_module_that_cannot_be_imported_is_refused_in_one_sentence(module, source, sentence):
     name = module(source)
     with pytest.raises(ConfigError) as caught:
         load_hook(FLAG, f"{name}.f", "sample")
@@ -89,13 +89,13 @@ def test_a_module_that_cannot_be_imported_is_one_sentence(module, source, senten
     assert message.startswith(f"{FLAG} {name}.f: ") and sentence in message and "\n" not in message
 
 
-def test_what_a_module_raises_names_the_line_of_the_user_not_of_the_library(module):
+def test_an_exception_names_the_line_of_the_user_not_of_the_library(module):
     name = module("import os\n\nos.environ['NOT_SET_ANYWHERE']")
     with pytest.raises(ConfigError, match=rf"{name}\.py, line 3\)"):
         load_hook(FLAG, f"{name}.f", "sample")
 
 
-def test_args_have_every_option_by_slimes_name_and_cannot_be_changed():
+def test_args_has_every_option_under_slimes_name_and_is_read_only():
     args = Arguments(parse(["--rollout-max-response-len", "7", "--hf-checkpoint", "x", "--rm-type", "math"]))
     assert (args.rollout_max_response_len, args.hf_checkpoint, args.rm_type, args.n_samples_per_prompt) == (
         7,
@@ -111,7 +111,7 @@ def test_args_have_every_option_by_slimes_name_and_cannot_be_changed():
     assert "rollout_max_response_len" in dir(args)
 
 
-def test_a_function_of_this_package_gets_the_sample_and_one_of_slime_gets_args_and_its_attributes(module):
+def test_a_function_gets_our_sample_or_slimes_args_and_sample(module):
     name = module(
         """
         def ours(sample): return sample.prompt.label
@@ -127,7 +127,7 @@ def test_a_function_of_this_package_gets_the_sample_and_one_of_slime_gets_args_a
     assert load_hook(FLAG, f"{name}.group", "samples").bind(config)([sample(), sample()]) == [0.5, 0.5]
 
 
-def test_a_sample_as_slime_knows_it_is_a_copy():
+def test_a_sample_in_slimes_form_is_a_copy():
     original = sample()
     view = slime_sample(original)
     view.metadata["new"] = 1

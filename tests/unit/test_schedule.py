@@ -1,4 +1,4 @@
-"""What is distilled when: stages and ramps as they are written and as they are read."""
+"""Schedules over training progress: stages of divergences, ramps, and shares of a sequence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from slime_opd.schedule import KINDS, Stage, factor_at, is_chosen, kind_at, parse_ramp, parse_stages
 
 
-def test_stages_are_read_in_order():
+def test_stages_are_parsed_in_order():
     assert parse_stages("forward_kl:0.4,reverse_kl:0.6") == (Stage("forward_kl", 0.4), Stage("reverse_kl", 0.6))
     assert parse_stages(" jsd:1 ") == (Stage("jsd", 1.0),)
     assert parse_stages("jsd:0.3333333, forward_kl:0.3333333, reverse_kl:0.3333334")[2].kind == "reverse_kl"
@@ -28,7 +28,7 @@ def test_stages_are_read_in_order():
     ("forward_kl:1.5,reverse_kl:-0.5", "shares above 0"),
     ("forward_kl:0,reverse_kl:1", "shares above 0"),
 ])  # fmt: skip
-def test_stages_that_cannot_be_read_say_what_was_expected(text, expected):
+def test_invalid_stages_are_refused_with_the_expected_form(text, expected):
     with pytest.raises(ValueError, match=r"^expected ") as error:
         parse_stages(text)
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -37,11 +37,11 @@ def test_stages_that_cannot_be_read_say_what_was_expected(text, expected):
 def test_a_stage_lasts_for_its_share_of_the_run():
     stages = parse_stages("forward_kl:0.4,reverse_kl:0.6")
     assert [kind_at(stages, rollout / 10) for rollout in range(10)] == ["forward_kl"] * 4 + ["reverse_kl"] * 6
-    assert kind_at(stages, 1.0) == "reverse_kl"  # a run that goes on past its end
+    assert kind_at(stages, 1.0) == "reverse_kl"  # a resumed run may go past its end
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6))
-def test_each_stage_has_exactly_its_rollouts(rollouts):
+def test_each_stage_has_exactly_its_share_of_rollouts(rollouts):
     total = sum(rollouts)
     kinds = [KINDS[number % len(KINDS)] for number in range(len(rollouts))]
     stages = tuple(Stage(kind, count / total) for kind, count in zip(kinds, rollouts, strict=True))
@@ -69,14 +69,14 @@ def test_a_ramp_is_linear_between_its_points_and_constant_outside():
     ("nan:1", "between 0 and 1"),
     ("0:-1,1:1", "0 or more"),
 ])  # fmt: skip
-def test_a_ramp_that_cannot_be_read_says_what_was_expected(text, expected):
+def test_an_invalid_ramp_is_refused_with_the_expected_form(text, expected):
     with pytest.raises(ValueError, match=r"^expected ") as error:
         parse_ramp(text)
     assert expected in str(error.value)
 
 
 @given(st.integers(0, 20), st.integers(1, 20), st.integers(0, 300))
-def test_a_share_of_a_sequence_is_exact_from_its_start_to_anywhere(part, whole, length):
+def test_a_share_is_exact_for_every_prefix_of_a_sequence(part, whole, length):
     share = min(part / whole, 1.0)
     chosen = [is_chosen(index, share) for index in range(length)]
     assert sum(chosen) == min(part, whole) * length // whole
