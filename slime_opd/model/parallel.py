@@ -29,7 +29,6 @@ class RankLayout:
     pipeline_rank: int
     pipeline_size: int
     data_rank: int
-    data_size: int
 
     @property
     def is_last_stage(self) -> bool:
@@ -75,7 +74,6 @@ def initialize(
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
     )
 
 
