@@ -71,6 +71,11 @@ class WeightSender:
                 if wrong := control.finish_weight_proof():
                     raise WeightSyncError(_not_served(control.url, wrong))
 
+    def close(self) -> None:
+        """Close the connections to the engines."""
+        for control in self._controls:
+            control.close()
+
     def _send_all(
         self, weights: Callable[[], Iterator[NamedTensor]], version: int, *, with_checksums: bool = False
     ) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import pytest
 import torch
 from scripted_engine import FusedModel, ScriptedEngine, weights
@@ -28,8 +30,8 @@ def config(tmp_path, transport: str, engines: int = 1) -> Config:
 
 
 def send(options: Config, engines: list[ScriptedEngine], start: float = 0.0, *, check: bool = True) -> None:
-    sender = WeightSender(options, 0, [engine.url for engine in engines])
-    sender.send(lambda: iter(weights(start).items()), 7, check=check)
+    with closing(WeightSender(options, 0, [engine.url for engine in engines])) as sender:
+        sender.send(lambda: iter(weights(start).items()), 7, check=check)
 
 
 def serves(engine: ScriptedEngine, expected: dict[str, torch.Tensor]) -> bool:
