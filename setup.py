@@ -56,7 +56,7 @@ CPU = [
 
 # What tools/setup_gpu.sh installs, in this order; docs/gpu_install.md says how far it was tried.
 # SGLang pins torch 2.9.1, transformers 4.57.1 and its kernels; it has wheels for Python 3.11 and 3.12.
-# It also asks for datasets of any version, and a resolver may go back to 2.14, which cannot be imported beside pyarrow 26.
+# It also requires datasets without a range; a resolver may choose 2.14, which cannot be imported beside pyarrow 26.
 GPU = ["sglang==0.5.9", "datasets>=5.0.1,<6"]
 # Within megatron-core 0.16.1's range, <2.12; 2.11 looks for CUDA 12's libcudart.so in a directory that its wheel does
 # not have. Not in the gpu extra: it must be compiled for the torch that is installed, so without pip's build isolation.
@@ -87,6 +87,5 @@ setup(
         "flash-attn": FLASH_ATTN,
         "wandb": WANDB,
         "test": TEST,
-        "dev": DEV,
     },
 )
