@@ -1,4 +1,4 @@
-"""The commands of `python -m slime_opd`, and shell completion."""
+"""The commands of `python -m slime_opd`, and what a shell is told may follow."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def test_without_a_command_it_shows_them(arguments, capsys):
     assert said.startswith("usage: python -m slime_opd COMMAND") and all(f"\n  {name} " in said for name in COMMANDS)
 
 
-def test_an_unknown_command_is_refused_with_the_known_ones():
+def test_an_unknown_command_is_a_sentence():
     with pytest.raises(ConfigError, match="found the command 'trian', expected one of train, check, report"):
         main(["trian"])
 
 
-def test_train_starts_training(capsys):
+def test_train_is_train(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help", "opd"])
     assert "--opd-kl-coef" in capsys.readouterr().out
 
 
-def test_report_writes_a_table_and_a_picture(tmp_path, capsys):
+def test_report_is_a_table_and_a_picture(tmp_path, capsys):
     records = [{"step": 0, "eval/a/accuracy": 0.5}, {"step": 1, "opd/reverse_kl": 0.25, "perf/step_time": 2.0}]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -57,4 +57,4 @@ def test_a_shell_gets_completions(line, expected, tmp_path):
     answer = tmp_path / "answer"
     environment = {**os.environ, **requested, "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
     subprocess.run([sys.executable, "-m", "slime_opd"], env=environment, check=True, timeout=60)
-    assert {word.strip() for word in completions.read_text().split("\n")} >= expected
+    assert {word.strip() for word in answer.read_text().split("\n")} >= expected
