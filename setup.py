@@ -66,8 +66,14 @@ FLASH_ATTN = ["flash-attn==2.8.3"]
 
 WANDB = ["wandb>=0.31,<0.32"]
 
-TEST = ["pytest>=9.2,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6.170,<7", *WANDB]
-DEV = [*TEST, "ruff>=0.17.5,<0.18"]
+TEST = [
+    "pytest>=9.2,<10",
+    "pytest-xdist>=3.8,<4",
+    "hypothesis>=6.170,<7",
+    "mypy>=2.4.1,<2.5",
+    "ruff>=0.17.5,<0.18",
+    *WANDB,
+]
 
 setup(
     name="slime_opd",

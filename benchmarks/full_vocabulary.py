@@ -58,7 +58,13 @@ def ours(tensors: dict[str, Tensor], sizes: argparse.Namespace, kind: str) -> Te
     }
     teacher = TeacherStates(tensors["teacher_hidden"], tensors["teacher_weight"])
     shard = VocabularyShard(0, sizes.vocabulary)
-    head = ObjectiveHead(settings, shard, torch.zeros(tokens, dtype=torch.int64, device=device), TokenColumns.from_mapping(columns), teacher)
+    head = ObjectiveHead(
+        settings,
+        shard,
+        torch.zeros(tokens, dtype=torch.int64, device=device),
+        TokenColumns.from_mapping(columns),
+        teacher,
+    )
     return chunked_objective(tensors["hidden"], tensors["weight"], shard, head, sizes.chunk).loss
 
 

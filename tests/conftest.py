@@ -32,7 +32,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With pytest-xdist tests/e2e comes first: it takes as long as all others together, and waits where they compute."""
+    """With pytest-xdist, run tests/e2e first: it takes as long as all others together, and waits where they compute."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: not item.nodeid.startswith(E2E))
 

@@ -87,7 +87,7 @@ def _attention(config: Mapping[str, Any], family: Family, read: _Numbers) -> Sha
     return found
 
 
-def _latent_attention(config: Mapping[str, Any], family: Family, read: _Numbers) -> Shapes:
+def _latent_attention(config: Mapping[str, Any], _: Family, read: _Numbers) -> Shapes:
     hidden, heads = read("hidden_size"), read("num_attention_heads")
     rotary, plain, value = read("qk_rope_head_dim"), read("qk_nope_head_dim"), read("v_head_dim")
     latent = read("kv_lora_rank")
