@@ -1,13 +1,13 @@
-"""Kill every kind of process of real training runs, and check that nothing is left behind and nothing is lost.
+"""Kill every kind of process of real training runs, and check that no process is left and no step is lost.
 
     python tools/fault_drill.py --kills 100 --seed 0
 
 Starts tiny runs on this machine's CPU (supervised fine-tuning on one and two ranks; GRPO with reward workers;
-distillation from an SGLang teacher; two engines behind a router), kills one of their processes at a moment drawn from
-the seed, and starts the same command again. After each kill: the run has ended in time, with the exit code and the
-sentence it promises, or has survived; no process and no shared memory is left; the next start goes on after the last
-checkpoint. A run of fine-tuning that was killed again and again ends with the same tensors, bit for bit, as one that
-was not. Exit code 1 where anything else was seen. It needs no GPU and no network.
+distillation from an SGLang teacher; two engines behind a router), kills one of their processes at a random moment, and
+starts the same command again. After each kill it checks that the run ended in time with the documented exit code and
+message, or survived; that no process and no shared memory is left; and that the next start resumes from the last
+checkpoint. A fine-tuning run that was killed several times must end with the same tensors, bit for bit, as one that was
+not. The exit code is 1 if a check fails. No GPU and no network is needed.
 """
 
 from __future__ import annotations
@@ -25,41 +25,42 @@ from drill.plan import batches, plan
 from drill.results import FINISHED, ResultFile, table
 
 
-def main(arguments: list[str]) -> int:
-    """Do the drill; returns the exit code."""
-    options = parse_arguments(arguments)
+def main(argv: list[str]) -> int:
+    """Run the drill; returns the exit code."""
+    options = parse_arguments(argv)
     kinds = on_stacks([KINDS[name] for name in options.kinds], options.stacks)
     trials = plan(options.kills, options.seed, kinds)
     if options.list:
         for trial in trials:
-            print(
-                f"{trial.number}: {trial.kind.name} in {trial.phase.value!r} of {trial.stack}, after {trial.after} steps"
-            )
+            where = f"{trial.phase.value!r} of {trial.stack}"
+            print(f"{trial.number}: {trial.kind.name} in {where}, after {trial.after} steps")
         return 0
     from drill.campaign import Campaign
 
-    # As Ctrl-C: by way of every `finally`, which ends the runs and the teacher.
+    # Like Ctrl-C: through every `finally`, which ends the runs and the teacher.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    names = {"seed": options.seed, "kills": options.kills, "kinds": options.kinds, "stacks": options.stacks}
-    kept = None
+    arguments_of_plan = {"seed": options.seed, "kills": options.kills, "kinds": options.kinds, "stacks": options.stacks}
+    file = None
     if options.json:
         try:
-            kept = ResultFile(options.json, names)
+            file = ResultFile(options.json, arguments_of_plan)
         except (ValueError, KeyError, TypeError, OSError) as error:
             sys.exit(f"fault_drill: error: --json: {error}")
-        trials = [trial for trial in trials if trial.number not in kept.done]
-        print(f"{len(kept.done)} kills are done already, {len(trials)} to do", flush=True)
+        trials = [trial for trial in trials if trial.number not in file.done]
+        print(f"{len(file.done)} kills are done already, {len(trials)} to do", flush=True)
     directory = Path(options.workdir) if options.workdir else Path(tempfile.mkdtemp(prefix="fault_drill_"))
-    begun = time.monotonic()
+    started = time.monotonic()
     with Campaign(directory, hang_limit_s=options.hang_limit_s, stop_s=options.stop_s) as campaign:
-        results = campaign.run(batches(trials), options.jobs, kept.add if kept else lambda results: None)
+        results = campaign.run(batches(trials), options.jobs, file.add if file else lambda results: None)
         problems = campaign.problems
-    if kept is not None:
-        results = kept.results
+    if file is not None:
+        results = file.results
     print(f"\n{table(results)}\n")
     failed = [result for result in results if result.problems]
     kills = sum(result.kind != FINISHED for result in results)
-    print(f"{kills} kills in {(time.monotonic() - begun) / 60:.1f} minutes, seed {options.seed}: {len(failed)} failed")
+    print(
+        f"{kills} kills in {(time.monotonic() - started) / 60:.1f} minutes, seed {options.seed}: {len(failed)} failed"
+    )
     for problem in problems:
         print(problem)
     if failed or problems:
@@ -70,11 +71,13 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """The command line."""
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="kills to do (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="draws kinds, stacks, phases and moments (default: 0)")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (default: 100)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the choice of kinds, stacks, phases and moments (default: 0)"
+    )
     parser.add_argument(
         "--kinds",
         type=lambda text: text.split(","),
@@ -88,20 +91,22 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         help=f"comma-separated; default: all ({', '.join(ALL_STACKS)})",
     )
     parser.add_argument(
-        "--workdir", metavar="DIR", help="where runs are kept; unset: a temporary directory, removed after success"
+        "--workdir", metavar="DIR", help="directory of the runs; unset: a temporary directory, removed after success"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at one time (default: 1)")
-    parser.add_argument("--hang-limit-s", type=float, default=90.0, help="seconds to end after a kill (default: 90)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of concurrent runs (default: 1)")
     parser.add_argument(
-        "--stop-s", type=float, default=20.0, help="seconds that a process is stopped for (default: 20)"
+        "--hang-limit-s", type=float, default=90.0, help="seconds in which a run must end after a kill (default: 90)"
+    )
+    parser.add_argument(
+        "--stop-s", type=float, default=20.0, help="seconds for which a process is stopped (default: 20)"
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="keep every kill's outcome, run by run; the kills that it holds are not done again, so a drill that was cut short goes on",
+        help="file of results; kills that it already has are skipped, so a drill can be resumed",
     )
-    parser.add_argument("--list", action="store_true", help="print the kills that would be done, and do none")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--list", action="store_true", help="print the planned kills and exit")
+    options = parser.parse_args(argv)
     for flag, names, known in (("--kinds", options.kinds, KINDS), ("--stacks", options.stacks, ALL_STACKS)):
         unknown = [name for name in names if name not in known]
         if unknown:

@@ -1,4 +1,4 @@
-"""One start of a run's command: its processes, its output, its metrics, and the moments at which it is killed."""
+"""One start of a run's command: its processes, its output, its metrics, and the moments for kills."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from drill.plan import Trial
 from drill.processes import MARK, Process, descendants, marked
 from drill.stacks import SAVE_INTERVAL, environment
 
-# Seconds to wait for the next step of a run, on a busy machine.
+# Seconds without progress after which a run counts as stuck, on a busy machine.
 PROGRESS_LIMIT_S = 300
 _CLOSE_LIMIT_S = 60
 _POLL_S = 0.01
-# A kill during the start happens up to this long after a process has appeared.
+# A kill during start-up comes up to this many seconds after a process has appeared.
 _START_SPREAD_S = 3.0
 _TERMINAL = Path(__file__).with_name("terminal.py")
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class Ended(Exception):
-    """The driver ended while the drill waited for something else."""
+    """The driver has ended while the drill waited for something else."""
 
 
 class Stuck(Exception):
-    """The condition that the drill waited for did not hold within the limit."""
+    """The event that the drill waited for has not happened within its time limit."""
 
 
 class Attempt:
@@ -51,16 +51,16 @@ class Attempt:
         self.save, self.log = save, log
         self.saved_before = saved_step(save)
         self._begun = time.time()
-        # Ray's sockets have a path of at most 107 bytes, so not below the work directory.
+        # Not below the work directory: paths of Ray's sockets have at most 107 bytes.
         self._ray_directory = Path(tempfile.mkdtemp(prefix="drill_", dir="/tmp"))
-        # Without SPT_NOENV, setproctitle (Ray, SGLang) overwrites the environment, and with it the mark.
-        own = {**environment(), MARK: self.mark, "SPT_NOENV": "1", "RAY_TMPDIR": str(self._ray_directory)}
-        # Ray must not kill processes when memory runs low.
-        own["RAY_memory_monitor_refresh_ms"] = "0"
+        # SPT_NOENV: setproctitle, which Ray and SGLang call, would overwrite the environment, and so the mark.
+        variables = {**environment(), MARK: self.mark, "SPT_NOENV": "1", "RAY_TMPDIR": str(self._ray_directory)}
+        # Ray must not kill processes when memory is low.
+        variables["RAY_memory_monitor_refresh_ms"] = "0"
         self._is_hung_up = threading.Event()
         self._screen: threading.Thread | None = None
         if in_terminal:
-            self._process = self._start_in_terminal(command, own)
+            self._process = self._start_in_terminal(command, variables)
         else:
             with log.open("wb") as output:
                 self._process = subprocess.Popen(
@@ -68,7 +68,7 @@ class Attempt:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=own,
+                    env=variables,
                     start_new_session=True,
                 )
         self.known: dict[int, Process] = {}
@@ -77,7 +77,7 @@ class Attempt:
 
     @property
     def pid(self) -> int:
-        """Process id of the driver, and of its process group."""
+        """Process id of the driver, which is also the id of its process group."""
         return self._process.pid
 
     def exit_code(self) -> int | None:
@@ -85,18 +85,18 @@ class Attempt:
         return self._process.poll()
 
     def processes(self) -> list[Process]:
-        """The live processes of this start; `known` keeps all that were ever seen."""
-        processes = marked(self.mark, self.pid)
-        self.known.update({process.pid: process for process in processes})
-        return processes
+        """The living processes of this start; `known` collects all that have been seen."""
+        living = marked(self.mark, self.pid)
+        self.known.update({process.pid: process for process in living})
+        return living
 
     def note_descendants(self) -> None:
-        """Add to `known` descendants of the driver that were started with another environment, without the mark."""
+        """Add the driver's descendants to `known`, including those without the mark in their environment."""
         for process in descendants(self.pid):
             self.known.setdefault(process.pid, process)
 
     def left(self) -> list[Process]:
-        """All live processes of this start, including the driver."""
+        """The known processes of this start that are still alive, the driver included."""
         current = {process.pid for process in self.processes()}
         return [process for pid, process in self.known.items() if pid in current or process.is_alive()]
 
@@ -113,41 +113,41 @@ class Attempt:
         return [record["step"] for record in self.records()]
 
     def output(self, start: int = 0) -> str:
-        """The output from byte offset `start` on, without terminal colours."""
+        """Its output from an offset in bytes, without terminal colours."""
         return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.log.read_bytes()[start:].decode(errors="replace"))
 
     def hang_up(self) -> None:
-        """Close the terminal of the run."""
+        """Close its terminal."""
         self._is_hung_up.set()
         if self._screen is not None:
             self._screen.join()
 
     def wait(self, condition: Callable[[], bool], limit_s: float | None = None, poll_s: float = _POLL_S) -> None:
-        """Return as soon as `condition` holds.
+        """Poll `condition` until it holds.
 
-        Raises Ended if the driver ends first, Stuck after `limit_s` seconds (default: PROGRESS_LIMIT_S).
+        Raises Ended if the driver ends first, Stuck after `limit_s` seconds (None: PROGRESS_LIMIT_S).
         """
         limit_s = PROGRESS_LIMIT_S if limit_s is None else limit_s
         deadline = time.monotonic() + limit_s
         while True:
-            # In this order, so that the last thing that the driver did counts.
+            # In this order, so that the driver's last action is not missed.
             has_ended = self.exit_code() is not None
             if condition():
                 return
             if has_ended:
                 raise Ended(f"exit code {self.exit_code()}")
             if time.monotonic() > deadline:
-                raise Stuck(f"nothing for {limit_s:g} s")
+                raise Stuck(f"no progress for {limit_s:g} s")
             time.sleep(poll_s)
 
     def wait_end(self, limit_s: float) -> int | None:
-        """The driver's exit code, or None when it still runs after `limit_s` seconds."""
+        """The driver's exit code; None if it still runs after `limit_s` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(limit_s)
         return None
 
     def close(self) -> None:
-        """Kill all processes that are left. Raises RuntimeError if one does not end."""
+        """Kill the processes that are left. Raises RuntimeError if they do not end."""
         deadline = time.monotonic() + _CLOSE_LIMIT_S
         while left := self.left():
             if time.monotonic() > deadline:
@@ -160,28 +160,28 @@ class Attempt:
         self.hang_up()
         shutil.rmtree(self._ray_directory, ignore_errors=True)
 
-    def _start_in_terminal(self, command: Sequence[str], own: dict[str, str]) -> subprocess.Popen[bytes]:
-        ours, theirs = os.openpty()
-        started = [sys.executable, "-S", str(_TERMINAL), os.ttyname(theirs), *command]
-        process = subprocess.Popen(started, env=own, start_new_session=True)
+    def _start_in_terminal(self, command: Sequence[str], variables: dict[str, str]) -> subprocess.Popen[bytes]:
+        master, slave = os.openpty()
+        argv = [sys.executable, "-S", str(_TERMINAL), os.ttyname(slave), *command]
+        process = subprocess.Popen(argv, env=variables, start_new_session=True)
         self.log.write_bytes(b"")
-        self._screen = threading.Thread(target=self._copy_output, args=(ours, theirs), daemon=True)
+        self._screen = threading.Thread(target=self._copy_output, args=(master, slave), daemon=True)
         self._screen.start()
         return process
 
-    def _copy_output(self, ours: int, theirs: int) -> None:
-        """Copy the terminal's output to the log until `hang_up`."""
+    def _copy_output(self, master: int, slave: int) -> None:
+        """Copy the output of the terminal to the log until `hang_up`, then close the terminal."""
         with self.log.open("ab", buffering=0) as log:
             while not self._is_hung_up.is_set():
-                if select.select([ours], [], [], _POLL_S)[0]:
-                    log.write(os.read(ours, 65536))
-        # Not in hang_up: a descriptor that another thread reads stays open until that read returns.
-        os.close(ours)
-        os.close(theirs)
+                if select.select([master], [], [], _POLL_S)[0]:
+                    log.write(os.read(master, 65536))
+        # Not in hang_up: closing a descriptor takes effect only after another thread's read has returned.
+        os.close(master)
+        os.close(slave)
 
 
 def read_records(save: Path) -> list[dict[str, Any]]:
-    """The metrics of all training steps of all starts, without a line that is still being written."""
+    """The metrics of the training steps of all starts; an incomplete last line is skipped."""
     path = metrics_file(save)
     content = path.read_text(encoding="utf-8") if path.exists() else ""
     lines = content[: content.rfind("\n") + 1].splitlines()
@@ -198,15 +198,15 @@ def _size(path: Path) -> int:
 
 
 def saved_step(save: Path) -> int:
-    """The step of the last checkpoint; 0 if there is none."""
+    """The step of the last checkpoint; 0 without a checkpoint."""
     tracker = save / _TRACKER
     return int(tracker.read_text()) if tracker.exists() else 0
 
 
 def moments(attempt: Attempt, trial: Trial) -> Iterator[None]:
-    """Wait for the moments that suit a trial, and yield at each.
+    """Wait for the moments that fit a trial, and yield at each of them.
 
-    Ends when this start can have no more of them; raises Ended or Stuck like `Attempt.wait`.
+    Returns when this start can have no more of them. Raises Ended or Stuck as `Attempt.wait` does.
     """
     if trial.phase is Phase.START:
         yield from _in_start(attempt, trial)
@@ -229,9 +229,9 @@ def _in_start(attempt: Attempt, trial: Trial) -> Iterator[None]:
 
 def _in_save(attempt: Attempt, trial: Trial) -> Iterator[None]:
     while True:
-        # A partial directory of an earlier start does not count; it is removed when the next save begins.
-        begun = len(attempt.steps())
-        attempt.wait(partial(_ends_with_save, attempt, begun + 1))
+        # Wait for a step first: a partial save of an earlier start is removed only when the next save begins.
+        num_steps = len(attempt.steps())
+        attempt.wait(partial(_has_step, attempt, num_steps + 1, is_saved=True))
         attempt.wait(lambda: any(attempt.save.glob("*.partial")))
         time.sleep(0.3 * trial.fraction)
         deadline = time.monotonic() + 2
@@ -241,24 +241,21 @@ def _in_save(attempt: Attempt, trial: Trial) -> Iterator[None]:
 
 
 def _in_step(attempt: Attempt, trial: Trial) -> Iterator[None]:
-    """Aim by the durations of the previous step, whose phases take about as long in the next one."""
+    """Predict the moment from the durations of the previous step, whose phases take about as long."""
     num_steps = max(trial.after, 1) + len(attempt.steps())
     while True:
-        # Not after a saved step: the next one begins later.
-        attempt.wait(partial(_ends_without_save, attempt, num_steps))
+        # Not after a step that is saved: the save delays the next step.
+        attempt.wait(partial(_has_step, attempt, num_steps, is_saved=False))
         last = attempt.records()[-1]
         time.sleep(delay_in_step(trial.phase, trial.fraction, last))
         yield
         num_steps = len(attempt.steps()) + 1
 
 
-def _ends_with_save(attempt: Attempt, num_steps: int) -> bool:
-    """Whether at least `num_steps` steps are logged and the last of them is followed by a save."""
-    return len(attempt.steps()) >= num_steps and attempt.steps()[-1] % SAVE_INTERVAL == 0
-
-
-def _ends_without_save(attempt: Attempt, num_steps: int) -> bool:
-    return len(attempt.steps()) >= num_steps and attempt.steps()[-1] % SAVE_INTERVAL != 0
+def _has_step(attempt: Attempt, num_steps: int, *, is_saved: bool) -> bool:
+    """Whether at least `num_steps` steps are logged, and a save follows the last one or (`is_saved` False) does not."""
+    steps = attempt.steps()
+    return len(steps) >= num_steps and (steps[-1] % SAVE_INTERVAL == 0) is is_saved
 
 
 def delay_in_step(phase: Phase, fraction: float, last: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""A whole drill: makes the files, the teacher and the uninterrupted runs, then starts runs until every kill is done."""
+"""A whole drill: the shared files, teacher and uninterrupted runs, then further runs until all kills are done."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Campaign:
-    """A context manager that makes the files and ends the teacher. `problems`: those that belong to no single kill."""
+    """Context manager that makes the files and ends the teacher. `problems`: those that no kill has caused."""
 
     def __init__(self, directory: Path, *, hang_limit_s: float = 90.0, stop_s: float = 20.0) -> None:
         self.problems: list[str] = []
@@ -45,9 +45,9 @@ class Campaign:
         jobs: int = 1,
         on_results: Callable[[list[Result]], None] = lambda results: None,
     ) -> list[Result]:
-        """Do all kills: a run for each batch, up to `jobs` at once.
+        """Do all kills, with one run per batch and up to `jobs` concurrent runs.
 
-        `on_results` is called with the results of each run, never by two threads at once.
+        `on_results` is called with the results of each finished run, never concurrently.
         """
         self._on_results = on_results
         references: dict[str, Path] = {}
@@ -71,17 +71,17 @@ class Campaign:
                 for done in pool.map(lambda batch: self._run_batch(setting, *batch), batches):
                     results += done
             except BaseException:
-                # The pool waits for its threads: kill their runs and start no more.
+                # The pool waits for its threads. So their runs are killed, and no further runs are started.
                 setting.is_interrupted.set()
                 for lineage in list(self._running):
                     lineage.kill()
                 raise
         if teacher is not None and teacher.exit_code() is not None:
-            self.problems.append(f"the shared teacher ended with exit code {teacher.exit_code()}")
+            self.problems.append(f"the teacher, which is not part of the runs, ended with {teacher.exit_code()}")
         return results
 
     def _run_batch(self, setting: Setting, stack: str, trials: Sequence[Trial]) -> list[Result]:
-        """Start runs until every kill of the batch is done: one run, unless it does not recover or is too short."""
+        """Start runs until all kills of the batch are done: one run, unless it fails to recover or is too short."""
         queue, results = deque(trials), []
         while queue:
             with self._lock:
@@ -104,7 +104,7 @@ class Campaign:
         return lineage.results
 
     def _start_teacher(self) -> EngineProcess:
-        # Imported here because it imports torch.
+        # Imported here: it brings torch with it.
         from slime_opd.engine.ports import free_port
         from slime_opd.engine.server import EngineProcess
 

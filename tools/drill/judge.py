@@ -1,4 +1,4 @@
-"""Compares the end of a run after a kill with what its kind promises."""
+"""Checks of a run's behaviour after a kill."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _DUMPS = ("Traceback (most recent call last)", "Fatal Python error", "Stack trac
 
 
 def problems_of(result: Result, kind: Kind, output: str, clean_limit_s: float) -> list[str]:
-    """One line per problem; `output` is what the run printed after the kill."""
+    """One line per problem; `output`: the run's output after the kill."""
     problems = []
     if result.hung:
         problems.append(f"hung for {result.seconds_to_end:.0f} s")

@@ -1,4 +1,4 @@
-"""The kinds of kill: what is killed, how, in which phase of a run, and what the run must then do."""
+"""The kinds of kills: the process, the signal, the phase of the run, and the expected outcome."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALL_STACKS = (SFT, SFT_TWO_RANKS, *WITH_ENGINE)
 
 
 class Phase(Enum):
-    """The part of a run in which a kill happens."""
+    """The activity of a run at the moment of a kill."""
 
     START = "start"
     GENERATE = "generate"
@@ -29,7 +29,7 @@ PHASES_OF_SFT = (Phase.START, Phase.TRAIN, Phase.SAVE)
 
 
 class Role(Enum):
-    """The kind of a process of a run."""
+    """The role of a process in a run."""
 
     DRIVER = "driver"
     GCS = "Ray's GCS"
@@ -57,7 +57,7 @@ class Way(Enum):
 
 
 class Outcome(Enum):
-    """What a run must do after the kill. In every case nothing is left behind and the same command resumes the run."""
+    """The expected outcome of a kill. In any case nothing must be left, and the same command must resume the run."""
 
     ENDS = "ends"
     SURVIVES = "survives"
@@ -68,8 +68,8 @@ class Outcome(Enum):
 class Kind:
     """One kind of kill.
 
-    `codes`: exit codes that the run may end with, as in `subprocess.Popen.returncode`. `sentence`: the start of a line
-    that the run must print if it ends; "" if it cannot print one.
+    `codes`: the expected exit codes, as in `subprocess.Popen.returncode`. `sentence`: the beginning of a line that a
+    run must print if it ends; "" if it cannot print one.
     """
 
     name: str
@@ -84,11 +84,11 @@ class Kind:
 
     @property
     def is_in_terminal(self) -> bool:
-        """Whether the run must have a terminal of its own."""
+        """Whether the run needs its own terminal."""
         return self.way is Way.HANG_UP
 
     def phases_on(self, stack: str) -> tuple[Phase, ...]:
-        """The phases of this kind that occur in a run of `stack`."""
+        """The phases of this kind that exist in a run of `stack`."""
         return tuple(phase for phase in self.phases if stack in WITH_ENGINE or phase in PHASES_OF_SFT)
 
 
@@ -97,7 +97,7 @@ _USING_THE_ENGINE = (Phase.START, Phase.GENERATE, Phase.UPDATE_WEIGHTS)
 
 
 def on_stacks(kinds: Iterable[Kind], stacks: Sequence[str]) -> list[Kind]:
-    """The kinds restricted to these stacks; kinds that apply to none of them are omitted."""
+    """The kinds, restricted to these stacks; without the kinds that apply to none of them."""
     narrowed = [replace(kind, stacks=tuple(stack for stack in kind.stacks if stack in stacks)) for kind in kinds]
     return [kind for kind in narrowed if kind.stacks]
 

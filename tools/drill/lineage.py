@@ -1,4 +1,4 @@
-"""A run through several kills: the same command is started again after each, until it has finished."""
+"""One run with several kills: the same command is started again after each kill, until it finishes."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from drill.stacks import Material, command, rollouts
 from drill.steps import check_start, indistinct, missing
 from drill.weights import differing_tensors
 
-# A run with fewer steps to go is finished: a kill needs steps before it and after it.
-_FEWEST_STEPS_LEFT = 9
-_MOST_TRIES = 3
+# A run with fewer steps left gets no further kills, since a kill needs steps before and after it.
+_MIN_STEPS_LEFT = 9
+_MAX_TRIES = 3
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Settings that all runs of a drill share. `references`: final checkpoints of uninterrupted runs, by stack."""
+    """The settings that all runs of a drill share. `references`: final checkpoints of uninterrupted runs, by stack."""
 
     directory: Path
     material: Material
@@ -43,15 +43,15 @@ class Setting:
 
 
 class Interrupted(Exception):
-    """Raised when the drill itself is interrupted."""
+    """The drill itself has been interrupted."""
 
 
 class Lineage:
-    """All starts of one command. `run` takes kills off a queue, does them, and lets the run finish."""
+    """All starts of one command. `run` does kills from a queue, and then lets the run finish."""
 
     def __init__(self, setting: Setting, stack: str, name: str) -> None:
         self.results: list[Result] = []
-        # Problems that no single kill caused, and those that ended the run.
+        # Problems of the whole run; some are also recorded in the result of a kill.
         self.problems: list[str] = []
         self._is_broken = False
         self._setting, self._stack, self.name = setting, stack, name
@@ -61,16 +61,13 @@ class Lineage:
         self._command = command(stack, setting.material, self.save, setting.teacher_url)
         self._attempt: Attempt | None = None
         self._starts = 0
-        # Kills after which no start has logged a step yet: problems with the next start's steps are theirs.
+        # Kills since which no start has logged a step; problems with the next start's steps are attributed to them.
         self._unsettled: list[Result] = []
         # Kills that the current start has survived.
         self._survived: list[Result] = []
 
     def run(self, queue: deque[Trial]) -> None:
-        """Do as many kills of the queue as fit, then let the run finish.
-
-        A kill that could not be done goes back into the queue.
-        """
+        """Do as many kills of the queue as fit, then let the run finish. A kill that could not be done is requeued."""
         try:
             while not self._is_broken and self._has_steps_left() and (trial := self._take(queue)) is not None:
                 if not self._do(trial):
@@ -83,12 +80,12 @@ class Lineage:
 
     def _has_steps_left(self) -> bool:
         left = rollouts(self._stack) - max([saved_step(self.save), *(self._attempt.steps() if self._attempt else [])])
-        return left >= _FEWEST_STEPS_LEFT
+        return left >= _MIN_STEPS_LEFT
 
     def _take(self, queue: deque[Trial]) -> Trial | None:
-        """The next kill that is possible now: a run that survived one is past its start, and has no terminal."""
+        """Take the next possible kill off the queue: a run that survived one is past its start, without a terminal."""
         if any(result.kind == "warden-kill" for result in self._survived):
-            # The warden, which ends a run's processes if the driver dies, is gone: a kill would be a second fault.
+            # Without its warden a run cannot clean up after a second kill: that would be two faults at the same time.
             return None
         for trial in queue:
             if self._attempt is None or (trial.phase is not Phase.START and not trial.kind.is_in_terminal):
@@ -97,29 +94,29 @@ class Lineage:
         return None
 
     def _put_back(self, trial: Trial, queue: deque[Trial]) -> None:
-        if trial.tries + 1 < _MOST_TRIES:
+        if trial.tries + 1 < _MAX_TRIES:
             queue.append(trial.again())
             return
         result = _result_of(trial)
-        result.problems.append(f"could not be done at {_MOST_TRIES} tries: no {trial.kind.role.value} at its moments")
+        result.problems.append(f"not done after {_MAX_TRIES} tries: no {trial.kind.role.value} at the chosen moments")
         self.results.append(result)
         self._say(result)
 
     def _do(self, trial: Trial) -> bool:
-        """Do a kill; returns whether it could be done."""
+        """Do one kill and watch its outcome; returns whether it could be done."""
         attempt = self._attempt or self._start(in_terminal=trial.kind.is_in_terminal)
         try:
             target = self._aim(attempt, trial)
         except (Ended, Stuck) as reason:
             if attempt.exit_code() == 0:
                 return False
-            self._break(attempt, f"the same command did not continue: {reason}")
+            self._break(attempt, f"the same command did not resume: {reason}")
             return False
         if target is None:
             return False
         result = _result_of(trial)
         self.results.append(result)
-        printed = attempt.log.stat().st_size
+        log_size = attempt.log.stat().st_size
         attempt.note_descendants()
         segments = shared_memory(attempt.known.values())
         begun = time.monotonic()
@@ -128,9 +125,10 @@ class Lineage:
         result.seconds_to_end = time.monotonic() - begun
         has_survived = result.code is None and not result.hung
         if not has_survived:
-            self._check_leftovers(attempt, result, segments)
-        result.output_lines = attempt.output(printed).count("\n")
-        result.problems += problems_of(result, trial.kind, attempt.output(printed), self._setting.clean_limit_s)
+            self._look_at_what_is_left(attempt, result, segments)
+        output = attempt.output(log_size)
+        result.output_lines = output.count("\n")
+        result.problems += problems_of(result, trial.kind, output, self._setting.clean_limit_s)
         if has_survived:
             self._survived.append(result)
         else:
@@ -152,7 +150,7 @@ class Lineage:
         return self._attempt
 
     def _aim(self, attempt: Attempt, trial: Trial) -> Process | None:
-        """Wait for a suitable moment; returns the process to kill, or None if this start has no such moment left."""
+        """Wait for a moment that fits the trial; returns the process to kill, None if there is no such moment left."""
         for _ in moments(attempt, trial):
             targets = [process for process in attempt.processes() if process.role is trial.kind.role]
             if targets:
@@ -182,13 +180,13 @@ class Lineage:
         try:
             attempt.wait(lambda: len(attempt.steps()) >= done + 2, limit)
         except Ended:
-            # A run with few steps left has survived by finishing.
+            # A run with few steps left survives by finishing.
             result.code = attempt.exit_code() or None
         except Stuck:
             result.hung = True
 
-    def _check_leftovers(self, attempt: Attempt, result: Result, segments: set[Path]) -> None:
-        """Wait up to the limit for all processes to end, then kill the rest so that the next start is undisturbed."""
+    def _look_at_what_is_left(self, attempt: Attempt, result: Result, segments: set[Path]) -> None:
+        """Wait for all processes to end, up to the limit; then kill those left, which would disturb the next start."""
         begun = time.monotonic()
         if not result.hung:
             while (left := attempt.left()) and time.monotonic() - begun < self._setting.clean_limit_s:
@@ -202,7 +200,7 @@ class Lineage:
             path.unlink(missing_ok=True)
 
     def _settle(self, attempt: Attempt) -> None:
-        """Check the steps of the start that has ended against the checkpoint it resumed from."""
+        """Check the steps of the start that has ended, against what came before it."""
         self._attempt = None
         steps = attempt.steps()
         if not steps:
@@ -211,13 +209,14 @@ class Lineage:
         problems = []
         if check.lost or check.doubled:
             problems.append(
-                f"the start after it found step {attempt.saved_before} saved and did steps {steps[0]} to {steps[-1]}: {len(check.lost)} lost, {len(check.doubled)} doubled"
+                f"the start after it found a checkpoint of step {attempt.saved_before} and did steps {steps[0]} to "
+                f"{steps[-1]}: {len(check.lost)} lost, {len(check.doubled)} doubled"
             )
         if attempt.saved_before and "resum" not in attempt.output():
-            problems.append("the start after it did not report that it resumed")
+            problems.append("the start after it did not print that it resumed")
         ended, survived = self._unsettled, self._survived
         self._unsettled, self._survived = [], []
-        # The kill before this start or, if there was none, the last one that it survived.
+        # The kill before this start; without one, the last kill that it has survived.
         blamed = (ended or survived)[-1:]
         for result in blamed:
             result.lost, result.doubled = list(check.lost), list(check.doubled)
@@ -229,28 +228,29 @@ class Lineage:
             self._say(result)
 
     def _finish(self) -> None:
-        """Let the run end by itself, and check its steps and final checkpoint."""
+        """Let the run finish, then check all its steps and its final weights."""
         attempt = self._attempt or self._start()
         try:
             attempt.wait(lambda: bool(attempt.steps()) or attempt.exit_code() is not None)
         except Stuck as reason:
-            self._break(attempt, f"the same command did not continue: {reason}")
+            self._break(attempt, f"the same command did not resume: {reason}")
             return
         attempt.processes()
         attempt.note_descendants()
         segments = shared_memory(attempt.known.values())
         code = attempt.wait_end(PROGRESS_LIMIT_S)
         if code != 0:
-            end = "it hangs" if code is None else f"exit code {code}"
-            self._break(attempt, f"the same command did not finish: {end}")
+            self._break(
+                attempt, "the same command did not finish: " + ("it hangs" if code is None else f"exit code {code}")
+            )
             return
         result = Result(0, FINISHED, self._stack, "end", code)
-        self._check_leftovers(attempt, result, segments)
+        self._look_at_what_is_left(attempt, result, segments)
         result.problems += problems_of(result, _NO_KILL, "", self._setting.clean_limit_s)
         self._settle(attempt)
         records = read_records(self.save)
         if repeated := indistinct(records):
-            result.problems.append(f"metrics.jsonl does not tell the attempts at steps {list(repeated)} apart")
+            result.problems.append(f"metrics.jsonl has several records of one attempt for steps {list(repeated)}")
         result.lost = list(missing([record["step"] for record in records], rollouts(self._stack)))
         if result.lost:
             result.problems.append(f"no metrics of steps {result.lost}")
@@ -271,7 +271,7 @@ class Lineage:
         return self.save / f"iter_{saved_step(self.save):07d}"
 
     def _break(self, attempt: Attempt, reason: str) -> None:
-        """Give up on the run: it did not recover from its last kill."""
+        """Abandon a run that has not recovered from its last kill."""
         self._attempt = None
         attempt.close()
         lines = attempt.output().strip().splitlines()

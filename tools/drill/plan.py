@@ -1,4 +1,4 @@
-"""Draws the kills of a drill from its seed: every kind equally often, over its stacks and phases."""
+"""The random plan of a drill: every kind of kill equally often, over the stacks and phases to which it applies."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from drill.kinds import ALL_STACKS, Kind, Phase
 
 @dataclass(frozen=True)
 class Trial:
-    """One kill to do.
+    """One planned kill.
 
-    `after`: number of steps before the kill. `fraction` (0 to 1): position of the kill within its phase; also chooses
-    among several processes of one role. `tries`: number of runs in which it could not be done.
+    `after`: number of steps before it. `fraction` (0 to 1): its moment within the phase; also selects among several
+    processes of the same role. `tries`: number of runs in which it could not be done.
     """
 
     number: int
@@ -45,7 +45,7 @@ def plan(kills: int, seed: int, kinds: Sequence[Kind]) -> list[Trial]:
 
 
 def batches(trials: Sequence[Trial], size: int = 5) -> list[tuple[str, list[Trial]]]:
-    """The stack and the kills of each run: up to `size` kills of one stack, in order."""
+    """The kills of each run: a stack, and up to `size` of its trials, in order."""
     runs = []
     for stack in ALL_STACKS:
         own = [trial for trial in trials if trial.stack == stack]
@@ -54,12 +54,12 @@ def batches(trials: Sequence[Trial], size: int = 5) -> list[tuple[str, list[Tria
 
 
 def _settings(kind: Kind, generator: random.Random) -> list[tuple[str, Phase]]:
-    """All pairs of stack and phase of a kind, from a random one on; neighbours have different stacks."""
+    """The pairs of stack and phase to which a kind applies, in random order; stacks alternate."""
     per_stack = []
     for stack in kind.stacks:
         phases = kind.phases_on(stack)
         per_stack.append([(stack, phase) for phase in generator.sample(phases, len(phases))])
     rounds = itertools.zip_longest(*per_stack)
-    pairs = [pair for pairs_of_round in rounds for pair in pairs_of_round if pair is not None]
+    pairs = [pair for round_pairs in rounds for pair in round_pairs if pair is not None]
     first = generator.randrange(len(pairs))
     return pairs[first:] + pairs[:first]

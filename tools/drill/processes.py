@@ -1,7 +1,8 @@
-"""The processes and the shared memory of a run, found by a mark in their environment.
+"""The processes and the shared memory of a run, identified by a mark in their environment.
 
-A run's processes inherit the environment of its driver: Ray's own, its workers, the servers and what those spawn. So
-they are found after their parents have died, and beside other runs on the same machine. Linux only: it reads /proc.
+All processes of a run inherit the environment of its driver: Ray's own, its workers, the servers and their children. So
+they are found even if their parents have died, and next to other runs on the same machine. Linux only: reads /proc.
+This is independent of slime_opd.lifetimes, which it tests.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from drill.kinds import Role
 MARK = "FAULT_DRILL_RUN"
 
 _SHARED_MEMORY = Path("/dev/shm")
-# Of a process's title or command line; the first that matches holds.
+# Patterns of a process's title or command line; the first match counts.
 _ROLES = (
     (r"slime_opd\.lifetimes\.warden import main", Role.WARDEN),
     (r"gcs_server", Role.GCS),
@@ -38,10 +39,7 @@ _ROLES = (
 
 @dataclass(frozen=True)
 class Process:
-    """A process that was seen alive.
-
-    `started` (clock ticks since boot) distinguishes it from a later process of the same id.
-    """
+    """A process. `started` (clock ticks since boot) distinguishes it from a later process with the same id."""
 
     pid: int
     parent: int
@@ -54,49 +52,49 @@ class Process:
         return f"{self.role.value} {self.pid}{command}"
 
     def is_alive(self) -> bool:
-        """Whether it still runs: a zombie does not."""
+        """Whether it still runs and is not a zombie."""
         with contextlib.suppress(OSError):
             state, _, started = _stat(self.pid)
             return started == self.started and state not in "ZX"
         return False
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal; nothing where it has ended."""
+        """Send it a signal, if it has not ended."""
         if self.is_alive():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
 
 def marked(mark: str, driver: int | None = None) -> list[Process]:
-    """The live processes whose environment holds the mark. `driver` is the process id of the run's driver."""
+    """The living processes with the mark in their environment. `driver`: process id of the run's driver."""
     needle = f"{MARK}={mark}\0".encode()
-    found = []
+    processes = []
     for entry in os.listdir("/proc"):
-        # A process may end while it is looked at; one of another user is not the run's.
+        # A process may end meanwhile; processes of other users are not readable, and not the run's.
         with contextlib.suppress(OSError):
             if entry.isdigit() and needle in Path(f"/proc/{entry}/environ").read_bytes() + b"\0":
-                found.append(_describe(int(entry), driver))
-    return found
+                processes.append(_describe(int(entry), driver))
+    return processes
 
 
 def descendants(pid: int) -> list[Process]:
-    """The live processes that a process has started, and those that they have, whatever their environment holds."""
+    """The living descendants of a process, with or without the mark."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
             if entry.isdigit():
                 children.setdefault(_stat(int(entry))[1], []).append(int(entry))
-    found, waiting = [], [pid]
-    while waiting:
-        for child in children.get(waiting.pop(), []):
-            waiting.append(child)
+    processes, queue = [], [pid]
+    while queue:
+        for child in children.get(queue.pop(), []):
+            queue.append(child)
             with contextlib.suppress(OSError):
-                found.append(_describe(child, None))
-    return [process for process in found if process.is_alive()]
+                processes.append(_describe(child, None))
+    return [process for process in processes if process.is_alive()]
 
 
 def shared_memory(processes: Iterable[Process]) -> set[Path]:
-    """The files in /dev/shm that carry the id of one of these processes, as torch's do, or that one has mapped now."""
+    """The files in /dev/shm with the id of one of these processes in their name (torch's), or mapped by one of them."""
     processes = list(processes)
     owners = {process.pid for process in processes}
     names = {path for path in _SHARED_MEMORY.iterdir() if owners & {int(part) for part in _numbers(path.name)}}
@@ -108,7 +106,7 @@ def shared_memory(processes: Iterable[Process]) -> set[Path]:
 
 
 def role_of(command: str) -> Role:
-    """What the process with this title or command line is, as far as that alone tells."""
+    """The role of the process with this title or command line; OTHER if it matches no pattern."""
     return next((role for pattern, role in _ROLES if re.search(pattern, command)), Role.OTHER)
 
 
@@ -119,13 +117,13 @@ def _numbers(name: str) -> list[str]:
 
 def _describe(pid: int, driver: int | None) -> Process:
     _, parent, started = _stat(pid)
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").split(b"\0")
-    command = b" ".join(words).decode(errors="replace")
+    argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").split(b"\0")
+    command = b" ".join(argv).decode(errors="replace")
     return Process(pid, parent, started, command, Role.DRIVER if pid == driver else role_of(command))
 
 
 def _stat(pid: int) -> tuple[str, int, int]:
-    """State, parent's id and start time of a process. Raises OSError where there is none."""
-    # The name, in parentheses, may itself hold spaces and parentheses.
+    """State, parent's id and start time of a process. Raises OSError if it does not exist."""
+    # The name, in parentheses, may itself contain spaces and parentheses.
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return fields[0], int(fields[1]), int(fields[19])

@@ -1,4 +1,4 @@
-"""The outcome of a kill, the file of all outcomes, and their table by kind."""
+"""The result of a kill, the file of all results, and their table by kind."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# In place of a kind: a run that finished without a kill.
+# Kind of the result of a run that finished by itself.
 FINISHED = "none: the run finishes"
 
 
 @dataclass
 class Result:
-    """What happened after one kill; `problems` is empty if the run behaved as promised.
+    """The result of one kill; `problems` is empty if all checks passed.
 
-    `code`: exit code of the driver, None if it survived or hung. `steps_known`: whether a later start logged a step, so
-    that `lost` and `doubled` are meaningful. `bit_equal`: None for a run that samples.
+    `code`: exit code of the driver, None if it survived or hung. `steps_known`: a later start of the same command has
+    logged a step, so `lost` and `doubled` are valid. `bit_equal`: None for a run that samples.
     """
 
     number: int
@@ -45,16 +45,16 @@ class Result:
         if self.seconds_to_end is not None:
             end += f" after {self.seconds_to_end:.1f} s"
         if self.seconds_to_clean is not None:
-            end += f", all gone after {self.seconds_to_clean:.1f} s"
+            end += f", no process left after {self.seconds_to_clean:.1f} s"
         verdict = "; ".join(self.problems) or "ok"
         name = f"kill {self.number}, {self.kind}" if self.number else self.kind
         return f"{name} in {self.phase!r} of {self.stack}: {end}: {verdict}"
 
 
 class ResultFile:
-    """The outcomes of a drill, written as they come, so that an interrupted drill can be continued.
+    """The results of a drill, written after each run, so that an interrupted drill can be resumed.
 
-    `plan` identifies the drill: seed, number of kills, kinds, stacks. Raises ValueError if the file has another plan.
+    `plan` identifies a drill: its seed, kills, kinds and stacks. Raises ValueError if the file is from another drill.
     """
 
     def __init__(self, path: str | Path, plan: dict[str, Any]) -> None:
@@ -64,16 +64,16 @@ class ResultFile:
             return
         content = json.loads(self._path.read_text())
         if content["plan"] != plan:
-            raise ValueError(f"{path} holds a drill with {content['plan']}, expected {plan}: choose another file")
+            raise ValueError(f"{path} is of a drill with {content['plan']}, this one has {plan}: use another file")
         self.results = [Result(**values) for values in content["results"]]
 
     @property
     def done(self) -> set[int]:
-        """Numbers of the kills without problems; the others are done again."""
+        """Numbers of the kills without problems. Failed kills are repeated."""
         return {result.number for result in self.results if result.number and not result.problems}
 
     def add(self, results: Sequence[Result]) -> None:
-        """Add outcomes and write the file."""
+        """Add results, and write the file."""
         numbers = {result.number for result in results if result.number}
         self.results = [result for result in self.results if result.number not in numbers] + list(results)
         partial = self._path.with_name(f"{self._path.name}.partial")
@@ -98,7 +98,7 @@ COLUMNS = (
 
 
 def table(results: Sequence[Result]) -> str:
-    """A Markdown table: a row per kind, one of all kills, and one of the runs' own ends."""
+    """A Markdown table: one row per kind, one for all kills, and one for runs that finished by themselves."""
     kills = [result for result in results if result.kind != FINISHED]
     kinds = sorted({result.kind for result in kills})
     rows = [_row(kind, [result for result in kills if result.kind == kind]) for kind in kinds]

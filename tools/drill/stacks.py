@@ -1,4 +1,4 @@
-"""The training runs of the drill, and the files they start from: a tiny model, its tokenizer and prompts."""
+"""The training runs of the drill, and their input files: a tiny model, its tokenizer, and prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ROLLOUTS = {SFT: 36, SFT_TWO_RANKS: 36, GRPO: 24, SGLANG_TEACHER: 24, TWO_ENGIN
 
 @dataclass(frozen=True)
 class Material:
-    """The files that every run reads."""
+    """The input files of every run."""
 
     model: Path
     prompts: Path
@@ -29,7 +29,7 @@ class Material:
 def make_material(directory: Path) -> Material:
     """Write a random model of 0.4M parameters with its tokenizer, and 512 prompts with responses and labels.
 
-    The task is the quickstart's; so is the program that makes it.
+    The task is the quickstart's, made by its program.
     """
     task = directory / "task"
     subprocess.run(
@@ -44,24 +44,24 @@ def make_material(directory: Path) -> Material:
 def environment() -> dict[str, str]:
     """The environment of a run: this repository's package, and one thread per process."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false"}
-    # SLIME_OPD_RUN is the scope of the drill's own teacher; each run must have its own.
+    # Without the drill's own scope: a run gets a new scope, as if a user had started it.
     inherited = {name: value for name, value in os.environ.items() if name != "SLIME_OPD_RUN"}
     search_path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**inherited, **own, "PYTHONPATH": os.pathsep.join(search_path)}
 
 
 def rollouts(stack: str) -> int:
-    """The steps of a whole run."""
+    """Number of steps of a whole run."""
     return _ROLLOUTS[stack]
 
 
 def is_deterministic(stack: str) -> bool:
-    """Whether two whole runs end with the same weights, bit for bit: an engine's sampling depends on its load."""
+    """Whether two runs end with the same weights, bit for bit. An engine's sampling depends on its load."""
     return stack not in WITH_ENGINE
 
 
 def command(stack: str, material: Material, save: Path, teacher_url: str | None) -> list[str]:
-    """The command of a run. `teacher_url` is the address of the SGLang teacher, for the stack that has one."""
+    """The command of a run. `teacher_url`: the address of the SGLang teacher, for the stack that has one."""
     arguments = ["--hf-checkpoint", str(material.model), "--megatron-to-hf-mode", "bridge", "--ray-address", "local"]
     arguments += ["--prompt-data", str(material.prompts), "--input-key", "prompt", "--rollout-shuffle"]
     arguments += ["--use-dynamic-batch-size", "--max-tokens-per-gpu", "4096", "--lr", "1e-3"]

@@ -1,7 +1,8 @@
-"""Which steps one start of a run has lost or done twice, and which are in its metrics at the end."""
+"""Steps that a start of a run has lost or done twice, and steps that its metrics lack at the end."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StepCheck:
-    """Steps that a start skipped, and steps that it did again."""
+    """`lost`: steps that a start has skipped; `doubled`: steps that it has repeated."""
 
     lost: tuple[int, ...]
     doubled: tuple[int, ...]
@@ -18,7 +19,7 @@ class StepCheck:
 def check_start(steps: Sequence[int], saved: int) -> StepCheck:
     """The check of a start that found `saved` steps in the last checkpoint, and then logged `steps` (from 1).
 
-    It has to continue with the step after the checkpoint and do each step once.
+    It has to continue with the step after the checkpoint, and do each step once.
     """
     expected = set(range(saved + 1, max(steps, default=saved) + 1))
     done: set[int] = set()
@@ -31,17 +32,11 @@ def check_start(steps: Sequence[int], saved: int) -> StepCheck:
 
 
 def missing(steps: Sequence[int], last: int) -> tuple[int, ...]:
-    """The steps from 1 to `last` that have no record."""
+    """The steps from 1 to `last` without a record."""
     return tuple(sorted(set(range(1, last + 1)) - set(steps)))
 
 
 def indistinct(records: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
-    """The steps with two records of one attempt, which a reader of the metrics cannot tell apart."""
-    seen: set[tuple[int, Any]] = set()
-    found = set()
-    for record in records:
-        key = (record["step"], record.get("attempt"))
-        if key in seen:
-            found.add(record["step"])
-        seen.add(key)
-    return tuple(sorted(found))
+    """The steps with several records of one attempt, of which a reader cannot know the valid one."""
+    counts = Counter((record["step"], record.get("attempt")) for record in records)
+    return tuple(sorted({step for (step, _), count in counts.items() if count > 1}))

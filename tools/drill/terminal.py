@@ -1,7 +1,7 @@
 """Run a command with a controlling terminal: `python terminal.py /dev/pts/N COMMAND…`, in a new session.
 
-A session leader that opens a terminal becomes its controlling process: the kernel sends it SIGHUP when the other end is
-closed.
+A session leader that opens a terminal gets it as its controlling terminal: the kernel sends it SIGHUP when the other
+end is closed.
 """
 
 import os

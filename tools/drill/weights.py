@@ -1,4 +1,4 @@
-"""Bitwise comparison of the final checkpoints of two runs, optimizer state included."""
+"""Bitwise comparison of two checkpoints: weights and optimizer state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def differing_tensors(one: Path, other: Path) -> list[str]:
     import torch
 
     with warnings.catch_warnings():
-        # Megatron warns about optional packages that are not installed.
+        # Megatron warns about packages that are not installed.
         warnings.simplefilter("ignore")
         from slime_opd.checkpoint.formats.torch_dist import Reader
 

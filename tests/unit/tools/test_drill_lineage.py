@@ -1,4 +1,4 @@
-"""The drill on scripted runs: one that behaves as promised, and one for each fault that the drill must detect."""
+"""The drill on scripted runs: one that takes a kill well, and one for each fault that the drill is there to see."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from drill.stacks import Material
 
 STEPS = 18
 
-# A run with a checkpoint at every third step, as the drill sees one: metrics, `.partial` directories, a tracker file.
-# Each start holds at a step, or in a save, so that a kill finds it there however busy the machine is.
+# A run with a checkpoint at every third step, as the drill sees one: metrics, `.partial` directories, a tracker file. Each
+# start holds at a step, or in a save, so that a kill finds it there however busy the machine is.
 RUN = f"""
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -63,7 +63,7 @@ for step in range(first, {STEPS} + 1):
 def drill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, *trials: Trial, holds: str = "step 4"
 ) -> list[Result]:
-    """The results of these kills on a scripted run with a fault; further runs do the kills that are left."""
+    """The results of a scripted run with a fault that is put through these kills, and of further ones for what is left."""
     program = tmp_path / "run.py"
     program.write_text(RUN)
     monkeypatch.setattr("drill.lineage.rollouts", lambda stack: STEPS)
@@ -85,7 +85,7 @@ def trial(kind: str, phase: Phase = Phase.TRAIN, after: int = 4) -> Trial:
     return Trial(1, KINDS[kind], SFT, phase, after, 0.5)
 
 
-def test_a_run_that_behaves_as_promised_has_no_problems(tmp_path, monkeypatch):
+def test_a_run_that_recovers_from_its_kills_has_no_problem(tmp_path, monkeypatch):
     kills = [trial("driver-kill"), trial("driver-term", Phase.SAVE), trial("group-kill", after=1)]
     results = drill(tmp_path, monkeypatch, "none", *kills, holds="step 4,save 6,step 4")
     assert [(result.kind, result.code, result.problems) for result in results] == [
@@ -107,16 +107,16 @@ def test_a_closed_terminal_reaches_the_run_as_a_hang_up(tmp_path, monkeypatch):
     ("fault", "kind", "expected"),
     [
         ("leaves a process", "driver-kill", "left after 1 s: another process"),
-        ("begins anew", "driver-kill", "saved and did steps 1 to 18: 0 lost"),
+        ("begins anew", "driver-kill", "a checkpoint of step 3 and did steps 1 to 18: 0 lost"),
         ("skips a step", "driver-kill", "1 lost, 0 doubled"),
-        ("silent", "driver-kill", "did not report that it resumed"),
+        ("silent", "driver-kill", "did not print that it resumed"),
         ("hangs", "driver-term", "hung for 1 s"),
-        ("none", "trainer-stop", "could not be done at 3 tries: no trainer rank at its moments"),
-        ("stalls", "driver-kill", "the same command did not continue: nothing for 2 s"),
+        ("none", "trainer-stop", "not done after 3 tries: no trainer rank at the chosen moments"),
+        ("stalls", "driver-kill", "the same command did not resume: no progress for 2 s"),
         ("refuses", "driver-kill", "the same command did not finish: exit code 1"),
     ],
 )
-def test_each_fault_is_detected(fault, kind, expected, tmp_path, monkeypatch):
+def test_each_fault_is_seen(fault, kind, expected, tmp_path, monkeypatch):
     if fault == "stalls":
         monkeypatch.setattr("drill.attempt.PROGRESS_LIMIT_S", 2)
     results = drill(tmp_path, monkeypatch, fault, trial(kind), holds="step 4" if kind.startswith("driver") else "")
@@ -124,11 +124,11 @@ def test_each_fault_is_detected(fault, kind, expected, tmp_path, monkeypatch):
     assert expected in "; ".join(kill.problems)
 
 
-def test_metrics_that_do_not_distinguish_attempts_are_a_problem_of_the_whole_run(tmp_path, monkeypatch):
-    # Killed after step 4, it resumes at step 4.
+def test_attempts_that_the_metrics_do_not_tell_apart_are_a_problem_of_the_whole_run(tmp_path, monkeypatch):
+    # Killed after step 4, it goes on at 4.
     kill, end = drill(tmp_path, monkeypatch, "mixes attempts", trial("driver-kill"))
     assert kill.problems == []
-    assert end.problems == ["metrics.jsonl does not tell the attempts at steps [4] apart"]
+    assert end.problems == ["metrics.jsonl has several records of one attempt for steps [4]"]
 
 
 def test_a_start_that_has_lost_a_warden_takes_no_other_kill(tmp_path):
