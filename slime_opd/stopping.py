@@ -204,7 +204,8 @@ def keep_handlers_while_starting_ray() -> Iterator[None]:
         return signal.getsignal(number) if number in SIGNALS else set_handler(number, handler)
 
     os.register_at_fork(after_in_child=in_child)
-    set_handler, signal.signal = signal.signal, keep
+    set_handler = signal.signal
+    signal.signal = keep  # type: ignore[assignment]  # a replacement for as long as Ray starts
     try:
         yield
     finally:

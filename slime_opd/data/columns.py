@@ -70,8 +70,10 @@ class Columns:
             )
         return value
 
-    def response(self, row: Row) -> str:
-        """The response of another model, for --opd-off-policy-source dataset."""
+    def response(self, row: Row) -> str | None:
+        """The response of another model, for --opd-off-policy-source dataset; None if no column of it is set."""
+        if self.response_key is None:
+            return None
         value = row.get(self.response_key, "--opd-off-policy-key")
         if not isinstance(value, str) or not value:
             kind = "an empty string" if value == "" else json_kind(value)

@@ -56,7 +56,8 @@ def load_entries(
         for rows in _batches(reader):
             for row, entry in zip(rows, make(rows, columns, renderer, eos), strict=True):
                 # Only a response that is trained on as a whole counts: others are generated or cut to fit.
-                response_length = len(entry.response_tokens) if is_sft else None
+                response = entry.response_tokens if is_sft else None
+                response_length = None if response is None else len(response)
                 if not excluded.excludes(row.where, len(entry.tokens), response_length):
                     entries.append(entry)
             progress.advance(len(rows))
@@ -76,9 +77,10 @@ def _entries(rows: Sequence[Row], columns: Columns, renderer: chat.Renderer, eos
         Entry(text, _ids(tokens, row), columns.label(row), columns.metadata(row))
         for row, text, tokens in zip(rows, texts, renderer.tokenize(texts, rows[0].where), strict=True)
     ]
-    if columns.response_key is None:
+    response_texts = [text for row in rows if (text := columns.response(row)) is not None]
+    if not response_texts:
         return entries
-    responses = renderer.tokenize([columns.response(row) for row in rows], rows[0].where)
+    responses = renderer.tokenize(response_texts, rows[0].where)
     return [
         replace(entry, response_tokens=_with_eos(response, eos))
         for entry, response in zip(entries, responses, strict=True)

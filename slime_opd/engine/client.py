@@ -157,20 +157,20 @@ class EngineClient:
             await self._idle.pop().aclose()
 
     async def _with_retries(self, once: Callable[[], Awaitable[_Answer]]) -> _Answer:
-        failure: _Transient | None = None
-        wait_left_s = self._retries * self._timeout_s
-        for attempt in range(self._retries + 1):
-            if failure is not None:
-                pause = min(failure.retry_after_s, wait_left_s)
-                wait_left_s -= pause
-                # The backoff is added, so that clients with the same Retry-After do not retry together.
-                await self._sleep(pause + self._backoff_s(attempt - 1))
+        wait_left_s, attempt = self._retries * self._timeout_s, 0
+        while True:
             try:
                 async with self._slots:
                     return await once()
             except _Transient as transient:
                 failure = transient
-        raise type(failure.error)(f"{failure.error} (attempts: {self._retries + 1})")
+            if attempt == self._retries:
+                raise type(failure.error)(f"{failure.error} (attempts: {attempt + 1})")
+            pause = min(failure.retry_after_s, wait_left_s)
+            wait_left_s -= pause
+            # The backoff is added, so that clients with the same Retry-After do not retry together.
+            await self._sleep(pause + self._backoff_s(attempt))
+            attempt += 1
 
     async def _post(self, payload: dict[str, Any], limit: int) -> Any:
         return await self._request("POST", "/generate", payload, limit)

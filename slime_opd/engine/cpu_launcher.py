@@ -65,8 +65,6 @@ class _Stub:
 class _StubModule(types.ModuleType):
     """A module whose every attribute is a `_Stub`."""
 
-    __path__: Sequence[str] = ()
-
     def __getattr__(self, name: str) -> _Stub:
         if name.startswith("__"):
             raise AttributeError(name)

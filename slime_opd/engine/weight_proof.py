@@ -20,7 +20,7 @@ the server.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,20 +45,15 @@ def begin(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Start to record what `model` loads. `named_tensors`: the result of `expected_tensors`."""
     ((names, checksums),) = named_tensors
     expected = dict(zip(names.split("\n"), checksums.tolist(), strict=True))
-    # A proof that was begun and not finished has left its wrapper.
-    load_weights = getattr(model.load_weights, "wrapped", model.load_weights)
+    # A proof that was begun and not finished has left its recorder.
+    current = model.load_weights
+    recorder = _Recorder(current.load_weights if isinstance(current, _Recorder) else current)
     before = _parameter_checksums(model)
-    arrived: dict[str, Tensor] = {}
-
-    def observe(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            arrived[name] = checksum(tensor)
-            yield name, tensor
 
     def finish(name: str, truncate_size: int = 0, tp_size: int = 1) -> dict[str, list[str]]:
-        model.load_weights = load_weights
+        model.load_weights = recorder.load_weights
         del model.get_weights_by_name
-        received = dict(zip(arrived, _on_host(list(arrived.values())).tolist(), strict=True))
+        received = dict(zip(recorder.checksums, _on_host(list(recorder.checksums.values())).tolist(), strict=True))
         after = _parameter_checksums(model)
         report = {
             CHANGED: [name for name in after if after[name] != before.get(name)],
@@ -67,11 +62,23 @@ def begin(model: Any, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
         }
         return _on_all_ranks(report)
 
-    def load_and_observe(weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
-        return load_weights(observe(weights), *args, **kwargs)
+    model.load_weights, model.get_weights_by_name = recorder, finish
 
-    load_and_observe.wrapped = load_weights
-    model.load_weights, model.get_weights_by_name = load_and_observe, finish
+
+class _Recorder:
+    """A model's `load_weights` that also records the checksum of each tensor, by name."""
+
+    def __init__(self, load_weights: Callable[..., Any]) -> None:
+        self.load_weights = load_weights
+        self.checksums: dict[str, Tensor] = {}
+
+    def __call__(self, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+        return self.load_weights(self._record(weights), *args, **kwargs)
+
+    def _record(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self.checksums[name] = checksum(tensor)
+            yield name, tensor
 
 
 def checksum(values: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_a_proof_leaves_the_model_as_it_was_also_when_the_one_before_was_not_fin
     original = model.load_weights
     begin(model, weights(5))
     begin(model, weights())
-    assert model.load_weights.wrapped == original
+    assert model.load_weights.load_weights == original
     model.load_weights(weights().items())
     assert finish(model) == {CHANGED: [], DIFFERENT: [], MISSING: []}
     assert model.load_weights == original and not hasattr(model, "get_weights_by_name")
