@@ -25,11 +25,13 @@ from slime_opd.model.transformer_config import parameter_dtype, run_settings
 from slime_opd.model.vocabulary import VOCABULARY_WEIGHTS, padded_vocabulary, resize_rows
 
 
-def make_bridge(config: Config, layout: ParallelStates | None = None) -> ModelBridge:
-    """The bridge of the student, at a parallel layout (default: this rank's).
+def make_bridge(config: Config, *, is_unsplit: bool = False) -> ModelBridge:
+    """The bridge of the student, at this rank's parallel layout.
 
-    Raises ConfigError for an unsupported model family.
+    `is_unsplit`: of whole parameters instead, which needs no process groups. Raises ConfigError for an unsupported
+    model family.
     """
+    layout = ParallelStates() if is_unsplit else None
     directory = config.model.hf_checkpoint
     if directory is None:
         raise ConfigError("--hf-checkpoint is missing; give the Hugging Face directory of the model")

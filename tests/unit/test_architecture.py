@@ -33,7 +33,7 @@ LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ONLY_IN = {
     "ray": ("cluster", "train"),
     "megatron": ("model", "checkpoint.formats", "trainer", "weights", "rehearsal"),
-    "mbridge": ("model", "checkpoint.formats", "weights"),
+    "mbridge": ("model",),
     "httpx": ("engine",),
     "aiohttp": ("engine",),
     "requests": ("engine",),

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mbridge.core.parallel_states import ParallelStates
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -58,7 +57,7 @@ def trained_weights(reader: torch_dist.Reader, origin: str) -> tuple[list[Weight
         # No layer runs here, so no kernel is chosen for this machine.
         training=TrainingConfig(attention_backend="local", **precision),
     )
-    bridge = make_bridge(config, ParallelStates())
+    bridge = make_bridge(config, is_unsplit=True)
     bridge.padded_vocab_size = rows
     parameters = [
         parameter for key, (shape, dtype) in tensors.items() for parameter in _parameters_in(key, shape, dtype)

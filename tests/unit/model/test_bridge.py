@@ -11,7 +11,6 @@ import torch
 import transformers
 from mbridge.core import LLMBridge
 from mbridge.core.bridge import Bridge
-from mbridge.core.parallel_states import ParallelStates
 from model_families import FAMILIES, OF_TRANSFORMERS, SHAPE
 
 from slime_opd.config import parse
@@ -68,7 +67,7 @@ def bridge_of(path, family: str = "Qwen3", **more):
     name, options = FAMILIES[family]
     config = getattr(transformers, f"{OF_TRANSFORMERS.get(name, name)}Config")(**SHAPE | options | more)
     config.save_pretrained(path)
-    return make_bridge(parse(["--megatron-to-hf-mode", "bridge", "--hf-checkpoint", str(path)]), ParallelStates())
+    return make_bridge(parse(["--megatron-to-hf-mode", "bridge", "--hf-checkpoint", str(path)]), is_unsplit=True)
 
 
 @pytest.mark.parametrize("rows", [-8, 0, 8])

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import transformers
-from mbridge.core.parallel_states import ParallelStates
 from megatron.core.models.common.embeddings import rope_utils
 from model_families import FAMILIES, OF_TRANSFORMERS, SHAPE
 
@@ -41,7 +40,7 @@ def directory_of(family: str, path, **more) -> str:
 
 def bridge_of(directory: str, *flags: str) -> ModelBridge:
     config = parse(["--megatron-to-hf-mode", "bridge", "--hf-checkpoint", directory, *flags])
-    return make_bridge(config, ParallelStates())
+    return make_bridge(config, is_unsplit=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
