@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -126,7 +126,8 @@ def _varlen_attention(
 
     groups: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     # A window of (-1, 0) is causal attention.
-    return varlen_attn(query, key, value, *_bounds(packed), scale=scale, window_size=(-1, 0), **groups)
+    output = varlen_attn(query, key, value, *_bounds(packed), scale=scale, window_size=(-1, 0), **groups)
+    return cast("Tensor", output)  # a tuple only with the log-sum-exp, which is not requested
 
 
 def _flash_attention(

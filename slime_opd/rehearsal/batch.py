@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slime_opd.config import Config, parse
+from slime_opd.errors import RehearsalError
 from slime_opd.types import Prompt, Sample, Status
 
 
@@ -24,6 +25,10 @@ def tokens_per_micro_batch(config: Config) -> int:
     training, rollout = config.training, config.rollout
     if training.use_dynamic_batch_size and training.max_tokens_per_gpu is not None:
         return training.max_tokens_per_gpu
+    if rollout.rollout_max_response_len is None:
+        raise RehearsalError(
+            "the size of a micro-batch is unknown: give --rollout-max-response-len, or --use-dynamic-batch-size and --max-tokens-per-gpu"
+        )
     return training.micro_batch_size * (rollout.rollout_max_response_len + 256)
 
 

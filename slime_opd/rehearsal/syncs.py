@@ -111,7 +111,8 @@ class FakeDevice(TorchFunctionMode):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        torch.cuda.synchronize, FakeTensor.tolist = self._replaced
+        fake_tensor: Any = FakeTensor
+        torch.cuda.synchronize, fake_tensor.tolist = self._replaced
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
