@@ -39,7 +39,7 @@ def subtracts_before_steps(case: Case) -> bool:
 
 
 def columns_of(case: Case, given: dict[str, Any], rows: slice) -> TokenColumns:
-    """The columns of the tokens `rows`, as assembled: the advantages hold the penalty where its log-probs are a column."""
+    """The assembled columns of the tokens `rows`: the advantages hold the penalty where its log-probs are a column."""
     columns = {name: values[rows] for name, values in given["columns"].items()}
     if subtracts_before_steps(case):
         teacher = (
