@@ -28,13 +28,3 @@ def columns_for_assembly(config: Config) -> frozenset[str]:
         names |= {"log_probs", "penalty_log_probs"}
         names |= {"teacher_log_probs"} if config.teacher.is_in_trainer else set()
     return frozenset(names)
-
-
-def needs_scores(config: Config) -> bool:
-    """Whether any model has to be run over a rollout before its first optimizer step."""
-    return not config.is_sft and (
-        config.algorithm.use_kl_loss
-        or config.teacher.is_in_trainer
-        or has_several_steps(config)
-        or config.divergence.opd_token_weighting is not None
-    )

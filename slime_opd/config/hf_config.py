@@ -125,11 +125,18 @@ def _problems(config: dict[str, Any], prefix: str = "") -> list[str]:
         value = config.get(key)
         if value is not None and not (type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)):
             found.append((key, "a finite number"))
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and not _is_positive(scaling.get("factor", 1)):
+        found.append(("rope_scaling", "an object whose factor, if it has one, is a positive number"))
     for kind, keys in _TYPES.items():
         found += [(key, _NAMES[kind]) for key in keys if not isinstance(config.get(key), kind | None)]
     problems = [f"{prefix}{key} is {_shown(config[key])}, expected {expected}" for key, expected in found]
     inner = config.get("text_config")
     return problems + (_problems(inner, "text_config.") if isinstance(inner, dict) and not prefix else [])
+
+
+def _is_positive(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < 1e6)
 
 
 def _shown(value: Any) -> str:
