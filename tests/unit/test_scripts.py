@@ -148,12 +148,11 @@ def test_a_script_stops_what_it_started_with_its_children_and_nothing_else(tmp_p
 
 def test_a_signal_stops_a_script_while_its_command_runs(tmp_path):
     program = f'source "{EXAMPLES}/../common.sh"\nrun bash -c "echo \\$\\$; exec sleep 100"'
-    script = subprocess.Popen(
-        ["bash", "-c", program], env={**os.environ, "BASE": str(tmp_path)}, stdout=subprocess.PIPE, text=True
-    )
-    pid = int(script.stdout.readline())
-    script.send_signal(signal.SIGTERM)
-    assert script.wait(timeout=20) == 128 + signal.SIGTERM
+    environment = {**os.environ, "BASE": str(tmp_path)}
+    with subprocess.Popen(["bash", "-c", program], env=environment, stdout=subprocess.PIPE, text=True) as script:
+        pid = int(script.stdout.readline())
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(timeout=20) == 128 + signal.SIGTERM
     assert not is_running(pid)
 
 
