@@ -61,7 +61,7 @@ class AlgorithmConfig:
     on_resume: ClassVar[OnResume] = HONOURED
 
     advantage_estimator: str = option(
-        "grpo", choices=("grpo",), help="base advantage; the OPD penalty is added to any of them"
+        "grpo", choices=("grpo", "rloo"), help="base advantage; the OPD penalty is subtracted from any of them"
     )
     normalize_advantages: bool = option(
         False, help="whiten the base advantages over the whole rollout, before the OPD penalty is subtracted"
@@ -69,7 +69,9 @@ class AlgorithmConfig:
     disable_rewards_normalization: bool = option(
         False, help="use rewards as advantages: no group mean, no group standard deviation"
     )
-    disable_grpo_std_normalization: bool = option(False, help="subtract the group mean only")
+    disable_grpo_std_normalization: bool = option(
+        False, help="subtract the group mean only", only_with=(equals("advantage_estimator", "grpo"),)
+    )
     disable_compute_advantages_and_returns: bool = option(
         False, help="accepted for slime's scripts of supervised fine-tuning, which has no advantages"
     )

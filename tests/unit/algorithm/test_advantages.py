@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from slime_opd.algorithm.advantages import base_advantages, whiten
+from slime_opd.algorithm.estimators import ESTIMATORS
 from slime_opd.algorithm.estimators.estimator import EstimatorOptions, Responses
 from slime_opd.algorithm.estimators.grpo import group_advantages
+from slime_opd.algorithm.estimators.rloo import leave_one_out
 from slime_opd.errors import DataError
 
 PLAIN = {
@@ -72,3 +74,25 @@ def test_whitening_is_over_unmasked_tokens_alone():
 def test_whitening_a_constant_or_nothing_gives_zeros():
     assert whiten(torch.full((3,), 4.0), torch.ones(3)).tolist() == [0.0] * 3
     assert whiten(torch.ones(3), torch.zeros(3)).tolist() == [0.0] * 3
+
+
+def test_leave_one_out_compares_each_reward_with_the_mean_of_the_others():
+    random = np.random.default_rng(0)
+    rewards, groups = random.normal(size=24), random.permutation(np.arange(24) % 5) * 11
+    got = leave_one_out(torch.from_numpy(rewards), torch.from_numpy(groups)).numpy()
+    for sample in range(24):
+        others = rewards[(groups == groups[sample]) & (np.arange(24) != sample)]
+        assert got[sample] == pytest.approx(rewards[sample] - others.mean(), abs=1e-12)
+
+
+def test_leave_one_out_by_hand():
+    # 3 − (1 + 5) / 2 = 0; 1 − (3 + 5) / 2 = −3; 5 − (3 + 1) / 2 = 3; alone, a reward is its own advantage.
+    got = leave_one_out(torch.tensor([3.0, 1.0, 5.0, 0.7]), torch.tensor([4, 4, 4, 9]))
+    torch.testing.assert_close(got, torch.tensor([0.0, -3.0, 3.0, 0.7]))
+
+
+def test_every_estimator_gives_one_advantage_per_token():
+    responses = Responses(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), torch.tensor([1, 3]), torch.ones(4), {})
+    for estimator in ESTIMATORS:
+        got = base_advantages(responses, EstimatorOptions(), **PLAIN | {"estimator": estimator})
+        assert got.shape == (4,) and got[0] > 0 and len(set(got[1:].tolist())) == 1 and got[1] == -got[0]
