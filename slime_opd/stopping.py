@@ -3,8 +3,8 @@
 The run ends through every `finally`. A run with --save first saves the finished steps, if that fits into
 `--exit-grace-s`. Generation and evaluation are interrupted at once, since the trainer then has the weights of a
 finished step. A training step is finished first, if its remaining time and a save fit, by the durations of the last
-step and the last save; else the run ends at once and reports what is not saved. The grace period is a deadline in any case. A second
-Ctrl-C cancels the save. Clean-up is not interrupted; if it hangs, the process is ended by force.
+step and the last save; else the run ends at once and reports what is not saved. The grace period is a deadline in any
+case. A second Ctrl-C cancels the save. Clean-up is not interrupted; if it hangs, the process is ended by force.
 """
 
 from __future__ import annotations

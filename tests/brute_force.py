@@ -1,4 +1,5 @@
-"""Every objective written out token by token in float64, for the tests of the chunked and of the vocabulary-parallel pass.
+"""Every objective written out token by token in float64, for the tests of the chunked and of the vocabulary-parallel
+pass.
 
 Nothing here is shared with the implementation but the names of its options and columns.
 """

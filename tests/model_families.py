@@ -1,4 +1,4 @@
-"""Model families: a tiny random model of each, and the Hugging Face config that a script of scripts/models describes."""
+"""Model families: a tiny random model of each, and the Hugging Face config that a model script describes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def family_config(script: str, options: Any) -> tuple[str, Any]:
 
 
 def number_of_parameters(name: str, config: Any) -> int:
-    """Of the family's model: counted with its first layers, to which every other layer adds what the last of them does."""
+    """Of the family's model: counted with its first layers; each other layer adds what the last of them does."""
     import copy
 
     import torch
@@ -175,10 +175,12 @@ FAMILIES = {
     ),
     "Moonlight": ("DeepseekV3", ROUTED | LATENT | {"q_lora_rank": None}),
 }
-# Families whose classes live beside their weights, and the class of transformers that is the same without their extra layers.
+# Families whose classes live beside their weights, and the class of transformers that is the same without their extra
+# layers.
 OF_TRANSFORMERS = {"MiMo": "Qwen2"}
 MIXTURES = {"Qwen3Moe", "Mixtral", "Glm4Moe", "DeepseekV3"}
-# Families whose engine runs on a CPU; SGLang's has no latent attention there, and MiMo's config class comes with its weights.
+# Families whose engine runs on a CPU; SGLang's has no latent attention there, and MiMo's config class comes with its
+# weights.
 SERVED = ("Qwen2, Qwen2.5", "Qwen3", "Llama 3.1", "GLM-4", "Qwen3 MoE", "Mixtral", "GLM-4.5")
 
 
@@ -198,7 +200,8 @@ def save_model(directory: Path, family: str) -> None:
             elif key.endswith("mlp.gate.weight"):
                 tensor.normal_(0, 0.2)
             if key.endswith("e_score_correction_bias"):
-                # Transformers gives a group that is not chosen the score 0, DeepSeek and Megatron minus infinity: keep scores above.
+                # Transformers gives a group that is not chosen the score 0, DeepSeek and Megatron minus infinity: keep
+                # scores above.
                 tensor.abs_()
     model.save_pretrained(directory)
     _name_family(directory, name)

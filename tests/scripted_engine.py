@@ -1,4 +1,6 @@
-"""An SGLang server as far as weights are concerned: its paths, with a small model that fuses what it loads, in this process."""
+"""An SGLang server as far as weights are concerned: its paths, with a small model that fuses what it loads, in this
+process.
+"""
 
 from __future__ import annotations
 

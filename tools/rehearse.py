@@ -3,7 +3,8 @@
     python tools/rehearse.py [--micro-batches 2] [--sequences 2] [--save] -- FLAGS OF THE RUN
 
 The flags are those of the run; from --hf-checkpoint only config.json is read. No tensor is computed and no weights are
-loaded: torch's CPU build gets a simulated CUDA device whose tensors have no memory. The report lists what this does not cover.
+loaded: torch's CPU build gets a simulated CUDA device whose tensors have no memory. The report lists what this does not
+cover.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Base advantages: estimator, then whitening; the OPD penalty is subtracted later, so whitening cannot cancel its coefficient.
+"""Base advantages: an estimator, then whitening.
+
+The OPD penalty is subtracted after whitening, which therefore cannot cancel its coefficient.
 
 Notation: N samples, R response tokens.
 """

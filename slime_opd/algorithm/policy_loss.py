@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# exp() of it is far past any clip, and its products are still finite: a ratio of inf would make NaN of an advantage of 0.
+# exp() of it is far past any clip, and its products are still finite: a ratio of inf would make NaN of an advantage of
+# 0.
 _LARGEST_LOG_RATIO = 20.0
 
 
@@ -30,8 +31,8 @@ def clipped_policy_loss(
 ) -> PolicyLoss:
     """PPO's clipped surrogate: max(−r A, −clip(r, 1 − clip_low, 1 + clip_high) A) with r = exp(log π − log π_old).
 
-    Schulman et al. 2017, arXiv:1707.06347, equation 7, negated to be minimised. `dual_clip` c > 1 bounds it by −c A where
-    A < 0 (Ye et al. 2020, arXiv:1912.09729, equation 5). All inputs [R]; only `log_probs` takes a gradient.
+    Schulman et al. 2017, arXiv:1707.06347, equation 7, negated to be minimised. `dual_clip` c > 1 bounds it by −c A
+    where A < 0 (Ye et al. 2020, arXiv:1912.09729, equation 5). All inputs [R]; only `log_probs` takes a gradient.
     """
     advantages = advantages.detach()
     ratio = (log_probs - old_log_probs.detach()).clamp(max=_LARGEST_LOG_RATIO).exp()

@@ -1,4 +1,7 @@
-"""The packing plan: which samples share an optimizer step, a data-parallel rank, a micro-batch. Pure, by lengths alone."""
+"""The packing plan: which samples share an optimizer step, a data-parallel rank, a micro-batch.
+
+Pure, by lengths alone.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +85,7 @@ def _even_bins(lengths: np.ndarray, count: int) -> Bins:
 
 
 def _deal(bins: Bins, lengths: np.ndarray, ranks: int) -> list[Bins]:
-    """Deal bins out in rounds of one per rank, largest first; in each round the rank with the fewest tokens gets the largest.
+    """Deal bins out in rounds of one per rank, largest first; the rank with the fewest tokens gets a round's largest.
 
     So two ranks never differ by more than the largest bin: a round can widen their gap to its own spread at most.
     """

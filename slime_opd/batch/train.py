@@ -34,8 +34,8 @@ def train_rollout(
 ) -> tuple[RolloutBatch, dict[str, Metric]]:
     """Score the samples, assemble the rollout, take its optimizer steps; returns the assembled rollout and the metrics.
 
-    `progress`: the share (0 to 1) of the run's rollouts that came before. Without trainers (--debug-rollout-only) nothing
-    is scored and no step is taken.
+    `progress`: the share (0 to 1) of the run's rollouts that came before. Without trainers (--debug-rollout-only)
+    nothing is scored and no step is taken.
     """
     batch = RolloutBatch.from_samples(samples)
     options, names = objective_options(config, progress), columns_for_assembly(config)

@@ -53,9 +53,9 @@ def with_distillation_weights(
 ) -> RolloutBatch:
     """The batch with the weights of each distillation stream of the run, relative to the stream's own.
 
-    correct: float [N], see `sample_weights`; on_policy: bool [N]. A token's weight is its sample's times its importance, 0
-    where a server's teacher has no score, scaled such that it changes which tokens are learned from and not the size of
-    the step.
+    correct: float [N], see `sample_weights`; on_policy: bool [N]. A token's weight is its sample's times its
+    importance, 0 where a server's teacher has no score, scaled such that it changes which tokens are learned from and
+    not the size of the step.
     """
     weights = np.repeat(sample_weights(batch, correct, on_policy, config), batch.response_lengths)
     if config.teacher.scores_rollouts:

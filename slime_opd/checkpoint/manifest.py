@@ -31,7 +31,7 @@ _MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a checkpoint: its name relative to the directory, checksum, and size in bytes (None: not recorded)."""
+    """One file of a checkpoint: name relative to the directory, checksum, and size in bytes (None: not recorded)."""
 
     name: str
     sha256: str

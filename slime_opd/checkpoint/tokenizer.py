@@ -1,4 +1,4 @@
-"""Copies tokenizer and config of a model into its checkpoint, so that later runs can compare them with another model's."""
+"""Copies tokenizer and config of a model into its checkpoint, for later comparisons with another model's."""
 
 from __future__ import annotations
 

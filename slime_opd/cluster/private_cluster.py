@@ -10,7 +10,8 @@ import secrets
 
 # Ray waits a minute for a head node that may restart; this one is on the same machine and does not restart.
 GCS_TIMEOUT_VARIABLE, GCS_TIMEOUT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 15
-# Ray starts a worker per core in advance, which no actor of a run uses: each has an environment, so a process, of its own.
+# Ray starts a worker per core in advance, which no actor of a run uses: each has an environment, so a process, of its
+# own.
 PRESTART_VARIABLE = "RAY_prestart_worker_first_driver"
 
 

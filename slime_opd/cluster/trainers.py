@@ -32,7 +32,10 @@ _ENVIRONMENT = {"PYTHONWARNINGS": "ignore"}
 
 @ray.remote
 class TrainerActor:
-    """One trainer rank in a process of its own. It learns its rank from `set_rank`, once it is known where it stands."""
+    """One trainer rank in a process of its own.
+
+    It learns its rank from `set_rank`, once it is known where it stands.
+    """
 
     def __init__(self, config: Config, world_size: int, role: str) -> None:
         lifetimes.own(os.environ[lifetimes.RUN_VARIABLE])
@@ -175,7 +178,10 @@ class TrainerGroup:
         return columns
 
     def step(self, columns: Sequence[Mapping[str, np.ndarray]], progress: float) -> dict[str, metrics.Metric]:
-        """Take the optimizer steps of the rollout that was scored. `columns`: what `assemble` made, per data-parallel rank."""
+        """Take the optimizer steps of the rollout that was scored.
+
+        `columns`: what `assemble` made, per data-parallel rank.
+        """
         ranks = self._watchdog.get(self._call_shares("step", columns, progress), self._names)
         return metrics.merge([rank for rank in ranks if rank])
 

@@ -1,7 +1,7 @@
 """The rules that need nothing but the configuration; preflight/rules.py has those that look at this machine.
 
-A rule is a pure function `check_…(config) -> list of sentences` and a row of CHECKS. Rules never edit the configuration,
-and all of them run, so a user reads all problems at once.
+A rule is a pure function `check_…(config) -> list of sentences` and a row of CHECKS. Rules never edit the
+configuration, and all of them run, so a user reads all problems at once.
 """
 
 from __future__ import annotations

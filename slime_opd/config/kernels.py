@@ -25,10 +25,10 @@ class Machine:
     """The hardware and packages of a machine that kernels depend on. The default is a machine without CUDA.
 
     `compute_capability`: of the GPU, (9, 0) for Hopper. `varlen_options`: the parameters of torch's
-    `torch.nn.attention.varlen.varlen_attn`, none where torch has no such function. `engine`: the version of Transformer Engine
-    that is installed, None without; `engine_error`: why it cannot be imported, None if it can. `engine_flash`: the major
-    versions of flash-attn that Transformer Engine takes here, as it checks versions itself. `flash_attn`: the version of
-    flash-attn 2 that can be imported.
+    `torch.nn.attention.varlen.varlen_attn`, none where torch has no such function. `engine`: the version of Transformer
+    Engine that is installed, None without; `engine_error`: why it cannot be imported, None if it can. `engine_flash`:
+    the major versions of flash-attn that Transformer Engine takes here, as it checks versions itself. `flash_attn`: the
+    version of flash-attn 2 that can be imported.
     """
 
     has_cuda: bool = False
@@ -70,9 +70,10 @@ class Attention:
 class Kernels:
     """The kernels that train a model.
 
-    `uses_engine`: layers are Transformer Engine's, with its fused operations; else Megatron-core's own. `repeats_groups`: keys and
-    values are repeated for each query head, because the kernel takes no groups. `rope_fusion`: one kernel rotates queries
-    or keys. `note`: what the user may not expect of this machine, as a sentence.
+    `uses_engine`: layers are Transformer Engine's, with its fused operations; else Megatron-core's own.
+    `repeats_groups`: keys and values are repeated for each query head, because the kernel takes no groups.
+    `rope_fusion`: one kernel rotates queries or keys. `note`: what the user may not expect of this machine, as a
+    sentence.
     """
 
     uses_engine: bool
@@ -224,7 +225,8 @@ def _fused_problem(machine: Machine, attention: Attention) -> str | None:
 def _repeats_groups(machine: Machine, attention: Attention, kernel: AttentionKernel) -> bool:
     if kernel == "varlen":
         return "enable_gqa" not in machine.varlen_options
-    # torch's memory-efficient kernel takes no groups. In float32, and before Ampere, no other avoids keeping all scores.
+    # torch's memory-efficient kernel takes no groups. In float32, and before Ampere, no other avoids keeping all
+    # scores.
     has_flash = attention.is_half and (machine.compute_capability or (0, 0)) >= (8, 0)
     return kernel == "segments" and machine.has_cuda and not has_flash
 

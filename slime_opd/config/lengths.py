@@ -8,7 +8,8 @@ from slime_opd.errors import ConfigError
 
 
 def context_length(config: Config) -> int | None:
-    """Tokens of prompt plus response: `--rollout-max-context-len`, else the limit of the model and its engines, or None.
+    """Tokens of prompt plus response: `--rollout-max-context-len`, else the limit of the model and its engines, or
+    None.
 
     Raises ConfigError where the model's config.json is not JSON.
     """

@@ -1,4 +1,7 @@
-"""Candidate ids on which two models are compared: top-k sets of either. Pure. Notation: R response tokens, K ids of a top-k."""
+"""Candidate ids on which two models are compared: top-k sets of either.
+
+Pure. Notation: R response tokens, K ids of a top-k.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ STRATEGIES = ("only_stu", "only_tch", "intersection", "union", "union-intersecti
 
 
 def candidates(student_ids: Tensor | None, teacher_ids: Tensor | None, strategy: str) -> tuple[Tensor, Tensor]:
-    """Ids of each token's candidates and which of them are valid: [R, K] and bool [R, K], or [R, 2K] of both models' ids.
+    """Ids of each token's candidates and which of them are valid: [R, K] and bool [R, K], or [R, 2K] of both models'
+    ids.
 
     student_ids, teacher_ids: int [R, K] without repetitions in a row; one that the strategy does not use may be None.
-    `union-intersection` is the symmetric difference: what is in one top-k alone (thunlp/OPD's name). An id is valid once.
+    `union-intersection` is the symmetric difference: what is in one top-k alone (thunlp/OPD's name). An id is valid
+    once.
     """
     if strategy == "only_stu":
         return student_ids, torch.ones_like(student_ids, dtype=torch.bool)

@@ -18,8 +18,8 @@ from slime_opd.distill.token_reward import NORMALIZED, token_reward_direct
 class DivergenceOptions:
     """Which divergence is trained, and how much it weighs.
 
-    `kind`: one of `schedule.KINDS`, or token_reward_direct. `strategy`, `remainder` and `weight_mode` are of candidate sets.
-    The clips are the policy loss's, which token_reward_direct shares.
+    `kind`: one of `schedule.KINDS`, or token_reward_direct. `strategy`, `remainder` and `weight_mode` are of candidate
+    sets. The clips are the policy loss's, which token_reward_direct shares.
     """
 
     kind: str
@@ -37,8 +37,9 @@ class DivergenceOptions:
 class Candidates:
     """Both models' log-probs on a set of ids of each token.
 
-    log_p, log_q, old_log_p: [R, K], at full-vocabulary normalisation; log_p differentiable, old_log_p of the policy that
-    starts the rollout's steps. valid: bool [R, K]. log_p_rest (differentiable), log_q_rest: [R], of the mass outside.
+    log_p, log_q, old_log_p: [R, K], at full-vocabulary normalisation; log_p differentiable, old_log_p of the policy
+    that starts the rollout's steps. valid: bool [R, K]. log_p_rest (differentiable), log_q_rest: [R], of the mass
+    outside.
     """
 
     log_p: Tensor
@@ -67,8 +68,8 @@ class Overlap:
 class Comparison:
     """Two distributions at each token: over the whole vocabulary (`full`), or over candidates.
 
-    scored: float [R], 1 where the teacher has a score. full: the divergence over the vocabulary, [R], differentiable, or
-    None. reverse_kl, forward_kl: [R], detached, over the same support. teacher_entropies: [R] or None where unknown.
+    scored: float [R], 1 where the teacher has a score. full: the divergence over the vocabulary, [R], differentiable,
+    or None. reverse_kl, forward_kl: [R], detached, over the same support. teacher_entropies: [R] or None where unknown.
     """
 
     scored: Tensor
@@ -81,7 +82,7 @@ class Comparison:
 
 
 def token_divergence(comparison: Comparison, options: DivergenceOptions) -> Tensor:
-    """The trained divergence of each token, [R], differentiable; 0 without a gradient where the teacher has no score."""
+    """The trained divergence of each token, [R], differentiable; 0 without gradient where the teacher has no score."""
     if comparison.full is not None:
         return comparison.full * comparison.scored
     candidates = comparison.candidates

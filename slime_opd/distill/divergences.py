@@ -14,7 +14,8 @@ from slime_opd.schedule import KINDS
 
 REMAINDERS = ("tail", "truncated", "renormalized")
 
-# An entry that is not there: its probability is exactly 0 and its log stays finite, so that 0 times it is 0 and not NaN.
+# An entry that is not there: its probability is exactly 0 and its log stays finite, so that 0 times it is 0 and not
+# NaN.
 _ABSENT = -1e30
 
 # The smallest mass that a teacher's log-probs in float32 leave for the rest: their sum is not known better than that.
@@ -28,9 +29,9 @@ def divergence(log_p: Tensor, log_q: Tensor, *, kind: str, beta: float = 0.5) ->
         jsd         β KL(q ‖ m) + (1 − β) KL(p ‖ m),   m = β q + (1 − β) p
 
     Agarwal et al. 2024, arXiv:2306.13649, section 2: the generalised JSD, whose β weighs the teacher. As β goes to 0,
-    jsd / β goes to the forward KL; as it goes to 1, jsd / (1 − β) goes to the reverse KL. An entry that neither has (-inf, or
-    far below any of float32's log-probs) counts nothing and has gradient 0. Where the student has mass and the teacher has
-    none the reverse KL is inf, as it should be; so is the forward KL the other way round.
+    jsd / β goes to the forward KL; as it goes to 1, jsd / (1 − β) goes to the reverse KL. An entry that neither has
+    (-inf, or far below any of float32's log-probs) counts nothing and has gradient 0. Where the student has mass and
+    the teacher has none the reverse KL is inf, as it should be; so is the forward KL the other way round.
     """
     log_q = log_q.detach()
     absent = (log_p.detach() <= _ABSENT / 2) & (log_q <= _ABSENT / 2)
@@ -58,14 +59,14 @@ def distribution(
         truncated     nothing: two measures whose masses differ
         renormalized  nothing, and the set's mass is scaled to 1
 
-    Only the tail is to be used: both sides are distributions whatever the student does, so the divergence is least, and its
-    gradient 0, where they agree, and mass that leaves the set is seen. Truncated, the gradient does not vanish where the
-    models agree (the JSD's does): moving mass out of the set pays for the reverse KL, into it for the forward. Renormalised
-    it does, but no
-    term holds the set's mass, so that the student may leave the set. Both are here because papers used them.
+    Only the tail is to be used: both sides are distributions whatever the student does, so the divergence is least, and
+    its gradient 0, where they agree, and mass that leaves the set is seen. Truncated, the gradient does not vanish
+    where the models agree (the JSD's does): moving mass out of the set pays for the reverse KL, into it for the
+    forward. Renormalised it does, but no term holds the set's mass, so that the student may leave the set. Both are
+    here because papers used them.
 
-    A set without entries has divergence 0: with a tail both masses outside are 1, and without one there is nothing. Entries
-    that are not valid are far below any log-prob, in both, and take no gradient.
+    A set without entries has divergence 0: with a tail both masses outside are 1, and without one there is nothing.
+    Entries that are not valid are far below any log-prob, in both, and take no gradient.
     """
     log_p, log_q = log_p.masked_fill(~valid, _ABSENT), log_q.masked_fill(~valid, _ABSENT)
     if remainder == "tail":

@@ -1,7 +1,8 @@
 """Metrics of a chunk of tokens: how student and teacher differ. Pure and detached.
 
-Every metric is a (sum, count) pair of float64 scalars, or a histogram; both add up over chunks, micro-batches and ranks. The
-formulas are in docs/metrics.md. Overlap and mass metrics are those of Li et al. 2026 (thunlp/OPD), arXiv:2604.13016.
+Every metric is a (sum, count) pair of float64 scalars, or a histogram; both add up over chunks, micro-batches and
+ranks. The formulas are in docs/metrics.md. Overlap and mass metrics are those of Li et al. 2026 (thunlp/OPD),
+arXiv:2604.13016.
 
 Notation: R response tokens, k ids of a top-k.
 """
@@ -26,7 +27,9 @@ _THIRDS = ("early", "middle", "late")
 
 @dataclass(frozen=True)
 class TokenKinds:
-    """What means are split by, [R] each or None: the third of its response that a token is in, and 1 where the answer is right."""
+    """What means are split by, [R] each or None: the third of its response that a token is in, and 1 where the answer
+    is right.
+    """
 
     position_third: Tensor | None
     correct: Tensor | None
@@ -54,7 +57,8 @@ def compared(
 ) -> dict[str, Pair]:
     """Metrics of the two distributions.
 
-    divergences, entropies (of the student), scored: [R]; `scored` is positive where a token trains and the teacher has a score.
+    divergences, entropies (of the student), scored: [R]; `scored` is positive where a token trains and the teacher has
+    a score.
     """
     means = {
         "opd/divergence": counted_mean(divergences, scored),

@@ -15,8 +15,9 @@ from torch import Tensor
 class PenaltyOptions:
     """The penalty's coefficient, the clamp and the discount of its signal, and whose log-probs are the student's.
 
-    clamp: in nats, None for none. discount: 0 penalises each token by its own signal, above 0 by the discounted return-to-go.
-    refresh_student: each optimizer step uses the policy it starts from, not the policy that starts the rollout's first step.
+    clamp: in nats, None for none. discount: 0 penalises each token by its own signal, above 0 by the discounted
+    return-to-go. refresh_student: each optimizer step uses the policy it starts from, not the policy that starts the
+    rollout's first step.
     """
 
     coefficient: float
@@ -46,8 +47,8 @@ def clamp_signal(signal: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
 def discounted_return_to_go(signal: Tensor, lengths: Tensor, discount: float) -> Tensor:
     """y_t = s_t + discount · y_{t+1} within each response, [R].
 
-    signal: [R]; lengths: int64 [N]. A NaN counts as 0 for the tokens before it, and is NaN itself. Sums of 2^i tokens are
-    made of two of 2^(i−1), so it takes log2 of the longest response steps.
+    signal: [R]; lengths: int64 [N]. A NaN counts as 0 for the tokens before it, and is NaN itself. Sums of 2^i tokens
+    are made of two of 2^(i−1), so it takes log2 of the longest response steps.
     """
     ends = torch.repeat_interleave(lengths.cumsum(0), lengths)
     index = torch.arange(len(signal), device=signal.device)
@@ -72,8 +73,8 @@ def subtract_penalty(
 ) -> Tensor:
     """A ← A − coefficient · weights · signal, all [R]; weights None is 1 for every token.
 
-    The penalty is a constant to the optimizer: the gradient flows through the policy ratio alone. It is exactly zero where
-    the token is masked, and where the signal is missing (NaN).
+    The penalty is a constant to the optimizer: the gradient flows through the policy ratio alone. It is exactly zero
+    where the token is masked, and where the signal is missing (NaN).
     """
     signal = signal.detach() if weights is None else signal.detach() * weights
     counted = (mask > 0) & ~signal.isnan()

@@ -33,15 +33,16 @@ def token_reward_direct(
 ) -> tuple[Tensor, Tensor]:
     """The policy loss of each token, summed over its candidates, [R], and the candidates' rewards, [R, K].
 
-    Li et al. 2026, arXiv:2604.13016, as its code (`token_reward_direct`) has it: reward_k = −w_k (log p_k − log q_k), with p
-    the policy that starts the rollout's steps, taken as the advantage of candidate k in PPO's clipped loss on p_k / p_old,k.
-    Weights: `student_p` and `teacher_p` a model's probabilities, `none` all alike; with `normalize` they add up to 1 over the
-    set (so `none` is a mean). All [R, K] at full-vocabulary normalisation; only log_p takes a gradient.
+    Li et al. 2026, arXiv:2604.13016, as its code (`token_reward_direct`) has it: reward_k = −w_k (log p_k − log q_k),
+    with p the policy that starts the rollout's steps, taken as the advantage of candidate k in PPO's clipped loss on
+    p_k / p_old,k. Weights: `student_p` and `teacher_p` a model's probabilities, `none` all alike; with `normalize` they
+    add up to 1 over the set (so `none` is a mean). All [R, K] at full-vocabulary normalisation; only log_p takes a
+    gradient.
 
-    Rewards and weights are constants to the optimizer, so on policy the gradient is Σ w_k (log p_k − log q_k) ∇ log p_k. Over
-    the whole vocabulary with `student_p` that is the gradient of KL(p ‖ q) exactly. Over a set it vanishes where the models
-    agree, as every reward does, but no term holds the mass outside, and it is not the gradient of the KL over the set:
-    where p = c q there, that is 0 and this is log c · Σ w_k ∇ log p_k.
+    Rewards and weights are constants to the optimizer, so on policy the gradient is Σ w_k (log p_k − log q_k) ∇ log
+    p_k. Over the whole vocabulary with `student_p` that is the gradient of KL(p ‖ q) exactly. Over a set it vanishes
+    where the models agree, as every reward does, but no term holds the mass outside, and it is not the gradient of the
+    KL over the set: where p = c q there, that is 0 and this is log c · Σ w_k ∇ log p_k.
     """
     # Invalid entries may hold inf or NaN; replace them before multiplying by zero.
     log_p, old_log_p, log_q = (

@@ -12,8 +12,8 @@ from torch import Tensor
 def reward_weights(correct: Tensor, beta: float) -> Tensor:
     """N · softmax(correct / β), [N]: a right answer has exp(1/β) times the weight of a wrong one.
 
-    correct: 1 where right, 0 where wrong, NaN where nothing rewarded it, which counts as wrong. As `opd.reward_beta` of HJSang/OPSD,
-    over all samples of a rollout.
+    correct: 1 where right, 0 where wrong, NaN where nothing rewarded it, which counts as wrong. As `opd.reward_beta` of
+    HJSang/OPSD, over all samples of a rollout.
     """
     return len(correct) * torch.softmax(correct.double().nan_to_num(0.0) / beta, dim=0)
 
@@ -21,8 +21,8 @@ def reward_weights(correct: Tensor, beta: float) -> Tensor:
 def pass_rate_weights(correct: Tensor, groups: Tensor, alpha: float, beta: float) -> Tensor:
     """p^α (1 − p)^β of the pass rate p of each sample's group, [N], with 0^0 = 1.
 
-    PACED, Xu et al. 2026, arXiv:2603.11178: what is always right or always wrong teaches least. correct as in `reward_weights`;
-    a NaN is in no pass rate. groups: int64 [N].
+    PACED, Xu et al. 2026, arXiv:2603.11178: what is always right or always wrong teaches least. correct as in
+    `reward_weights`; a NaN is in no pass rate. groups: int64 [N].
     """
     _, index = torch.unique(groups, return_inverse=True)
     known = ~correct.isnan()
@@ -35,8 +35,9 @@ def pass_rate_weights(correct: Tensor, groups: Tensor, alpha: float, beta: float
 def token_importance(entropies: Tensor, divergences: Tensor) -> Tensor:
     """The importance of a token, between 0 and 1, [R]: high student entropy, or low entropy and high divergence.
 
-    The two regions are TIP's (Xu et al. 2026, arXiv:2604.14084). Their combination here is ours: with h = 1 − exp(−H) and
-    d = 1 − exp(−D), the score is h or d, 1 − (1 − h)(1 − d) = 1 − exp(−(H + D)). entropies, divergences: [R], in nats.
+    The two regions are TIP's (Xu et al. 2026, arXiv:2604.14084). Their combination here is ours: with h = 1 − exp(−H)
+    and d = 1 − exp(−D), the score is h or d, 1 − (1 − h)(1 − d) = 1 − exp(−(H + D)). entropies, divergences: [R], in
+    nats.
     """
     return -torch.expm1(-(entropies + divergences))
 
@@ -58,7 +59,8 @@ def keep_top(scores: Tensor, counted: Tensor, fraction: float) -> Tensor:
 def normalized(weights: Tensor, base: Tensor) -> Tensor:
     """Weights [R] scaled so that Σ base · weights is 1, float32; all 0 where that sum is 0.
 
-    base: [R], the tokens' weights in the loss without them. So the weights move the loss between tokens and keep the size of the step.
+    base: [R], the tokens' weights in the loss without them. So the weights move the loss between tokens and keep the
+    size of the step.
     """
     total = (weights.double() * base.double()).sum()
     return (weights.double() / total if total > 0 else torch.zeros_like(weights)).float()
@@ -66,7 +68,9 @@ def normalized(weights: Tensor, base: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WeightStatistics:
-    """Over tokens whose base weight is above 0. effective_share: 1 where all weights are equal, 1/n where one of n tokens has all the weight."""
+    """Over tokens whose base weight is above 0. effective_share: 1 where all weights are equal, 1/n where one of n
+    tokens has all the weight.
+    """
 
     minimum: float
     maximum: float
@@ -74,7 +78,10 @@ class WeightStatistics:
 
 
 def statistics(weights: Tensor, base: Tensor) -> WeightStatistics:
-    """Of weights [R] relative to base [R]. The share is (Σ b w)² / (Σ b · Σ b w²): Kish's effective sample size over the size."""
+    """Of weights [R] relative to base [R].
+
+    The share is (Σ b w)² / (Σ b · Σ b w²): Kish's effective sample size over the size.
+    """
     chosen = base > 0
     if not bool(chosen.any()):
         return WeightStatistics(math.nan, math.nan, math.nan)

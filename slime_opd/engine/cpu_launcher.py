@@ -142,7 +142,8 @@ def main(argv: Sequence[str]) -> None:
         sys.exit("cpu_launcher: this machine has CUDA; start the server with `python -m sglang.launch_server` instead")
 
     if "--enable-torch-compile" not in argv:
-        # SGLang compiles single functions whatever its options; on a CPU the C++ compiler takes longer than they ever would.
+        # SGLang compiles single functions whatever its options; on a CPU the C++ compiler takes longer than they ever
+        # would.
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
     from sglang.launch_server import run_server

@@ -1,1 +1,4 @@
-"""The output layer in chunks: vocabulary-parallel distributions, the objective and its gradient. Imports no Megatron."""
+"""The output layer in chunks: vocabulary-parallel distributions, the objective and its gradient.
+
+Imports no Megatron.
+"""

@@ -28,9 +28,9 @@ from slime_opd.objective.tokens import Terms, TokenColumns
 class ObjectiveHead:
     """The objective of a micro-batch, a chunk at a time.
 
-    targets: int64 [R], the sampled tokens. columns: [R] or [R, K] each. teacher: of a Megatron teacher whose distributions
-    are compared. shared: the vocabulary that student and teacher both have, by default the student's; the divergence is
-    taken over it.
+    targets: int64 [R], the sampled tokens. columns: [R] or [R, K] each. teacher: of a Megatron teacher whose
+    distributions are compared. shared: the vocabulary that student and teacher both have, by default the student's; the
+    divergence is taken over it.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ObjectiveHead:
         return policy.entropies(), self._compare(student, rows, self._columns.rows(rows))
 
     def _distributions(self, logits: Tensor) -> tuple[Distribution, Distribution]:
-        """The policy's distribution, and the student's as it is compared with the teacher; one where they are the same."""
+        """The policy's distribution, and the student's in the comparison with the teacher; one object if they are equal."""
         settings = self._settings
         same = settings.teacher_temperature == settings.temperature and self._shared.size == self._shard.size
         if not isinstance(settings.objective, PolicyOptions) or same:

@@ -1,7 +1,7 @@
 """The output layer and the objective, chunk by chunk: logits of a micro-batch never exist at one time.
 
-The objective is a sum over tokens whose weights are known before the forward, so a chunk's gradient can be taken while its
-logits are there: they are computed once, where a recomputing backward would do it twice.
+The objective is a sum over tokens whose weights are known before the forward, so a chunk's gradient can be taken while
+its logits are there: they are computed once, where a recomputing backward would do it twice.
 
 Notation: R tokens, C tokens of a chunk, H hidden size, V/tp this rank's share of the padded vocabulary.
 """
@@ -37,7 +37,8 @@ def chunked_objective(hidden: Tensor, weight: Tensor, shard: VocabularyShard, he
     return Objective(loss, total.totals, total.means, total.histograms)
 
 
-# Of the gradient while it is in float16, where a token's share of a large batch would be lost before the loss scale reaches it.
+# Of the gradient while it is in float16, where a token's share of a large batch would be lost before the loss scale
+# reaches it.
 _FLOAT16_SCALE = 1024.0
 
 

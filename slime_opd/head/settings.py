@@ -12,7 +12,8 @@ from slime_opd.objective.options import Options, PolicyOptions
 class HeadSettings:
     """The objective, the temperatures of student and teacher, and the sizes of top-k sets.
 
-    top_k: of the divergence's candidates, 0 for the whole vocabulary. metrics_top_k: of the overlap metrics, 0 for none.
+    top_k: of the divergence's candidates, 0 for the whole vocabulary. metrics_top_k: of the overlap metrics, 0 for
+    none.
     """
 
     objective: Options

@@ -34,8 +34,8 @@ class TeacherStates:
 class TeacherComparison:
     """Both models' terms of a chunk, and how gradients with respect to them reach the student's logits.
 
-    teacher_log_probs: of the sampled tokens, [C], or None where they are a column. slope: of a divergence over the whole
-    vocabulary, [C, V/tp]. ids: int [C, K] of the candidates.
+    teacher_log_probs: of the sampled tokens, [C], or None where they are a column. slope: of a divergence over the
+    whole vocabulary, [C, V/tp]. ids: int [C, K] of the candidates.
     """
 
     comparison: Comparison
@@ -74,7 +74,8 @@ def compare_with_states(
 ) -> TeacherComparison:
     """Compare with a Megatron teacher, whose hidden states of the micro-batch are at hand.
 
-    rows: the chunk's, of `states`. targets: int64 [C], the sampled tokens. shared: the vocabulary that both models have.
+    rows: the chunk's, of `states`. targets: int64 [C], the sampled tokens. shared: the vocabulary that both models
+    have.
     """
     hidden = states.hidden[rows].to(states.weight.device, non_blocking=True)
     teacher = Distribution(chunk_logits(hidden, states.weight, shared), shared, settings.teacher_temperature)

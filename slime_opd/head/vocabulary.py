@@ -1,8 +1,9 @@
 """A model's distribution over a vocabulary that is split over tensor-parallel ranks, for one chunk of tokens.
 
-Its terms (log-probs of ids, entropy, mass of the rest, divergence from a teacher) are small tensors, the same on every rank;
-`logit_gradients` turns the gradients with respect to them into that of the logits, by hand: a plain all-reduce in a forward
-has no backward. No autograd runs over the vocabulary, so a chunk costs its logits and two or three buffers of their size.
+Its terms (log-probs of ids, entropy, mass of the rest, divergence from a teacher) are small tensors, the same on every
+rank; `logit_gradients` turns the gradients with respect to them into that of the logits, by hand: a plain all-reduce in
+a forward has no backward. No autograd runs over the vocabulary, so a chunk costs its logits and two or three buffers of
+their size.
 
 Notation: C tokens of a chunk, V vocabulary with padding, V/tp this rank's share of it, K ids per token, H hidden size.
 """
@@ -15,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Its probability is exactly 0, and it is far enough from the ends of float32 that a product with a gradient stays finite:
-# 0 times infinity would be NaN.
+# Its probability is exactly 0, and it is far enough from the ends of float32 that a product with a gradient stays
+# finite: 0 times infinity would be NaN.
 _PADDING_LOGIT = -1e30
 
 
@@ -59,8 +60,9 @@ class VocabularyShard:
 class TermGradients:
     """Gradients of a loss with respect to the terms of a distribution; None or empty for a term that it does not have.
 
-    log_probs: pairs (ids [C, K], gradient [C, K]). entropies: (entropies [C], gradient [C]). log_rest: (ids [C, K], valid
-    [C, K], log_rest [C], gradient [C]). divergence: (its slope [C, V/tp] with respect to the logits, gradient [C]).
+    log_probs: pairs (ids [C, K], gradient [C, K]). entropies: (entropies [C], gradient [C]). log_rest: (ids [C, K],
+    valid [C, K], log_rest [C], gradient [C]). divergence: (its slope [C, V/tp] with respect to the logits, gradient
+    [C]).
     """
 
     log_probs: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -172,7 +174,8 @@ class Distribution:
 
 @dataclass(frozen=True)
 class FullDivergence:
-    """A divergence over the whole vocabulary: `values` [C] and, per token, their gradient wrt the student's scaled logits.
+    """A divergence over the whole vocabulary: `values` [C] and, per token, their gradient wrt the student's scaled
+    logits.
 
     `slope` [C, V/tp]. `reverse_kl`, `forward_kl` [C]: both directions, whatever the kind.
     """

@@ -91,7 +91,7 @@ class PackedCoreAttention(torch.nn.Module):
         packed_seq_params: PackedSequences,
         **unused: Any,
     ) -> Tensor:
-        """query [T, heads, width], key [T, groups, width], value [T, groups, value width] -> [T, heads * value width]."""
+        """Query [T, heads, width], key [T, groups, width], value [T, groups, v width] to [T, heads * v width]."""
         if self.repeats_groups:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         dropout = self.dropout if self.training else 0.0

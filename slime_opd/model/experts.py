@@ -69,7 +69,7 @@ class LocalExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, ShardedTensor]:
-        """Sharded tensors under Transformer Engine's keys: one tensor of all experts, of which each rank has its own."""
+        """Sharded tensors under Transformer Engine's keys: one tensor of all experts; each rank has its own."""
         first, total = self._groups.ep.rank() * self._num_experts, self._groups.ep.size() * self._num_experts
         axis, state = len(sharded_offsets), {}
         for layer in ("linear_fc1", "linear_fc2"):

@@ -1,7 +1,8 @@
 """The policy objective: the streams that a policy step minimises, summed over a chunk's tokens.
 
     loss = Σ policy_weights · (clipped policy loss of A − coef · ω · penalty)  −  entropy_coef · Σ policy_weights · H
-         + kl_coef · Σ policy_weights · KL(policy ‖ reference)                +  divergence_coef · Σ divergence_weights · D
+         + kl_coef · Σ policy_weights · KL(policy ‖ reference)                +  divergence_coef · Σ divergence_weights
+         · D
 
 Notation: C tokens of the chunk.
 """
@@ -22,7 +23,7 @@ from slime_opd.objective.tokens import Terms, TokenColumns
 
 
 def policy_objective(columns: TokenColumns, terms: Terms, options: PolicyOptions) -> Objective:
-    """PPO's clipped loss on advantages with the OPD penalty, minus the entropy bonus, plus reference KL and divergence."""
+    """The clipped policy loss with the OPD penalty, minus the entropy bonus, plus reference KL and divergence."""
     streams = [policy_stream(columns, terms, options), entropy_stream(columns, terms, options)]
     if options.kl_coefficient is not None:
         streams.append(reference_kl_stream(columns, terms, options))
@@ -117,7 +118,7 @@ def _penalised_advantages(columns: TokenColumns, terms: Terms, options: PolicyOp
 
 
 def _penalty_student(columns: TokenColumns, terms: Terms, options: PolicyOptions) -> Tensor:
-    """The student's log-probs in the penalty, by the training engine: of the first policy of the rollout, or the present one."""
+    """The student's log-probs in the penalty, by the trainer: of the rollout's first policy, or the present one."""
     present = terms.log_probs if terms.penalty_log_probs is None else terms.penalty_log_probs
     if options.penalty is not None and options.penalty.refresh_student:
         return present

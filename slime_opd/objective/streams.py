@@ -1,7 +1,8 @@
 """One stream of the objective: its part of the loss and of the metrics; and their sum.
 
 A stream is Σ_t w_t x_t with weights that were divided by the whole step's denominator before the first micro-batch. So
-chunks, micro-batches and ranks add up to the step's loss, however they are split, and one stream never rescales another.
+chunks, micro-batches and ranks add up to the step's loss, however they are split, and one stream never rescales
+another.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Pair = tuple[Tensor, Tensor]
 class Objective:
     """Part of the loss (a scalar, coefficient included) and of the metrics: of a stream, of a chunk, or of all of them.
 
-    `totals` add up over chunks, micro-batches and ranks; `means` are (sum, count) pairs, all float64 scalars on the device;
-    `histograms` are float64 [2, bins] of `dynamics.histogram`, which add up too.
+    `totals` add up over chunks, micro-batches and ranks; `means` are (sum, count) pairs, all float64 scalars on the
+    device; `histograms` are float64 [2, bins] of `dynamics.histogram`, which add up too.
     """
 
     loss: Tensor

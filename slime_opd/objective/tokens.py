@@ -18,8 +18,8 @@ from slime_opd.distill.dynamics import TokenKinds
 class TokenColumns:
     """The token columns of the field table (slime_opd/fields.py), [C] or [C, K]; None where the run does not have one.
 
-    Weights and advantages are there once the rollout is assembled. Without `log_probs`, of the policy that starts the rollout's first step, this step is the rollout's only one: the old
-    policy is the present one.
+    Weights and advantages are there once the rollout is assembled. Without `log_probs`, of the policy that starts the
+    rollout's first step, this step is the rollout's only one: the old policy is the present one.
     """
 
     loss_mask: Tensor
@@ -67,8 +67,8 @@ class Terms:
     """The models' terms for a chunk's tokens.
 
     log_probs, entropies: of the present policy, [C], differentiable. penalty_log_probs: the policy's log-probs at the
-    teacher's temperature and vocabulary, [C], or None where they are `log_probs`. teacher_log_probs: [C], or None if given
-    as a column, or without a teacher. comparison: of the two models' distributions, or None.
+    teacher's temperature and vocabulary, [C], or None where they are `log_probs`. teacher_log_probs: [C], or None if
+    given as a column, or without a teacher. comparison: of the two models' distributions, or None.
     """
 
     log_probs: Tensor

@@ -1,7 +1,8 @@
 """`--check`: checks everything about a run without starting it; a run makes the quick checks before it starts.
 
 The rules of `preflight.rules`, then weights, checkpoints, data, rewards, the teacher and the disk. All
-problems are printed together, with the checks that could not be made. An estimate of memory is a figure, never a problem.
+problems are printed together, with the checks that could not be made. An estimate of memory is a figure, never a
+problem.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def count_text(count: int) -> str:
 class Size:
     """Parameters of a model.
 
-    `attention`, `mlp`, `shared` and `experts` are of one layer: `dense` layers have an MLP, the others shared experts with
-    a router, and experts. `embedding` is of one; `tied` shares it with the output layer.
+    `attention`, `mlp`, `shared` and `experts` are of one layer: `dense` layers have an MLP, the others shared experts
+    with a router, and experts. `embedding` is of one; `tied` shares it with the output layer.
     """
 
     attention: int
@@ -121,8 +121,9 @@ def step_bytes(
 ) -> dict[str, float]:
     """Bytes of the fullest training rank at the peak of a step, by what holds them; their sum is the peak.
 
-    rollout_tokens: response tokens of a rollout on each rank (by default what the flags allow at most), with_engine: whether layers
-    are Transformer Engine's (by default where it is installed). What CUDA, NCCL and fragmentation take is not in it.
+    rollout_tokens: response tokens of a rollout on each rank (by default what the flags allow at most), with_engine:
+    whether layers are Transformer Engine's (by default where it is installed). What CUDA, NCCL and fragmentation take
+    is not in it.
     """
     if with_engine is None:
         with_engine = config.training.attention_backend != "local" and find_spec("transformer_engine") is not None
@@ -158,7 +159,8 @@ class _Work:
         ) / tensor
         of_experts = share * mixtures * size.experts / experts_split
         gradient = 4 if config.training.accumulate_allreduce_grads_in_fp32 or self._width == 4 else 2
-        # Adam's two moments, and a float32 copy of half-precision weights; sharded over the ranks with the same weights.
+        # Adam's two moments, and a float32 copy of half-precision weights; sharded over the ranks with the same
+        # weights.
         moments = 8 if self._width == 4 else 12
         ranks = config.data_parallel_size * tensor / experts_split
         parts = {
@@ -231,11 +233,13 @@ class _Work:
     def _layer_keeps(self, between: float) -> float:
         """Bytes that one layer's forward keeps for its backward.
 
-        In elements of a token: q of the queries, k of the keys (and of the values), f of the MLP's inner width, h hidden.
-        Read from what autograd keeps: 4h (two norms' inputs and outputs), and split over the tensor-parallel ranks
+        In elements of a token: q of the queries, k of the keys (and of the values), f of the MLP's inner width, h
+        hidden. Read from what autograd keeps: 4h (two norms' inputs and outputs), and split over the tensor-parallel
+        ranks
 
-            own layers          qkv, q without a gap, rotated q and k, output                         5f: both halves of fc1, act, gate, product
-            Transformer Engine  qkv, normed and rotated q and k, output                               3f: both halves of fc1, product
+            own layers          qkv, q without a gap, rotated q and k, output                         5f: both halves of
+            fc1, act, gate, product Transformer Engine  qkv, normed and rotated q and k, output
+            3f: both halves of fc1, product
         """
         a, tensor = self.architecture, self.config.parallel.tensor_model_parallel_size
         queries, keys = _head_widths(a)

@@ -1,7 +1,7 @@
 """The header of a safetensors file: the name, dtype and shape of each tensor, read without the tensors.
 
-The format (github.com/huggingface/safetensors): 8 bytes, the header's length N as a little-endian unsigned integer; N bytes of JSON;
-then the tensors' bytes, one after the other without gaps.
+The format (github.com/huggingface/safetensors): 8 bytes, the header's length N as a little-endian unsigned integer; N
+bytes of JSON; then the tensors' bytes, one after the other without gaps.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class HostSyncs(TorchDispatchMode):
 
 
 class FakeDevice(TorchFunctionMode):
-    """Calls that FakeTensorMode does not handle: device indices, pinned memory, and tensors read as lists and arrays."""
+    """Calls that FakeTensorMode does not handle: device indices, pinned memory, tensors read as lists and arrays."""
 
     def __init__(self, syncs: HostSyncs) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Optimizer steps whose loss or gradient is not finite: detected on all ranks alike, skipped, counted, bounded.
 
-A skipped step leaves weights, optimizer state and learning-rate schedule as they were. The decision is one collective over
-the world, so that no rank can step alone.
+A skipped step leaves weights, optimizer state and learning-rate schedule as they were. The decision is one collective
+over the world, so that no rank can step alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 # Why a step was skipped. An overflow is float16's: the loss scale was too large, and is lower for the next step.
 Cause = Literal["loss", "gradient", "overflow"]
 
-# Gradients may be finite while Megatron's float32 sum of their squares is not. Half of the exponent range is left for that sum.
+# Gradients may be finite while Megatron's float32 sum of their squares is not. Half of the exponent range is left for
+# that sum.
 _LARGEST_SQUARED_NORM = 1e36
 # A value past this has a square that float32 cannot hold, or soon will not.
 _LARGEST_VALUE = 1e15
@@ -54,7 +55,8 @@ def non_finite(losses: Sequence[Tensor], gradients: Sequence[Tensor]) -> Cause |
 class SkippedSteps:
     """Counts skipped steps, by cause, and stops at too many in a row.
 
-    limit: skipped steps in a row that are tolerated; None: any number. Overflows are neither counted in it nor end a row.
+    limit: skipped steps in a row that are tolerated; None: any number. Overflows are neither counted in it nor end a
+    row.
     """
 
     def __init__(self, limit: int | None) -> None:
@@ -132,7 +134,9 @@ def _suspects(batch: TrainBatch, step: int, losses: Sequence[float]) -> tuple[li
 
 
 def unusable_values(samples: RolloutBatch) -> list[str]:
-    """The first value of each column and sample that is infinite, huge, or NaN where a column may not be, of trained tokens."""
+    """The first value of each column and sample that is infinite, huge, or NaN where a column may not be, of trained
+    tokens.
+    """
     columns = samples.columns
     weights = [columns[name] for name in ("policy_weights", "divergence_base") if name in columns]
     # A weight of NaN is itself a fault, so: not 0.

@@ -1,4 +1,4 @@
-"""Loading the models of a trainer: each checkpoint verified first, reference and teacher kept as copies of their weights."""
+"""Loading a trainer's models. Checkpoints are verified first; of frozen models a copy of the weights is kept."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class ModelLoader:
             for parameter in self._model.parameters():
                 parameter.zero_()
         loaded = self.load(source, any_vocabulary=any_vocabulary)
-        # Norms and biases may be zero, and a rank's share of a small vocabulary; no other matrix is zero once it is loaded.
+        # Norms and biases may be zero, and a rank's share of a small vocabulary; no other matrix is zero once it is
+        # loaded.
         untouched = [
             key
             for key, weight in self._model.named_parameters()

@@ -18,10 +18,10 @@ from slime_opd.types import RolloutBatch, TrainBatch
 class MicroBatch:
     """Samples packed into one row; no token is padding, but for those at the end that sequence parallelism needs.
 
-    tokens, position_ids: int64 [1, T]. `predicting`: int64 [R], the index in the row of the hidden state that predicts each
-    response token (the token before it). `targets`: int64 [R], those response tokens. `columns`: the response-level fields
-    of the samples, [R] or [R, K]. `response_lengths`: int64 [N]. `rows`: the R response tokens within the
-    TrainBatch's columns.
+    tokens, position_ids: int64 [1, T]. `predicting`: int64 [R], the index in the row of the hidden state that predicts
+    each response token (the token before it). `targets`: int64 [R], those response tokens. `columns`: the
+    response-level fields of the samples, [R] or [R, K]. `response_lengths`: int64 [N]. `rows`: the R response tokens
+    within the TrainBatch's columns.
     """
 
     tokens: Tensor
@@ -49,7 +49,7 @@ def micro_batches(
 
 
 def pack(samples: RolloutBatch, rows: slice, device: torch.device, multiple: int = 1) -> MicroBatch:
-    """Lay samples end to end in one row on `device`, and after them a segment of padding that makes its length a multiple."""
+    """Lay samples end to end in one row on `device`; a segment of padding makes its length a multiple."""
     lengths = samples.total_lengths
     starts = np.cumsum(lengths) - lengths
     position_ids = np.arange(len(samples.tokens)) - np.repeat(starts, lengths)

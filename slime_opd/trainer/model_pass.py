@@ -44,7 +44,7 @@ class ModelPass:
         self._length_multiple = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
 
     def run(self, batch: TrainBatch, steps: slice, head: HeadFunction, *, forward_only: bool) -> list[Any]:
-        """Run the schedule over the micro-batches of the chosen optimizer steps; returns the results of `head` in order.
+        """Run the schedule over the micro-batches of the chosen optimizer steps; returns what `head` returns, in order.
 
         Training: head returns (loss, result). Forward only: head returns the result. [] before the last stage.
         """

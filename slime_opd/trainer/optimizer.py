@@ -21,7 +21,7 @@ from slime_opd.model.transformer_config import parameter_dtype
 
 
 class _HalfPrecision(Float16Module):
-    """Megatron's cast to half precision, whose hidden states stay in it: the output layer, which is not in there, has its dtype."""
+    """Megatron's cast to half precision. Hidden states stay in that dtype, which the output layer outside has, too."""
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         return super().forward(*inputs, fp32_output=False, **options)
@@ -87,7 +87,8 @@ def make_optimizer(config: Config, wrapped: DistributedDataParallel) -> Megatron
 
 
 def finish_gathering_weights(wrapped: DistributedDataParallel) -> None:
-    """Give every rank the weights of the last optimizer step, where --overlap-param-gather leaves that to the next forward.
+    """Give every rank the weights of the last optimizer step, where --overlap-param-gather leaves that to the next
+    forward.
 
     Call it on all ranks together, before anything but a forward reads the weights.
     """
@@ -154,7 +155,9 @@ def make_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPar
 
 
 def group_settings(optimizer: MegatronOptimizer) -> list[dict[str, Any]]:
-    """What the options give each parameter group: learning rates, betas, weight decay; not its parameters and step count."""
+    """What the options give each parameter group: learning rates, betas, weight decay; not its parameters and step
+    count.
+    """
     return [
         {name: value for name, value in group.items() if name not in ("params", "step")}
         for group in optimizer.param_groups

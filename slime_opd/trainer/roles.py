@@ -1,4 +1,4 @@
-"""The roles of trainer groups: which model of a run a group trains, by what objective, and where its checkpoints lie."""
+"""The roles of trainer groups: the model that a group trains, its objective, and its checkpoints."""
 
 from __future__ import annotations
 

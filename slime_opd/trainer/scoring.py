@@ -32,7 +32,7 @@ from slime_opd.types import TrainBatch
 
 @dataclass(frozen=True)
 class TeacherLayer:
-    """The Megatron teacher's output layer [V/tp, H] (None where no distributions are compared), and the shared vocabulary."""
+    """The Megatron teacher's output layer [V/tp, H], None if no distributions are compared, and the shared ids."""
 
     weight: Tensor | None
     shard: VocabularyShard | None
@@ -159,7 +159,7 @@ class Scorer:
 
 
 def _hidden_buffer(hidden: Tensor, batch: TrainBatch, *, on_host: bool) -> Tensor:
-    """Memory for the hidden states [R, H] of all response tokens of a batch, made once: joining parts would need it twice.
+    """Memory for the hidden states [R, H] of a batch's response tokens; joining parts would need it twice.
 
     On the device of `hidden`, a micro-batch's, or in pinned memory of the host, to and from which copies need not wait.
     """

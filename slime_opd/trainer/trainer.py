@@ -122,7 +122,7 @@ class Trainer:
         return weights, self._teacher_layer(vocabulary_rows(location))
 
     def _resume(self, source: Source, options: CheckpointConfig) -> dict[str, Any]:
-        """Load optimizer and schedule from a checkpoint that the run continues; returns the run's state, {} for a new run."""
+        """Load optimizer and schedule if the run resumes from `source`; returns the run's state, {} for a new run."""
         if source.location.iteration is None or source.flag != "--load" or options.finetune:
             return {}
         run_state = directory.read_run_state(source.location)
@@ -139,10 +139,10 @@ class Trainer:
         return TeacherLayer(None, self.shard)
 
     def _teacher_layer(self, vocabulary_rows: int | None = None) -> TeacherLayer:
-        """The output layer of the teacher, whose weights the model has now; `vocabulary_rows` of the teacher's own vocabulary.
+        """The output layer of the teacher, whose weights are in the model; `vocabulary_rows`: of its vocabulary.
 
-        It is copied where distributions are compared: student and teacher meet at their logits, long after the teacher's
-        other weights have left the device.
+        It is copied where distributions are compared: student and teacher meet at their logits, long after the
+        teacher's other weights have left the device.
         """
         if self.shard is None:
             return TeacherLayer(None, None)
@@ -180,7 +180,9 @@ class Trainer:
         return {name: columns[name] for name in sorted(names & columns.keys())} if self.layout.reports else {}
 
     def step(self, columns: Mapping[str, np.ndarray], progress: float) -> dict[str, Metric]:
-        """Take the optimizer steps of the rollout that `score` began. `columns`: what `assemble` made of it, for this share.
+        """Take the optimizer steps of the rollout that `score` began.
+
+        `columns`: what `assemble` made of it, for this share.
 
         Returns this rank's metrics, of the last step; {} on ranks that do not report.
         """
@@ -221,7 +223,7 @@ class Trainer:
         }
 
     def _take_step(self, losses: list[Tensor]) -> tuple[finite.Cause | None, float | None]:
-        """Step optimizer and schedule, unless a number of any rank is not finite; returns why not, and the gradient's norm."""
+        """Step optimizer and schedule unless a rank has a non-finite number; returns why not, and the gradient norm."""
         # While float16's loss scale can fall, a gradient that overflows is how it is found.
         is_scaling = loss_scale_can_fall(self.optimizer)
         if self._checks_finite:

@@ -24,7 +24,7 @@ _EXPERT = ".mlp.experts.linear_fc"
 
 @dataclass(frozen=True)
 class _Parameter:
-    """A parameter of one pipeline stage: its name there and in the whole model, and shape and dtype of a rank's shard."""
+    """A parameter of one pipeline stage: its name there and in the whole model, shape and dtype of a rank's shard."""
 
     stage: int
     local_name: str

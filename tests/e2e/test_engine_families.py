@@ -1,4 +1,6 @@
-"""An engine of every family that SGLang serves on a CPU: it has the model's log-probs, before and after an update of its weights."""
+"""An engine of every family that SGLang serves on a CPU: it has the model's log-probs, before and after an update of
+its weights.
+"""
 
 from __future__ import annotations
 

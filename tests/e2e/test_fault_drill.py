@@ -1,4 +1,6 @@
-"""Five kills of `tools/fault_drill.py`, through the drill's own code: a run that was killed loses nothing and leaves nothing."""
+"""Five kills of `tools/fault_drill.py`, through the drill's own code: a run that was killed loses nothing and leaves
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from drill.results import FINISHED
 
 pytestmark = pytest.mark.e2e
 
-# One run of fine-tuning, killed three times, ends bit-equal to one that is left alone; one run with an engine and reward
-# workers is killed twice. The kinds are those whose failures were the worst: orphans, a hang, steps done again.
+# One run of fine-tuning, killed three times, ends bit-equal to one that is left alone; one run with an engine and
+# reward workers is killed twice. The kinds are those whose failures were the worst: orphans, a hang, steps done again.
 KILLS = {
     SFT: [("driver-term", Phase.TRAIN), ("trainer-kill", Phase.SAVE), ("driver-kill", Phase.SAVE)],
     GRPO: [("driver-kill", Phase.GENERATE), ("engine-scheduler-kill", Phase.GENERATE)],

@@ -168,7 +168,8 @@ def test_one_changed_bit_in_one_fused_tensor_is_named(engine_server, tiny_model_
     changed[name].view(torch.int32)[0, 0] ^= 1
     fused = ["model.layers.1.self_attn.qkv_proj.weight"]
     with EngineControl(engine_server.url) as control:
-        # The server serves its own; then the changed ones, although the others were expected; then it is sent all but one.
+        # The server serves its own; then the changed ones, although the others were expected; then it is sent all but
+        # one.
         assert wrong_weights(control, changed, changed) == {"changed": fused}
         assert wrong_weights(control, own, changed) == {"different": [name]}
         del changed[name]

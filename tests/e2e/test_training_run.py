@@ -103,8 +103,8 @@ def test_a_teacher_server_that_is_the_student_has_no_reverse_kl(tiny_model_dir, 
     assert [record["step"] for record in steps] == [1, 2]
     for record in steps:
         assert abs(record["opd/reverse_kl"]) < 1e-5
-        # What is left is the rounding of two engines, 1e-6 per token, times the steep gradient of this sharp random model;
-        # test_layouts.py has the same teacher in the trainer itself, where the gradient is 0 to 1e-5.
+        # What is left is the rounding of two engines, 1e-6 per token, times the steep gradient of this sharp random
+        # model; test_layouts.py has the same teacher in the trainer itself, where the gradient is 0 to 1e-5.
         assert record["train/grad_norm"] < 0.05
         assert record["opd/teacher_fallback_fraction"] == 0
         assert record["train/train_rollout_logprob_abs_diff"] < 1e-4
@@ -139,7 +139,8 @@ def test_top_k_of_a_teacher_server_that_is_the_student_has_no_divergence(
         assert record["train/grad_norm"] < 0.05
         # Four ids and eight log-probs per token, beside the sampled one.
         assert 200 < record["perf/teacher_bytes_per_token"] < 600
-    # Replayed without an engine, a teacher's server and the prompts, under the same weights: the same numbers, bit for bit.
+    # Replayed without an engine, a teacher's server and the prompts, under the same weights: the same numbers, bit for
+    # bit.
     flags[flags.index("--rm-url") + 1] = "http://127.0.0.1:9/generate"
     replaying = distillation(
         tiny_model_dir, tmp_path, tmp_path / "replay", *flags, "--load-debug-rollout-data", recordings
@@ -290,7 +291,9 @@ def test_a_killed_run_continues_as_if_it_had_not_been_killed(tiny_model_dir, pro
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)], ids=str)
 def test_a_run_that_is_ended_while_its_engine_starts_leaves_nothing(number, code, tiny_model_dir, prompts, tmp_path):
-    """At that time every kind of process is there, SGLang's own have not yet bound themselves to their parent, and Ray has just taken the signals."""
+    """At that time every kind of process is there, SGLang's own have not yet bound themselves to their parent, and Ray
+    has just taken the signals.
+    """
     flags = ["--use-opd", "--opd-type", "megatron", "--opd-teacher-load", str(tiny_model_dir), "--num-rollout", "2"]
     process = start(distillation(tiny_model_dir, prompts, tmp_path / "run", *flags), tmp_path / "log")
     try:

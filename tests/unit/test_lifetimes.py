@@ -50,8 +50,8 @@ if __name__ == "__main__":
 STARTED = 6  # five processes, and the warden
 
 
-# Leaves what SGLang's processes leave: semaphores whose resource tracker was killed, held by two processes, of which one
-# has made a session of its own, and sockets and directories in the temporary directory.
+# Leaves what SGLang's processes leave: semaphores whose resource tracker was killed, held by two processes, of which
+# one has made a session of its own, and sockets and directories in the temporary directory.
 LITTER = """
 import multiprocessing, os, signal, socket, subprocess, sys, tempfile, time
 from multiprocessing import resource_tracker

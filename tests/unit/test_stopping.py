@@ -40,7 +40,8 @@ def test_a_checkpoint_is_saved_first_where_it_fits_into_the_grace(verb, changed,
     assert message in decision.message
 
 
-# A run in small: verbs that take a while, a save, and a clean-up. It prints what it does; the test sends signals in between.
+# A run in small: verbs that take a while, a save, and a clean-up. It prints what it does; the test sends signals in
+# between.
 PROGRAM = """
 import sys, time
 from slime_opd.stopping import Stopping, during

@@ -15,8 +15,9 @@ from torch import Tensor
 class Responses:
     """The responses of a rollout, those of the student alone.
 
-    rewards: float [N], none missing. groups: int64 [N], equal for the samples of one prompt. lengths: int64 [N], in tokens.
-    mask: float [R], 1 where a token trains. scores: the columns that the estimator needs, float [R] each, by name.
+    rewards: float [N], none missing. groups: int64 [N], equal for the samples of one prompt. lengths: int64 [N], in
+    tokens. mask: float [R], 1 where a token trains. scores: the columns that the estimator needs, float [R] each, by
+    name.
     """
 
     rewards: Tensor

@@ -28,7 +28,7 @@ _SAFE_LOADS = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 @contextmanager
 def reading(location: Location, flag: str) -> Iterator[None]:
-    """Inside, a checkpoint is read without running code that it contains; a failure is a CheckpointError on every rank."""
+    """Read a checkpoint inside, without running code that it contains; a failure is a CheckpointError on every rank."""
     before = os.environ.get(_SAFE_LOADS)
     os.environ[_SAFE_LOADS] = "1"
     try:
@@ -86,7 +86,7 @@ def _remove(directory: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Why a checkpoint could not be read or written, in one line, extracted from torch's and Megatron's long reports."""
+    """Why a checkpoint could not be read or written, in one line, from torch's and Megatron's long reports."""
     text = str(error)
     if match := re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", text):
         return f"it names {match[1]}, which no checkpoint needs: reading it could run code, so it is refused"

@@ -1,4 +1,4 @@
-"""Writes a Hugging Face directory shard by shard; an interrupted write is resumed with the first shard that is missing."""
+"""Writes a Hugging Face directory shard by shard; an interrupted write is resumed with the first missing shard."""
 
 from __future__ import annotations
 

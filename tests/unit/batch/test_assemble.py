@@ -117,7 +117,8 @@ def test_a_right_answer_counts_exp_of_one_over_beta_times_a_wrong_one():
 
 def test_prompts_count_by_their_pass_rate():
     batch = assemble(samples(), config(divergence={"opd_pass_rate_weights": (1.0, 1.0)}))
-    # Three of four are right in the first group and one of four in the second: the same weight, 3/16, in steps of their own.
+    # Three of four are right in the first group and one of four in the second: the same weight, 3/16, in steps of their
+    # own.
     np.testing.assert_allclose(batch.columns["divergence_weights"], 1.0, rtol=1e-5)
     alone = assemble(samples(off_policy=(1,)), config(divergence={"opd_pass_rate_weights": (1.0, 1.0)}))
     # Without its wrong answer the first group is always right: nothing to learn, and no step.

@@ -7,7 +7,8 @@ import pytest
 from slime_opd.config.kernels import Attention, Kernels, Machine, choose_kernels
 from slime_opd.errors import ConfigError
 
-# torch 2.9 has no variable-length attention; 2.10's has neither scale nor window; later ones have both, then groups too.
+# torch 2.9 has no variable-length attention; 2.10's has neither scale nor window; later ones have both, then groups
+# too.
 TORCH_2_10 = frozenset({"query", "is_causal"})
 TORCH_2_11 = frozenset({"query", "scale", "window_size"})
 TORCH_2_13 = TORCH_2_11 | {"enable_gqa"}

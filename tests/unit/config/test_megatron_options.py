@@ -1,4 +1,6 @@
-"""Megatron-core's options, read from its source: the same fields as its dataclasses have, and every one a flag or a reason."""
+"""Megatron-core's options, read from its source: the same fields as its dataclasses have, and every one a flag or a
+reason.
+"""
 
 from __future__ import annotations
 

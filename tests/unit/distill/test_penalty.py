@@ -1,4 +1,6 @@
-"""The OPD penalty: direction, detachment, masking, missing scores, clamp, discount, and what its gradient is on average."""
+"""The OPD penalty: direction, detachment, masking, missing scores, clamp, discount, and what its gradient is on
+average.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +149,9 @@ def test_an_advantage_that_is_the_same_for_every_token_trains_nothing():
 
 
 def sampled_gradients(count: int, advantage_of) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each sampled token's policy gradient [count, V], with advantage_of(log p, log q, tokens), and student and teacher."""
+    """Each sampled token's policy gradient [count, V], with advantage_of(log p, log q, tokens), and student and
+    teacher.
+    """
     logits, teacher = student_and_teacher()
     student = logits.detach().log_softmax(dim=0)
     generator = torch.Generator().manual_seed(1)

@@ -16,7 +16,9 @@ INF = float("inf")
 
 
 def models(rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The policy now, the policy that starts the rollout's steps, and the teacher; float64 log-probs [rows, vocabulary]."""
+    """The policy now, the policy that starts the rollout's steps, and the teacher; float64 log-probs [rows,
+    vocabulary].
+    """
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)
     now = old + 0.5 * torch.randn(rows, vocabulary, generator=generator, dtype=torch.float64)

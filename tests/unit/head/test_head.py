@@ -51,8 +51,8 @@ def test_loss_and_gradients_equal_brute_force(name):
 
 @pytest.mark.parametrize("name", [name for name in SOME if name != "token_reward intersection student_p"])
 def test_gradcheck(name):
-    # The clips and top-k sets are constant around the point, so the loss is smooth there. What is detached, as the rewards of the
-    # first step are, is no part of the gradient; of a later step they are columns.
+    # The clips and top-k sets are constant around the point, so the loss is smooth there. What is detached, as the
+    # rewards of the first step are, is no part of the gradient; of a later step they are columns.
     case = replace(CASES[name], penalty=None)
     given = problem(case)
     frozen = given["columns"] | {"log_probs": given["columns"]["ref_log_probs"].nan_to_num(-3.0)}

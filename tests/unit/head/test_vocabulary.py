@@ -1,4 +1,6 @@
-"""A distribution over the vocabulary, its parts and their gradients, against autograd over a plain log-softmax in float64."""
+"""A distribution over the vocabulary, its parts and their gradients, against autograd over a plain log-softmax in
+float64.
+"""
 
 from __future__ import annotations
 

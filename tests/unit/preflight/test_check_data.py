@@ -1,4 +1,6 @@
-"""`--check` on data that a run could not use: a sentence that names the file, the line or the flag, exit code 2, and no traceback."""
+"""`--check` on data that a run could not use: a sentence that names the file, the line or the flag, exit code 2, and no
+traceback.
+"""
 
 import json
 import shlex

@@ -1,4 +1,6 @@
-"""A configuration's attention is read from its flags or its config.json, and kernels that are not there are refused before a run."""
+"""A configuration's attention is read from its flags or its config.json, and kernels that are not there are refused
+before a run.
+"""
 
 import json
 import subprocess

@@ -1,4 +1,7 @@
-"""The expected tensors of every family are those that transformers writes. (test_scripts.py has the published sizes.)"""
+"""The expected tensors of every family are those that transformers writes.
+
+(test_scripts.py has the published sizes.)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Whatever is in the files of a model, `--check` ends with its closing line: never a traceback, never ready with damaged weights."""
+"""Whatever is in the files of a model, `--check` ends with its closing line: never a traceback, never ready with
+damaged weights.
+"""
 
 from __future__ import annotations
 

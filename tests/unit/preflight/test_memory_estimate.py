@@ -47,7 +47,8 @@ def test_experts_are_split_over_expert_parallel_ranks():
     mixture = QWEN3_8B | {"num_experts": 8, "moe_intermediate_size": 12288}
     alone = total(f"{BASE} --actor-num-gpus-per-node 8", mixture)
     split = total(f"{BASE} --actor-num-gpus-per-node 8 --expert-model-parallel-size 8", mixture)
-    # 43.5e9 parameters of experts: 7/8 of their weights and gradients go; their optimizer was split over the ranks already.
+    # 43.5e9 parameters of experts: 7/8 of their weights and gradients go; their optimizer was split over the ranks
+    # already.
     assert alone - split == pytest.approx(36 * 8 * 3 * 4096 * 12288 * 6 * 7 / 8 / 2**30, rel=0.01)
 
 

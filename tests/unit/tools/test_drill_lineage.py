@@ -15,8 +15,8 @@ from drill.stacks import Material
 
 STEPS = 18
 
-# A run with a checkpoint at every third step, as the drill sees one: metrics, `.partial` directories, a tracker file. Each
-# start holds at a step, or in a save, so that a kill finds it there however busy the machine is.
+# A run with a checkpoint at every third step, as the drill sees one: metrics, `.partial` directories, a tracker file.
+# Each start holds at a step, or in a save, so that a kill finds it there however busy the machine is.
 RUN = f"""
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
@@ -63,7 +63,7 @@ for step in range(first, {STEPS} + 1):
 def drill(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, *trials: Trial, holds: str = "step 4"
 ) -> list[Result]:
-    """The results of a scripted run with a fault that is put through these kills, and of further ones for what is left."""
+    """The results of a scripted run with a fault, put through these kills, and of further runs for what is left."""
     program = tmp_path / "run.py"
     program.write_text(RUN)
     monkeypatch.setattr("drill.lineage.rollouts", lambda stack: STEPS)

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[3]
 CPU = ROOT / "tools/setup_cpu.sh"
 GPU = ROOT / "tools/setup_gpu.sh"
 
-# Stands for every interpreter: writes down what it is asked to run, and refuses what matches REFUSE (a regular expression).
+# Stands for every interpreter: writes down what it is asked to run, and refuses what matches REFUSE (a regular
+# expression).
 PYTHON = """#!/bin/bash
 [ "$1" = --version ] && { echo "Python ${VERSION:-3.12.4}"; exit; }
 echo "CUDA_HOME=${CUDA_HOME:-} CPATH=${CPATH:-} $*" >>"$LOG"

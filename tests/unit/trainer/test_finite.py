@@ -34,7 +34,8 @@ def one_rank(tmp_path_factory):
         ([np.inf], [[np.nan]], "loss"),
         ([1.0], [[1.0], [np.nan, 1.0]], "gradient"),
         ([1.0], [[-np.inf]], "gradient"),
-        # Finite, and its square is not: Megatron's norm would be infinite, and clipping would turn the gradient into zeros.
+        # Finite, and its square is not: Megatron's norm would be infinite, and clipping would turn the gradient into
+        # zeros.
         ([1.0], [[1e30]], "gradient"),
         ([1.0], [[1e15]], None),
     ],
@@ -88,7 +89,9 @@ def test_a_rollout_counts_its_own_steps_and_the_row_goes_on():
 
 
 def make_batch(**changed: tuple[int, float]) -> RolloutBatch:
-    """Three samples of 2, 3 and 1 response tokens, of prompts 10, 11 and 12; the last token of prompt 11 does not train."""
+    """Three samples of 2, 3 and 1 response tokens, of prompts 10, 11 and 12; the last token of prompt 11 does not
+    train.
+    """
     columns = {
         "advantages": np.ones(6, np.float32),
         "teacher_log_probs": np.full(6, -1.0, np.float32),

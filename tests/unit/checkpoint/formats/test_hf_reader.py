@@ -1,4 +1,4 @@
-"""Reading the weights of a Hugging Face directory: by the index or by the files, fp8 with its scales, never a pickle."""
+"""Reading the weights of a Hugging Face directory: by the index or by the files, fp8 with scales, never a pickle."""
 
 from __future__ import annotations
 
