@@ -83,7 +83,7 @@ class ObjectiveHead:
         return policy.entropies(), self._compare(student, rows, self._columns.rows(rows))
 
     def _distributions(self, logits: Tensor) -> tuple[Distribution, Distribution]:
-        """The policy's distribution, and the student's in the comparison with the teacher; one object if they are equal."""
+        """The policy's distribution, and the student's in the comparison with the teacher; one object if equal."""
         settings = self._settings
         same = settings.teacher_temperature == settings.temperature and self._shared.size == self._shard.size
         if not isinstance(settings.objective, PolicyOptions) or same:

@@ -1,4 +1,4 @@
-"""Weight transport by broadcast, in a process group of the trainer's first rank and all engines (NCCL, on CPUs gloo)."""
+"""Weight transport by broadcast, in a process group of the trainer's first rank and all engines (NCCL, or gloo)."""
 
 from __future__ import annotations
 
