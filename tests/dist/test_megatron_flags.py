@@ -46,7 +46,7 @@ def argument_lists(families: list[str], directory: str) -> Any:
     from slime_opd.config.options import options_of
 
     def values_of(option) -> list[str]:
-        if option.metavar:
+        if option.declaration.metavar:
             return ["1", "[0]*1+[1]*1"]
         if option.choices:
             return list(option.choices)

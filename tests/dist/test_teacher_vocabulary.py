@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import save_tiny_model
 from ranks import run_ranks
+from rollouts import train
 
 pytestmark = pytest.mark.dist
 
@@ -39,7 +40,7 @@ def tokens() -> np.ndarray:
     return np.concatenate([random.integers(2, 50, PROMPT + RESPONSE - 1), [63]])
 
 
-def train(rank, world_size, init_method, student, teacher, divergence):
+def take_step(rank, world_size, init_method, student, teacher, divergence):
     """The metrics of one step."""
     from slime_opd.trainer.trainer import Trainer
     from slime_opd.metrics import values
@@ -88,7 +89,7 @@ def test_a_teacher_of_another_vocabulary_is_compared_on_the_ids_that_both_have(
     rendezvous.mkdir()
     wanted = expected(tiny_model_dir, teacher, min(rows, STUDENT_IDS))
     for options in ({}, {"opd_divergence": None}):
-        found = run_ranks(train, world_size, rendezvous, str(tiny_model_dir), str(teacher), options)[0]
+        found = run_ranks(take_step, world_size, rendezvous, str(tiny_model_dir), str(teacher), options)[0]
         for name in wanted if not options else ["opd/reverse_kl"]:
             assert found[name] == pytest.approx(wanted[name], rel=1e-4), (name, options)
         assert np.isfinite(found["train/grad_norm"])
@@ -100,7 +101,7 @@ def test_a_teacher_that_was_saved_with_other_padding_is_the_same_teacher(tiny_mo
     rendezvous = tmp_path / "rendezvous"
     rendezvous.mkdir()
     run_ranks(convert, 2, rendezvous, str(teacher), str(megatron))
-    found = run_ranks(train, 1, rendezvous, str(tiny_model_dir), str(megatron), {"opd_log_prob_top_k": 64})[0]
+    found = run_ranks(take_step, 1, rendezvous, str(tiny_model_dir), str(megatron), {"opd_log_prob_top_k": 64})[0]
     for name, value in expected(tiny_model_dir, teacher, STUDENT_IDS).items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
 

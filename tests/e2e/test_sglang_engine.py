@@ -367,6 +367,7 @@ def test_a_server_dies_with_its_killed_owner_and_a_waiting_client_learns_of_it_a
     finally:
         owner.kill()
         owner.wait()
+        owner.stdout.close()
 
 
 def test_a_server_that_cannot_start_is_reported_with_its_log(tmp_path):
