@@ -52,7 +52,8 @@ def train_rollout(
 
 def weight_metrics(batch: RolloutBatch, config: Config) -> dict[str, Metric]:
     """The spread of the distillation weights in the rollout's last step, by stream; none without distillation."""
-    spreads, metrics = weight_statistics(batch, config), {}
+    spreads = weight_statistics(batch, config)
+    metrics: dict[str, Metric] = {}
     if (penalty := spreads.get("penalty")) is not None:
         metrics["opd/penalty_weight_min"] = Replicated(penalty.minimum)
         metrics["opd/penalty_weight_max"] = Replicated(penalty.maximum)

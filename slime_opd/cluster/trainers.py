@@ -137,6 +137,8 @@ class TrainerGroup:
         ]
         self._bundles = [slot.bundle for slot in slots]
         self._reports = RankReports(self._names)
+        # Calls of `score` whose end `step` waits for.
+        self._pending_scores: list[Any] = []
         watchdog.add(self._look)
 
     def gpu_ids(self) -> list[list[str]]:
@@ -170,9 +172,10 @@ class TrainerGroup:
         data-parallel rank, the scored columns among `names`; without names it does not wait.
         """
         calls = self._call_shares("score", batches, progress, names)
-        if not names:
-            return [{} for _ in batches]
         columns: list[dict[str, np.ndarray]] = [{} for _ in batches]
+        if not names:
+            self._pending_scores = calls
+            return columns
         for share, scored in zip(self._data_ranks, self._watchdog.get(calls, self._names), strict=True):
             columns[share] |= scored
         return columns
@@ -182,7 +185,12 @@ class TrainerGroup:
 
         `columns`: what `assemble` made, per data-parallel rank.
         """
-        ranks = self._watchdog.get(self._call_shares("step", columns, progress), self._names)
+        calls, pending = self._call_shares("step", columns, progress), self._pending_scores
+        self._pending_scores = []
+        if pending:
+            # Before the steps: where scoring failed, its error is the cause, and that of the step a consequence.
+            self._watchdog.get(pending, self._names)
+        ranks = self._watchdog.get(calls, self._names)
         return metrics.merge([rank for rank in ranks if rank])
 
     def _call_shares(self, method: str, shares: Sequence[Any], *arguments: Any) -> list[Any]:

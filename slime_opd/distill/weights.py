@@ -27,8 +27,11 @@ def pass_rate_weights(correct: Tensor, groups: Tensor, alpha: float, beta: float
     _, index = torch.unique(groups, return_inverse=True)
     known = ~correct.isnan()
     size = int(index.max()) + 1 if len(index) else 0
-    sums = lambda values: torch.zeros(size, dtype=torch.float64).index_add_(0, index, values.double())  # noqa: E731
-    rate = (sums(torch.where(known, correct, 0.0)) / sums(known).clamp(min=1))[index]
+
+    def group_sums(values: Tensor) -> Tensor:
+        return torch.zeros(size, dtype=torch.float64).index_add_(0, index, values.double())
+
+    rate = (group_sums(torch.where(known, correct, 0.0)) / group_sums(known).clamp(min=1))[index]
     return rate.pow(alpha) * (1 - rate).pow(beta)
 
 

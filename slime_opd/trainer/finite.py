@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ class SkippedSteps:
 def describe_step(batch: TrainBatch, step: int, losses: Sequence[Tensor]) -> str:
     """Where a step's non-finite numbers come from, as far as any rank can tell. A collective."""
     own = _suspects(batch, step, [float(loss) for loss in losses])
-    rank_lines: list = [None] * dist.get_world_size()
+    rank_lines: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(rank_lines, own)
     # Tensor-parallel ranks hold the same samples. What names a value comes before what names a micro-batch.
     lines = list(dict.fromkeys(line for values, _ in rank_lines for line in values))

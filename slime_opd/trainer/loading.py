@@ -10,7 +10,7 @@ import torch
 from slime_opd.checkpoint import directory
 from slime_opd.checkpoint.formats.load import load_weights
 from slime_opd.checkpoint.formats.verification import Verification
-from slime_opd.config.stages import CheckpointConfig
+from slime_opd.config.training_stages import CheckpointConfig
 from slime_opd.errors import CheckpointError
 from slime_opd.model.hidden_states import HiddenStatesModel
 from slime_opd.model.vocabulary import is_padding

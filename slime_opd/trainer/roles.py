@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 
 from slime_opd.config import Config
-from slime_opd.config.stages import CheckpointConfig
+from slime_opd.config.training_stages import CheckpointConfig
 from slime_opd.head.output_layer import Head
 from slime_opd.head.settings import HeadSettings
 from slime_opd.trainer.heads import make_head

@@ -6,7 +6,7 @@ memory and are copied in for their forward pass; or they stay on the device, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -61,7 +61,7 @@ class WeightSnapshots:
             if from_host:
                 self._restore(_STUDENT)
 
-    def _in_turn(self, names: tuple[str, ...]) -> Iterator[str]:
+    def _in_turn(self, names: tuple[str, ...]) -> Generator[str, None, None]:
         for name in names:
             if name in self._resident:
                 self._exchange(name)

@@ -26,7 +26,7 @@ from slime_opd.checkpoint.formats.save import save
 from slime_opd.checkpoint.formats.state import TrainingState
 from slime_opd.checkpoint.formats.verification import Verification
 from slime_opd.config import Config
-from slime_opd.config.stages import CheckpointConfig
+from slime_opd.config.training_stages import CheckpointConfig
 from slime_opd.head.output_layer import chunked_objective
 from slime_opd.head.settings import HeadSettings
 from slime_opd.head.teacher_comparison import TeacherStates
@@ -84,7 +84,6 @@ class Trainer:
         self._checks_finite = config.megatron.check_for_nan_in_grad is not False
         self._gathered_weights: GatheredWeights | None = None
         self.skipped = finite.SkippedSteps(config.training.max_skipped_steps if self._checks_finite else None)
-        self.model_pass: ModelPass | None = None
         self._batch: TrainBatch | None = None
         self._teacher_states: TeacherStates | None = None
         with self._waiting_for_files():
@@ -163,7 +162,7 @@ class Trainer:
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches of all passes so far; another thread reads it to see that the rank advances."""
-        return 0 if self.model_pass is None else self.model_pass.num_micro_batches
+        return self.model_pass.num_micro_batches
 
     def _training_state(self) -> TrainingState:
         return TrainingState(self.model, self.optimizer, self.scheduler)
@@ -186,6 +185,8 @@ class Trainer:
 
         Returns this rank's metrics, of the last step; {} on ranks that do not report.
         """
+        if self._batch is None:
+            raise RuntimeError("step() without a rollout: score() begins one, and each is stepped once")
         settings = self._role.settings(self.config, progress)
         batch, self._batch = self._batch.with_columns(columns), None
         self.wrapped.train()

@@ -1,4 +1,4 @@
-"""Which process becomes which rank, with scripted actors."""
+"""Which process becomes which rank, and what the group's verbs wait for, with scripted actors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ class Actor:
     def __getattr__(self, method: str) -> Any:
         def remote(*arguments: Any) -> Any:
             self.calls.append((method, *arguments))
-            return {"gpu_ids": [self.gpu] if self.gpu else [], "address": f"tcp://of-{self.gpu}"}.get(method)
+            return {"gpu_ids": [self.gpu] if self.gpu else [], "address": f"tcp://of-{self.gpu}", "data_rank": 0}.get(
+                method, {}
+            )
 
         return type("Method", (), {"remote": staticmethod(remote)})
 
@@ -75,3 +77,18 @@ def test_without_gpus_nothing_is_waited_for_before_the_start(make_group):
     group.begin_start()
     assert ranks(actors) == [0, 1]
     assert not any(call[0] == "gpu_ids" for actor in actors for call in actor.calls)
+
+
+def test_an_error_of_scores_that_the_driver_does_not_read_is_the_steps_error(make_group, monkeypatch):
+    """Calls of `score` are not waited for where no column is requested; the next step reports their error."""
+    monkeypatch.setattr(trainers.ray, "put", lambda value: value)
+    group, actors = make_group([(None, "")])
+    group._data_ranks = [0]
+    waited: list[list[Any]] = []
+    group._watchdog.get = lambda answers, names, timeout_s=None: waited.append(answers) or answers
+    assert group.score([object()], 0.0, frozenset()) == [{}] and waited == []
+    group.step([{}], 0.0)
+    assert [call[0] for call in actors[0].calls[-2:]] == ["score", "step"] and len(waited) == 2
+    group.score([object()], 0.0, frozenset({"log_probs"}))
+    group.step([{}], 0.0)
+    assert len(waited) == 4, "scores with names are waited for by score, and not again"
