@@ -93,7 +93,7 @@ def measure(name: str, config: Config, samples: list[Sample], total: int) -> Non
     batch = part("samples to columns", lambda: RolloutBatch.from_samples(samples))
     shares = part("plan", lambda: plan_shares(batch, config))
     part("shares to the ranks", lambda: through_ray(shares.batches(batch)), moved=True)
-    random, names = np.random.default_rng(1), sorted(columns_for_assembly(config))
+    random, names = np.random.default_rng(1), sorted(columns_for_assembly(config, objective_options(config, 0.0)))
     scored = {column: random.normal(-1, 0.1, total).astype(np.float32) for column in names}
     if names:
         returned = part("scores to the driver", lambda: through_ray(shares.split(scored)), moved=True)

@@ -32,6 +32,7 @@ class Field:
     `logged_as`: metric name of the mean (over tokens that train, or over samples;
     values that are NaN are in no denominator), or None.
     `wide`: each entry is a row of K values, the same K for all samples of a batch.
+    `may_be_nan`: a trained token may have NaN, which means that there is no value.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Field:
     missing: float | None
     logged_as: str | None = None
     wide: bool = False
+    may_be_nan: bool = False
 
     def array(self, values: object) -> np.ndarray:
         """`values` as a 1-D array, or 2-D where the field is wide, of this field's dtype; a float16 stays one."""
@@ -53,21 +55,21 @@ _NAN = float("nan")
 
 TABLE: tuple[Field, ...] = (
     Field("loss_mask", RESPONSE, np.float32, 1.0),
-    Field("rollout_log_probs", RESPONSE, np.float32, _NAN, "rollout/rollout_log_probs"),
-    Field("teacher_log_probs", RESPONSE, np.float32, _NAN, "rollout/teacher_log_probs"),
+    Field("rollout_log_probs", RESPONSE, np.float32, _NAN, "rollout/rollout_log_probs", may_be_nan=True),
+    Field("teacher_log_probs", RESPONSE, np.float32, _NAN, "rollout/teacher_log_probs", may_be_nan=True),
     Field("log_probs", RESPONSE, np.float32, None),
-    Field("penalty_log_probs", RESPONSE, np.float32, None),
+    Field("penalty_log_probs", RESPONSE, np.float32, None, may_be_nan=True),
     Field("ref_log_probs", RESPONSE, np.float32, None),
     Field("advantages", RESPONSE, np.float32, None, "rollout/advantages"),
-    Field("penalty_return", RESPONSE, np.float32, None),
+    Field("penalty_return", RESPONSE, np.float32, None, may_be_nan=True),
     Field("policy_weights", RESPONSE, np.float32, None),
     Field("penalty_weights", RESPONSE, np.float32, None),
     Field("divergence_base", RESPONSE, np.float32, None),
     Field("divergence_weights", RESPONSE, np.float32, None),
     Field("position_third", RESPONSE, np.float32, None),
-    Field("correct", RESPONSE, np.float32, None),
+    Field("correct", RESPONSE, np.float32, None, may_be_nan=True),
     Field("student_entropy", RESPONSE, np.float32, None),
-    Field("token_divergence", RESPONSE, np.float32, None),
+    Field("token_divergence", RESPONSE, np.float32, None, may_be_nan=True),
     Field("student_top_ids", RESPONSE, np.int32, 0, wide=True),
     Field("teacher_top_ids", RESPONSE, np.int32, 0, wide=True),
     Field("teacher_top_log_probs", RESPONSE, np.float32, _NAN, wide=True),

@@ -15,38 +15,45 @@ from slime_opd.algorithm.estimators.estimator import EstimatorOptions, Responses
 from slime_opd.batch.weights import step_weights, with_distillation_weights
 from slime_opd.config import Config
 from slime_opd.distill.penalty import PenaltyOptions, clamp_signal, penalty_return, sampled_reverse_kl, subtract_penalty
+from slime_opd.errors import ConfigError
 from slime_opd.objective.options import Options, PolicyOptions
 from slime_opd.types import RolloutBatch
 
 
 def assemble(batch: RolloutBatch, config: Config, options: Options) -> RolloutBatch:
-    """The rollout with base advantages, token weights, and, where the student's log-probs were scored, the penalty.
+    """The rollout with base advantages and with each token's weight in every stream of its step's loss.
 
     `batch` has the samples' own columns, and those of `scores.columns_for_assembly`.
     """
-    on_policy = batch.columns.get("off_policy", np.zeros(len(batch))) == 0
-    mask = batch.columns["loss_mask"]
+    on_policy, mask = _on_policy(batch), batch.columns["loss_mask"]
     own_mask = mask * np.repeat(on_policy, batch.response_lengths)
     batch = batch.with_column("policy_weights", step_weights(batch, own_mask, config))
-    if not isinstance(options, PolicyOptions):
-        return batch
-    batch = batch.with_column("advantages", _base_advantages(batch, on_policy, config))
-    if config.opd.use_opd:
+    batch = with_base_advantages(batch, config, options)
+    if isinstance(options, PolicyOptions) and config.opd.use_opd:
         batch = _with_distillation(batch, mask, on_policy, config)
-    if options.penalty is not None and not options.penalty_in_step:
-        batch = batch.with_column("advantages", _penalised(batch, options.penalty))
     return batch
 
 
-def _base_advantages(batch: RolloutBatch, on_policy: np.ndarray, config: Config) -> np.ndarray:
-    """Base advantages, float32 [R]: of the student's own responses, among themselves; 0 for others."""
-    algorithm, own = config.algorithm, batch.select(np.flatnonzero(on_policy))
+def with_base_advantages(batch: RolloutBatch, config: Config, options: Options) -> RolloutBatch:
+    """The rollout with `advantages`: of the student's own responses, among themselves; 0 for others.
+
+    Unchanged for an objective without advantages. Raises ConfigError if a column that the estimator needs is missing.
+    """
+    if not isinstance(options, PolicyOptions):
+        return batch
+    algorithm, on_policy = config.algorithm, _on_policy(batch)
+    needs = ESTIMATORS[algorithm.advantage_estimator].needs
+    if missing := needs - batch.columns.keys():
+        raise ConfigError(
+            f"--advantage-estimator {algorithm.advantage_estimator} needs {', '.join(sorted(missing))}, which no forward pass of this run scores"
+        )
+    own = batch if on_policy.all() else batch.select(np.flatnonzero(on_policy))
     responses = Responses(
         rewards=torch.from_numpy(own.columns.get("reward", np.full(len(own), np.nan, dtype=np.float32))),
         groups=torch.from_numpy(own.columns["group"]),
         lengths=torch.from_numpy(own.response_lengths),
         mask=torch.from_numpy(own.columns["loss_mask"]),
-        scores={name: torch.from_numpy(own.columns[name]) for name in ESTIMATORS[algorithm.advantage_estimator].needs},
+        scores={name: torch.from_numpy(own.columns[name]) for name in needs},
     )
     own_advantages = base_advantages(
         responses,
@@ -60,7 +67,12 @@ def _base_advantages(batch: RolloutBatch, on_policy: np.ndarray, config: Config)
     )
     advantages = np.zeros(len(batch.columns["loss_mask"]), dtype=np.float32)
     advantages[np.repeat(on_policy, batch.response_lengths)] = own_advantages.numpy()
-    return advantages
+    return batch.with_column("advantages", advantages)
+
+
+def _on_policy(batch: RolloutBatch) -> np.ndarray:
+    """Whether each sample is the student's own, bool [N]."""
+    return batch.columns.get("off_policy", np.zeros(len(batch))) == 0
 
 
 def _with_distillation(batch: RolloutBatch, mask: np.ndarray, on_policy: np.ndarray, config: Config) -> RolloutBatch:
@@ -78,7 +90,7 @@ def _with_distillation(batch: RolloutBatch, mask: np.ndarray, on_policy: np.ndar
     return with_distillation_weights(batch, correct, on_policy, config)
 
 
-def _penalised(batch: RolloutBatch, options: PenaltyOptions) -> np.ndarray:
+def penalised_advantages(batch: RolloutBatch, options: PenaltyOptions) -> np.ndarray:
     """The advantages, float32 [R], with the penalty of the policy that starts the rollout's first step subtracted."""
     columns = {name: torch.from_numpy(values) for name, values in batch.columns.items()}
     student, teacher = columns.get("penalty_log_probs", columns["log_probs"]), columns["teacher_log_probs"]

@@ -7,13 +7,13 @@ from typing import Protocol
 
 import numpy as np
 
-from slime_opd.batch.assemble import assemble
+from slime_opd.batch.assemble import assemble, penalised_advantages, with_base_advantages
 from slime_opd.batch.scores import columns_for_assembly
 from slime_opd.batch.shares import plan_shares
-from slime_opd.batch.weights import weight_statistics
+from slime_opd.batch.weights import weight_metrics
 from slime_opd.config import Config
-from slime_opd.metrics import Metric, Replicated
-from slime_opd.objective.options import objective_options
+from slime_opd.metrics import Metric
+from slime_opd.objective.options import PolicyOptions, objective_options
 from slime_opd.types import RolloutBatch, Sample, TrainBatch
 
 
@@ -32,34 +32,22 @@ class Trainers(Protocol):
 def train_rollout(
     trainers: Trainers | None, samples: Sequence[Sample], config: Config, progress: float
 ) -> tuple[RolloutBatch, dict[str, Metric]]:
-    """Score the samples, assemble the rollout, take its optimizer steps; returns the assembled rollout and the metrics.
+    """Score the samples, assemble the rollout, take its optimizer steps.
 
     `progress`: the share (0 to 1) of the run's rollouts that came before. Without trainers (--debug-rollout-only)
-    nothing is scored and no step is taken.
+    nothing is scored and no step is taken. Returns the samples' batch with base advantages, and training's metrics.
     """
-    batch = RolloutBatch.from_samples(samples)
-    options, names = objective_options(config, progress), columns_for_assembly(config)
+    batch, options = RolloutBatch.from_samples(samples), objective_options(config, progress)
     if trainers is None:
-        return batch if names else assemble(batch, config, options), {}
-    shares, sampled = plan_shares(batch, config), set(batch.columns)
-    scores = shares.join(trainers.score(shares.batches(batch), progress, names))
-    batch = assemble(batch.with_columns(scores), config, options)
-    # The ranks have the samples' columns and the scores.
-    made = {name: values for name, values in batch.columns.items() if name not in sampled | set(scores)}
+        return with_base_advantages(batch, config, options), {}
+    shares = plan_shares(batch, config)
+    scores = trainers.score(shares.batches(batch), progress, columns_for_assembly(config, options))
+    scored = batch.with_columns(shares.join(scores))
+    assembled = assemble(scored, config, options)
+    # Only what `assemble` made is sent: the ranks have the rest.
+    made = {name: values for name, values in assembled.columns.items() if values is not scored.columns.get(name)}
+    if isinstance(options, PolicyOptions) and options.penalty is not None and not options.penalty_in_step:
+        made["advantages"] = penalised_advantages(assembled, options.penalty)
     metrics = trainers.step(shares.split(made), progress)
-    return batch, {**weight_metrics(batch, config), **metrics}
-
-
-def weight_metrics(batch: RolloutBatch, config: Config) -> dict[str, Metric]:
-    """The spread of the distillation weights in the rollout's last step, by stream; none without distillation."""
-    spreads = weight_statistics(batch, config)
-    metrics: dict[str, Metric] = {}
-    if (penalty := spreads.get("penalty")) is not None:
-        metrics["opd/penalty_weight_min"] = Replicated(penalty.minimum)
-        metrics["opd/penalty_weight_max"] = Replicated(penalty.maximum)
-        metrics["opd/penalty_weight_effective_share"] = Replicated(penalty.effective_share)
-    if (divergence := spreads.get("divergence")) is not None:
-        metrics["opd/divergence_weight_min"] = Replicated(divergence.minimum)
-        metrics["opd/divergence_weight_max"] = Replicated(divergence.maximum)
-        metrics["opd/divergence_weight_effective_share"] = Replicated(divergence.effective_share)
-    return metrics
+    base = {name: assembled.columns[name] for name in assembled.columns.keys() & {"advantages"}}
+    return batch.with_columns(base), {**weight_metrics(assembled, config), **metrics}

@@ -20,9 +20,10 @@ from slime_opd.distill.weights import (
     statistics,
     token_importance,
 )
+from slime_opd.metrics import Metric, Replicated
 from slime_opd.types import RolloutBatch
 
-# Columns of the distillation's weights, relative to the tokens' weights in the stream without them.
+# By stream: the column of its distillation weights ω, and the column of base weights that they multiply.
 STREAMS = {"penalty": ("penalty_weights", "policy_weights"), "divergence": ("divergence_weights", "divergence_base")}
 
 
@@ -36,7 +37,7 @@ def step_rows(batch: RolloutBatch, config: Config) -> list[slice]:
 def step_weights(batch: RolloutBatch, mask: np.ndarray, config: Config) -> np.ndarray:
     """Each token's weight in its step's loss, float32 [R]: over the unmasked tokens of a step they add up to 1."""
     steps = zip(plan_steps(len(batch), config.global_batch_size), step_rows(batch, config), strict=True)
-    return np.concatenate(
+    return torch.cat(
         [
             token_weights(
                 torch.from_numpy(mask[rows]),
@@ -45,7 +46,7 @@ def step_weights(batch: RolloutBatch, mask: np.ndarray, config: Config) -> np.nd
             )
             for samples, rows in steps
         ]
-    )
+    ).numpy()
 
 
 def with_distillation_weights(
@@ -53,16 +54,12 @@ def with_distillation_weights(
 ) -> RolloutBatch:
     """The batch with the weights of each distillation stream of the run, relative to the stream's own.
 
-    correct: float [N], see `sample_weights`; on_policy: bool [N]. A token's weight is its sample's times its
-    importance, 0 where a server's teacher has no score, scaled such that it changes which tokens are learned from and
-    not the size of the step.
+    correct: float [N], see `sample_weights`; on_policy: bool [N]. ω = sample weight × token importance; 0 where a
+    server's teacher has no score; scaled so that Σ base · ω = 1 over a step.
     """
     weights = np.repeat(sample_weights(batch, correct, on_policy, config), batch.response_lengths)
     if config.teacher.scores_rollouts:
         weights = weights * (~np.isnan(batch.columns["teacher_log_probs"])).astype(np.float32)
-    importance = None
-    if config.divergence.opd_token_weighting is not None:
-        importance = [_importance(batch, rows, config) for rows in step_rows(batch, config)]
     streams = [
         name
         for name, present in (("penalty", config.penalty_coefficient), ("divergence", config.has_divergence))
@@ -71,10 +68,11 @@ def with_distillation_weights(
     for stream in streams:
         name, base_name = STREAMS[stream]
         base, steps = torch.from_numpy(batch.columns[base_name]), []
-        for index, rows in enumerate(step_rows(batch, config)):
+        for rows in step_rows(batch, config):
             relative = normalized(torch.from_numpy(weights[rows]), base[rows])
-            if importance is not None:
-                relative = relative * normalized(importance[index], base[rows] * relative)
+            if config.divergence.opd_token_weighting is not None:
+                token_base = base[rows] * relative
+                relative = relative * normalized(_importance(batch, rows, token_base > 0, config), token_base)
             steps.append(relative)
         batch = batch.with_column(name, torch.cat(steps).numpy())
     return batch
@@ -109,13 +107,28 @@ def weight_statistics(batch: RolloutBatch, config: Config) -> dict[str, WeightSt
     }
 
 
-def _importance(batch: RolloutBatch, rows: slice, config: Config) -> torch.Tensor:
-    """The importance of the tokens of a step, relative to every other token of that step."""
-    entropies, divergences, mask = (
-        torch.from_numpy(batch.columns[name][rows]) for name in ("student_entropy", "token_divergence", "loss_mask")
+def weight_metrics(batch: RolloutBatch, config: Config) -> dict[str, Metric]:
+    """The spread of the distillation weights in the rollout's last step, by stream; none without distillation."""
+    spreads = weight_statistics(batch, config)
+    metrics: dict[str, Metric] = {}
+    if (penalty := spreads.get("penalty")) is not None:
+        metrics["opd/penalty_weight_min"] = Replicated(penalty.minimum)
+        metrics["opd/penalty_weight_max"] = Replicated(penalty.maximum)
+        metrics["opd/penalty_weight_effective_share"] = Replicated(penalty.effective_share)
+    if (divergence := spreads.get("divergence")) is not None:
+        metrics["opd/divergence_weight_min"] = Replicated(divergence.minimum)
+        metrics["opd/divergence_weight_max"] = Replicated(divergence.maximum)
+        metrics["opd/divergence_weight_effective_share"] = Replicated(divergence.effective_share)
+    return metrics
+
+
+def _importance(batch: RolloutBatch, rows: slice, counted: torch.Tensor, config: Config) -> torch.Tensor:
+    """The importance of the tokens of a step, relative to the others of the step that a stream counts (bool [R])."""
+    entropies, divergences = (
+        torch.from_numpy(batch.columns[name][rows]) for name in ("student_entropy", "token_divergence")
     )
-    scored = ~divergences.isnan() & (mask > 0)
-    scores = token_importance(entropies, torch.where(scored, divergences, 0.0))
+    counted = counted & ~divergences.isnan()
+    scores = token_importance(entropies, torch.where(counted, divergences, 0.0))
     if config.divergence.opd_token_weighting == "soft":
-        return torch.where(scored, scores, 0.0)
-    return keep_top(scores, scored, config.divergence.opd_token_keep_fraction)
+        return torch.where(counted, scores, 0.0)
+    return keep_top(scores, counted, config.divergence.opd_token_keep_fraction)

@@ -72,6 +72,14 @@ class Config:
         return self.samples_per_rollout // self.global_batch_size if self.global_batch_size else 0
 
     @property
+    def scores_old_policy(self) -> bool:
+        """Whether a forward pass scores the policy before a rollout's first optimizer step.
+
+        With one step per rollout the old policy is the present one, and the step's own forward has its log-probs.
+        """
+        return not self.is_sft and self.steps_per_rollout > 1
+
+    @property
     def num_engines(self) -> int:
         """SGLang engines that generate."""
         gpus = self.cluster.rollout_num_gpus

@@ -38,6 +38,9 @@ class ClusterConfig:
     rollout_num_gpus_per_engine: int = option(
         1, help="GPUs of one SGLang engine: its tensor-parallel size", within=POSITIVE
     )
+    num_gpus_per_node: int = option(
+        8, help="accepted for slime's scripts, without effect: Ray knows the GPUs of each node", within=POSITIVE
+    )
     colocate: bool = option(
         False, help="engines share the training GPUs, and their memory at the same time: nothing is released in between"
     )

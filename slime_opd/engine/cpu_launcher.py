@@ -23,6 +23,7 @@ import os
 import sys
 import types
 from collections.abc import Sequence
+from typing import Any
 
 _STUBBED_PACKAGES = ("sgl_kernel", "torchvision")
 # SGLang has its own fallback if this import fails; a stub would disable it.
@@ -104,13 +105,18 @@ def prepare_process() -> None:
 
 
 def fork_workers() -> None:
-    """Make SGLang's server fork its scheduler and detokenizer."""
+    """Make SGLang's server fork its scheduler and detokenizer.
+
+    Not with --dp-size above 1, whose controller starts the schedulers from threads.
+    """
     from sglang.srt.entrypoints import engine
 
     configure = engine._set_envs_and_config
 
-    def configure_with_fork(server_args: object) -> None:
+    def configure_with_fork(server_args: Any) -> None:
         configure(server_args)  # sets "spawn"
+        if server_args.dp_size > 1:
+            return
         multiprocessing.set_start_method("fork", force=True)
 
     engine._set_envs_and_config = configure_with_fork

@@ -82,7 +82,7 @@ def score(
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of targets int64 [R] and entropies, both [R], at least float32, the same on every rank; no gradient.
 
-    The log-prob of a target past the vocabulary is NaN: nobody knows it.
+    The log-prob of a target past the vocabulary is NaN: the model has no such token.
     """
     log_probs = torch.empty(targets.shape, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     entropies = torch.empty_like(log_probs)
@@ -94,5 +94,5 @@ def score(
 
 
 def chunks(length: int, size: int) -> list[slice]:
-    """Slices of at most `size`, in order; one that is empty for nothing, so that there is always a first."""
+    """Slices of at most `size`, in order; for length 0 one empty slice, so that there is always a first."""
     return [slice(start, min(start + size, length)) for start in range(0, max(length, 1), size)]

@@ -109,8 +109,10 @@ def scope_environment(scope: str) -> dict[str, str]:
     return {RUN_VARIABLE: scope, "SPT_NOENV": "1"}
 
 
-def processes_in_scope(scope: str) -> list[int]:
-    """Ids of the living processes of a scope (a run's scope: the whole run) on this machine, wardens included."""
+def processes_in_scope(scope: str | None) -> list[int]:
+    """Ids of a scope's living processes on this machine (a run's: all of it), wardens included; [] for None."""
+    if scope is None:
+        return []
     return [pid for pid in processes.all_pids() if _is_in_scope(pid, scope) and processes.is_alive(pid)]
 
 

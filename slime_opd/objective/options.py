@@ -53,7 +53,7 @@ def objective_options(config: Config, progress: float) -> Options:
         kl_kind=algorithm.kl_loss_type,
         use_rollout_log_probs=algorithm.use_rollout_logprobs,
         penalty=penalty,
-        penalty_in_step=penalty is not None and (penalty.refresh_student or config.steps_per_rollout == 1),
+        penalty_in_step=penalty is not None and (penalty.refresh_student or not config.scores_old_policy),
         divergence=_divergence(config, progress) if config.has_divergence else None,
     )
 

@@ -1,8 +1,9 @@
 """The policy objective: the streams that a policy step minimises, summed over a chunk's tokens.
 
-    loss = Σ policy_weights · (clipped policy loss of A − coef · ω · penalty)  −  entropy_coef · Σ policy_weights · H
-         + kl_coef · Σ policy_weights · KL(policy ‖ reference)                +  divergence_coef · Σ divergence_weights
-         · D
+    loss = Σ policy_weights · (clipped policy loss of A − coef · ω · penalty)
+         − entropy_coef · Σ policy_weights · H
+         + kl_coef · Σ policy_weights · KL(policy ‖ reference)
+         + divergence_coef · Σ divergence_base · divergence_weights · D
 
 Notation: C tokens of the chunk.
 """
@@ -129,7 +130,8 @@ def _penalty_student(columns: TokenColumns, terms: Terms, options: PolicyOptions
 
 def _old_log_probs(columns: TokenColumns, log_probs: Tensor, options: PolicyOptions) -> Tensor:
     """The denominator of the ratio."""
-    if options.use_rollout_log_probs:
+    # Without any such column, every response is another model's, and no token has a weight in the policy loss.
+    if options.use_rollout_log_probs and columns.rollout_log_probs is not None:
         return columns.rollout_log_probs
     return log_probs.detach() if columns.log_probs is None else columns.log_probs
 

@@ -16,10 +16,10 @@ from slime_opd.distill.dynamics import TokenKinds
 
 @dataclass(frozen=True)
 class TokenColumns:
-    """The token columns of the field table (slime_opd/fields.py), [C] or [C, K]; None where the run does not have one.
+    """The token columns of the field table (slime_opd/fields.py) that objectives read, [C] or [C, K]; None if absent.
 
-    Weights and advantages are there once the rollout is assembled. Without `log_probs`, of the policy that starts the
-    rollout's first step, this step is the rollout's only one: the old policy is the present one.
+    Weights and advantages are there once the rollout is assembled. log_probs: by the policy before the rollout's first
+    step; None where a rollout is one step, whose old policy is the present one.
     """
 
     loss_mask: Tensor
@@ -36,8 +36,6 @@ class TokenColumns:
     divergence_weights: Tensor | None = None
     position_third: Tensor | None = None
     correct: Tensor | None = None
-    student_entropy: Tensor | None = None
-    token_divergence: Tensor | None = None
     student_top_ids: Tensor | None = None
     teacher_top_ids: Tensor | None = None
     teacher_top_log_probs: Tensor | None = None
@@ -48,8 +46,9 @@ class TokenColumns:
 
     @staticmethod
     def from_mapping(columns: Mapping[str, Tensor]) -> TokenColumns:
-        """From columns by name. Raises TypeError for a name that is not a token column of the field table."""
-        return TokenColumns(**columns)
+        """From the columns of a batch, of which those that no objective reads are left out."""
+        read = {field.name for field in fields(TokenColumns)}
+        return TokenColumns(**{name: values for name, values in columns.items() if name in read})
 
     @property
     def kinds(self) -> TokenKinds:

@@ -121,7 +121,11 @@ class _OneRank:
     def score(
         self, batches: Sequence[TrainBatch], progress: float, names: frozenset[str]
     ) -> list[dict[str, np.ndarray]]:
-        return [self._trainer.score(batches[0], progress, names)] * len(batches)
+        columns = self._trainer.score(batches[0], progress, names)
+        # A rank that does not report returns none: its step reads zeros.
+        missing = names - columns.keys() if not self._trainer.layout.reports else set()
+        zeros = np.zeros(int(batches[0].samples.response_lengths.sum()), np.float32)
+        return [columns | dict.fromkeys(missing, zeros)] * len(batches)
 
     def step(self, columns: Sequence[Mapping[str, np.ndarray]], progress: float) -> dict[str, Metric]:
         return self._trainer.step(columns[0], progress)

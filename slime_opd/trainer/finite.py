@@ -148,9 +148,8 @@ def unusable_values(samples: RolloutBatch) -> list[str]:
         row = fields.field(name)
         if row.level != fields.RESPONSE or row.wide or not np.issubdtype(array.dtype, np.floating):
             continue
-        may_be_nan = (row.missing is not None and np.isnan(row.missing)) or name == "correct"
         bad = np.abs(array) > _LARGEST_VALUE
-        bad |= np.isnan(array) & (not may_be_nan)
+        bad |= np.isnan(array) & (not row.may_be_nan)
         if trained is not None:
             bad &= trained
         indices = np.flatnonzero(bad)

@@ -1,4 +1,4 @@
-"""Making the head of a micro-batch: its columns, typed, and those terms that need whole responses.
+"""Making the head of a micro-batch: its settings, its typed columns, and the terms that need whole responses.
 
 Notation: R response tokens of the micro-batch, H hidden size.
 """
@@ -9,15 +9,28 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from slime_opd.config import Config
 from slime_opd.head.objective_head import ObjectiveHead
 from slime_opd.head.settings import HeadSettings
 from slime_opd.head.teacher_comparison import TeacherStates
 from slime_opd.head.vocabulary import VocabularyShard
-from slime_opd.objective.options import PolicyOptions
+from slime_opd.objective.options import PolicyOptions, objective_options
 from slime_opd.objective.responses import needs_whole_responses, response_columns
 from slime_opd.objective.tokens import TokenColumns
 from slime_opd.trainer.micro_batch import MicroBatch
 from slime_opd.trainer.model_pass import ModelPass
+
+
+def head_settings(config: Config, progress: float) -> HeadSettings:
+    """How chunks are scored when `progress` (0 to 1) of the run's rollouts are done."""
+    temperature = config.rollout.rollout_temperature
+    return HeadSettings(
+        objective_options(config, progress),
+        temperature,
+        config.teacher_temperature if config.opd.use_opd else temperature,
+        top_k=config.divergence.opd_log_prob_top_k,
+        metrics_top_k=config.divergence.opd_metrics_top_k,
+    )
 
 
 def make_head(

@@ -12,9 +12,8 @@ from slime_opd.config import Config
 from slime_opd.config.training_stages import CheckpointConfig
 from slime_opd.head.output_layer import Head
 from slime_opd.head.settings import HeadSettings
-from slime_opd.trainer.heads import make_head
+from slime_opd.trainer.heads import head_settings, make_head
 from slime_opd.trainer.optimizer import make_optimizer
-from slime_opd.trainer.scoring import head_settings
 
 
 @dataclass(frozen=True)

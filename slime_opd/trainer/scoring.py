@@ -1,7 +1,7 @@
 """Forward-only passes before the first optimizer step: reference, teacher and old-policy log-probs.
 
-Reference and teacher come first, for all micro-batches, then the student: two models are never on the device at once,
-unless memory allows.
+Reference and teacher come first, for all micro-batches, then the student: one model at a time is on the device, unless
+--opd-teacher-resident keeps the teacher there.
 
 Notation: R response tokens of the rank's share, H hidden size, K candidate ids.
 """
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from slime_opd.algorithm.kl import kl_estimate
-from slime_opd.batch.scores import has_several_steps
 from slime_opd.config import Config
 from slime_opd.head.output_layer import chunks
 from slime_opd.head.settings import HeadSettings
 from slime_opd.head.teacher_comparison import TeacherStates
 from slime_opd.head.vocabulary import VocabularyShard, chunk_logits
 from slime_opd.model import device
-from slime_opd.objective.options import objective_options
 from slime_opd.trainer.heads import comparing_head
 from slime_opd.trainer.micro_batch import MicroBatch
 from slime_opd.trainer.model_pass import ModelPass
@@ -36,18 +34,6 @@ class TeacherLayer:
 
     weight: Tensor | None
     shard: VocabularyShard | None
-
-
-def head_settings(config: Config, progress: float) -> HeadSettings:
-    """How chunks are scored when `progress` (0 to 1) of the run's rollouts are done."""
-    temperature = config.rollout.rollout_temperature
-    return HeadSettings(
-        objective_options(config, progress),
-        temperature,
-        config.teacher_temperature if config.opd.use_opd else temperature,
-        top_k=config.divergence.opd_log_prob_top_k,
-        metrics_top_k=config.divergence.opd_metrics_top_k,
-    )
 
 
 class Scorer:
@@ -106,7 +92,7 @@ class Scorer:
 
     def _score_student(self, batch: TrainBatch, settings: HeadSettings, states: TeacherStates | None) -> TrainBatch:
         """The columns of the policy that starts the rollout's first step, in one pass; no pass where there are none."""
-        several_steps = has_several_steps(self._config)
+        several_steps = self._config.scores_old_policy
         divergence = settings.divergence
         weighs_tokens = self._config.divergence.opd_token_weighting is not None
         fixes_candidates = several_steps and divergence is not None and divergence.kind == "token_reward_direct"
@@ -115,20 +101,20 @@ class Scorer:
 
         def head(hidden: Tensor, micro_batch: MicroBatch) -> dict[str, Tensor]:
             columns = {}
-            as_teacher, entropies = self._pass.log_probs(
+            at_teacher_temperature, entropies = self._pass.log_probs(
                 hidden, micro_batch, settings.teacher_temperature, self._teacher.shard
             )
             if several_steps:
-                columns["log_probs"] = as_teacher
+                columns["log_probs"] = at_teacher_temperature
                 if settings.teacher_temperature != settings.temperature or self._teacher.shard != self._pass.shard:
-                    columns["penalty_log_probs"] = as_teacher
+                    columns["penalty_log_probs"] = at_teacher_temperature
                     columns["log_probs"] = self._pass.log_probs(hidden, micro_batch, settings.temperature)[0]
             if divergence is not None and (weighs_tokens or fixes_candidates):
                 columns |= self._compare(hidden, micro_batch, settings, states, with_candidates=fixes_candidates)
             elif weighs_tokens:
                 columns["student_entropy"] = entropies
                 teacher_log_probs = micro_batch.columns["teacher_log_probs"]
-                columns["token_divergence"] = kl_estimate(as_teacher, teacher_log_probs, kind="low_var_kl")
+                columns["token_divergence"] = kl_estimate(at_teacher_temperature, teacher_log_probs, kind="low_var_kl")
             return columns
 
         return _with_columns(batch, self._pass.score(batch, head))
@@ -148,7 +134,9 @@ class Scorer:
         for rows in chunks(len(hidden), self._pass.chunk_size):
             entropies, side = head.compare(chunk_logits(hidden[rows], weight, self._pass.shard), rows)
             comparison = side.comparison
-            part = {"student_entropy": entropies, "token_divergence": comparison.reverse_kl.clamp(min=0)}
+            # A response that the teacher did not score has no divergence: it is compared with itself there.
+            divergence = comparison.reverse_kl.clamp(min=0).masked_fill(comparison.scored == 0, torch.nan)
+            part = {"student_entropy": entropies, "token_divergence": divergence}
             if with_candidates:
                 over = comparison.candidates
                 part["candidate_ids"] = torch.where(over.valid, side.ids, -1)

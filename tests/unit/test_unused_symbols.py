@@ -18,7 +18,8 @@ CALLED_FROM_OUTSIDE = {
     "checkpoint/formats/torch_dist.py": {"resolve_tensor", "commit_tensor", "resolve_data"},  # torch's LoadPlanner
     "checkpoint/start_table.py": {"rules_as_markdown", "meanings_as_markdown"},  # a test prints docs/ from them
     "checkpoint/safe_metadata.py": {"find_class"},  # pickle.Unpickler
-    # Accepted and without effect in any run, as the Megatron-LM scripts give them.
+    # Accepted and without effect in any run, as scripts for slime and Megatron-LM have them.
+    "config/stages.py": {"num_gpus_per_node"},
     "config/model_stages.py": {"mtp_num_layers", "no_position_embedding", "use_rotary_position_embeddings"},
     "config/training_stages.py": {"balance_data", "seq_length"},
     "engine/cpu_launcher.py": {"create_module", "exec_module"},  # importlib's Loader

@@ -9,12 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slime_opd.algorithm.estimators import ESTIMATORS
+from slime_opd.algorithm.estimators.estimator import Estimator
 from slime_opd.batch import assemble as room
 from slime_opd.batch.scores import columns_for_assembly
 from slime_opd.batch.shares import Shares, plan_shares
+from slime_opd.batch.train import train_rollout
 from slime_opd.batch.weights import STREAMS, weight_statistics
 from slime_opd.config import stages
 from slime_opd.config.config import Config
+from slime_opd.errors import ConfigError
 from slime_opd.objective.options import objective_options
 from slime_opd.types import Prompt, RolloutBatch, Sample, Status
 
@@ -52,10 +56,10 @@ def samples(off_policy=(), failed=None, reward=True) -> list[Sample]:
 
 def assemble(samples: list[Sample], config: Config, **scores: np.ndarray) -> RolloutBatch:
     """With scores of a teacher that is the student where others are not given: its penalty is 0."""
-    batch = RolloutBatch.from_samples(samples)
+    batch, options = RolloutBatch.from_samples(samples), objective_options(config, 0.0)
     default = np.zeros(int(batch.response_lengths.sum()))
-    scored = {name: scores.get(name, default) for name in columns_for_assembly(config)}
-    return room.assemble(batch.with_columns(scored), config, objective_options(config, 0.0))
+    scored = {name: scores.get(name, default) for name in columns_for_assembly(config, options)}
+    return room.assemble(batch.with_columns(scored), config, options)
 
 
 def of_sample(batch, name: str, number: int) -> np.ndarray:
@@ -163,7 +167,7 @@ STUDENT, TEACHER = np.random.default_rng(0).normal(-2, 1, (2, TOTAL)).astype(np.
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.5])
-def test_where_the_students_log_probs_are_scored_the_advantages_hold_the_penalty(discount):
+def test_the_penalty_of_a_scored_student_is_subtracted_from_the_base_advantages(discount):
     """Over several steps, of the policy that starts the first one; token by token in float64."""
     teacher = TEACHER.copy()
     teacher[2] = np.nan
@@ -171,6 +175,7 @@ def test_where_the_students_log_probs_are_scored_the_advantages_hold_the_penalty
     run = config(opd=opd, divergence={"opd_divergence": None, "opd_reward_beta": 1.0})
     scores = {"log_probs": STUDENT, "penalty_log_probs": STUDENT, "teacher_log_probs": teacher}
     got, base = assemble(samples(), run, **scores), assemble(samples(), run)
+    penalised = room.penalised_advantages(got, objective_options(run, 0.0).penalty)
     expected, start = base.columns["advantages"].astype(np.float64), 0
     for length in LENGTHS:
         later = 0.0
@@ -181,16 +186,18 @@ def test_where_the_students_log_probs_are_scored_the_advantages_hold_the_penalty
             if trains and not np.isnan(signal):
                 expected[t] -= 0.5 * got.columns["penalty_weights"][t] * later
         start += length
-    np.testing.assert_allclose(got.columns["advantages"], expected, atol=1e-5)
+    np.testing.assert_allclose(penalised, expected, atol=1e-5)
+    np.testing.assert_array_equal(got.columns["advantages"], base.columns["advantages"])
     assert np.abs(expected - base.columns["advantages"]).max() > 0.1
 
 
 def test_a_refreshed_student_or_a_single_step_leaves_the_penalty_to_the_step():
     refreshed = config(opd={"opd_refresh_student": True})
     assert objective_options(refreshed, 0.0).penalty_in_step
-    assert not {"log_probs", "teacher_log_probs"} & columns_for_assembly(refreshed)
+    assert not {"log_probs", "teacher_log_probs"} & columns_for_assembly(refreshed, objective_options(refreshed, 0.0))
     alone = dataclasses.replace(config(), training=stages.TrainingConfig(global_batch_size=len(LENGTHS)))
-    assert objective_options(alone, 0.0).penalty_in_step and not columns_for_assembly(alone)
+    options = objective_options(alone, 0.0)
+    assert options.penalty_in_step and not columns_for_assembly(alone, options)
     assert not objective_options(config(), 0.0).penalty_in_step
 
 
@@ -205,6 +212,79 @@ def test_importance_moves_the_loss_between_tokens_and_not_its_size(weighting):
     spread = weight_statistics(assemble(samples(), run, **scores), run)
     assert set(spread) == {"penalty", "divergence"}, "each stream has its own: one does not overwrite the other"
     assert all(0 < stream.effective_share < 1 for stream in spread.values())
+
+
+@pytest.mark.parametrize("case", ["an off-policy response", "a failed response"])
+def test_tokens_that_a_stream_does_not_count_take_no_place_among_the_most_important(case):
+    """The most important tokens are of sample 0, which one stream or both do not count."""
+    divergence = {"opd_token_weighting": "top", "opd_token_keep_fraction": 0.1}
+    entropy = np.ones(TOTAL)
+    entropy[: LENGTHS[0]] = 9
+    scores = {"student_entropy": entropy, "token_divergence": np.ones(TOTAL)}
+    if case == "an off-policy response":
+        run, batch_samples, streams = config(divergence=divergence), samples(off_policy=(0,)), ["penalty"]
+    else:
+        run = config(opd={"opd_type": "sglang"}, divergence=divergence | {"opd_log_prob_top_k": 4})
+        batch_samples, streams = samples(failed=0), ["penalty", "divergence"]
+        scores["token_divergence"][: LENGTHS[0]] = np.nan
+    columns = assemble(batch_samples, run, **scores).columns
+    for stream in streams:
+        weights, base = STREAMS[stream]
+        np.testing.assert_allclose(per_step(columns[weights] * columns[base]), 1.0, rtol=1e-5)
+        assert (columns[weights][: LENGTHS[0]] == 0).all()
+
+
+def test_fine_tuning_over_several_steps_scores_nothing():
+    run = dataclasses.replace(
+        config(),
+        rollout=stages.RolloutConfig(rollout_batch_size=2 * STEP),
+        training=stages.TrainingConfig(global_batch_size=STEP, loss_type="sft_loss"),
+        opd=stages.OPDConfig(),
+    )
+    assert run.steps_per_rollout > 1 and not run.scores_old_policy
+    assert columns_for_assembly(run, objective_options(run, 0.0)) == frozenset()
+
+
+def test_an_estimator_whose_columns_no_pass_scores_is_refused(monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, "grpo", Estimator(lambda responses, options: None, frozenset({"ref_log_probs"})))
+    batch, run = RolloutBatch.from_samples(samples()), config()
+    with pytest.raises(ConfigError, match="--advantage-estimator grpo needs ref_log_probs"):
+        room.with_base_advantages(batch, run, objective_options(run, 0.0))
+
+
+class Trainers:
+    """Records what it gets; gives `scores`."""
+
+    def __init__(self, scores: dict[str, np.ndarray]) -> None:
+        self.scores = scores
+
+    def score(self, batches, progress, names):
+        self.names = names
+        return [{name: self.scores[name] for name in names & self.scores.keys()}]
+
+    def step(self, columns, progress):
+        (self.columns,) = columns
+        return {}
+
+
+def test_the_ranks_get_what_was_made_and_the_log_base_advantages():
+    run = config(divergence={"opd_divergence": None})
+    batch_samples = samples()
+    batch_samples[0].set("correct", np.full(LENGTHS[0], 0.5))  # a column of the user's own, which assembly overwrites
+    for sample in batch_samples[1:]:
+        sample.set("correct", np.zeros(sample.response_length))
+    trainers = Trainers({"log_probs": STUDENT, "teacher_log_probs": TEACHER})
+    batch, metrics = train_rollout(trainers, batch_samples, run, 0.0)
+    assert trainers.names == {"log_probs", "penalty_log_probs", "teacher_log_probs"}
+    assert not {"log_probs", "teacher_log_probs", "loss_mask", "reward"} & trainers.columns.keys()
+    assert set(np.unique(trainers.columns["correct"])) == {0.0, 1.0}
+    base = assemble(samples(), run).columns["advantages"]
+    np.testing.assert_array_equal(batch.columns["advantages"], base)
+    assert "teacher_log_probs" not in batch.columns and "opd/penalty_weight_min" in metrics
+    assert not np.array_equal(np.sort(trainers.columns["advantages"]), np.sort(base))
+    alone, metrics = train_rollout(None, samples(), run, 0.0)
+    np.testing.assert_array_equal(alone.columns["advantages"], base)
+    assert metrics == {}
 
 
 @given(st.integers(1, 4), st.integers(0, 2**31))

@@ -226,6 +226,17 @@ def test_the_ratios_denominator_may_be_the_engines_and_the_penaltys_student_neve
     assert engines.means["train/ppo_kl"][0].item() == pytest.approx(-0.5 * 9)
 
 
-def test_token_columns_are_those_of_the_field_table():
+def test_token_columns_are_rows_of_the_field_table_and_other_columns_are_left_out():
     table = {row.name for row in fields.TABLE if row.level == fields.RESPONSE}
-    assert table == {field.name for field in dataclasses.fields(TokenColumns)}
+    names = {field.name for field in dataclasses.fields(TokenColumns)}
+    assert names <= table
+    ones = torch.ones(1)
+    assert TokenColumns.from_mapping(dict.fromkeys(table, ones)).loss_mask is ones
+
+
+def test_an_engines_log_probs_may_be_missing_where_every_response_is_another_models():
+    columns, log_probs, entropies = problem()
+    del columns["rollout_log_probs"]
+    columns["policy_weights"] = torch.zeros_like(columns["policy_weights"])
+    got = evaluated(columns, Terms(log_probs, entropies), replace(OPTIONS, use_rollout_log_probs=True))
+    assert got.totals["train/policy_loss"] == 0
