@@ -38,10 +38,14 @@ def server_workers(pid: int) -> list[Worker]:
         processes = [server, *server.children(recursive=True)]
     except psutil.NoSuchProcess:
         return workers
+    argvs: dict[int, list[str]] = {}
     for process in processes:
         try:
-            name = worker_name(process.cmdline())
-            if name is not None:
+            argvs[process.pid] = argv = process.cmdline()
+            name = worker_name(argv)
+            # A fork that has not set its title, or not executed its program yet, shows its parent's argv: it is not a
+            # worker, and a scheduler's short-lived children end by themselves.
+            if name is not None and argv != argvs.get(process.ppid()):
                 workers.append(Worker(name, process.pid, process.create_time()))
         except psutil.NoSuchProcess:  # it ended meanwhile
             continue

@@ -117,9 +117,23 @@ def _numbers(name: str) -> list[str]:
 
 def _describe(pid: int, driver: int | None) -> Process:
     _, parent, started = _stat(pid)
+    command = _command(pid)
+    if pid == driver:
+        return Process(pid, parent, started, command, Role.DRIVER)
+    return Process(pid, parent, started, command, Role.OTHER if _is_fork(command, parent) else role_of(command))
+
+
+def _is_fork(command: str, parent: int) -> bool:
+    """Whether a process shows its parent's command: a fork that has not set its title yet."""
+    with contextlib.suppress(OSError):
+        return _command(parent) == command
+    return False
+
+
+def _command(pid: int) -> str:
+    """The title or command line of a process. Raises OSError if it does not exist."""
     argv = Path(f"/proc/{pid}/cmdline").read_bytes().rstrip(b"\0 ").split(b"\0")
-    command = b" ".join(argv).decode(errors="replace")
-    return Process(pid, parent, started, command, Role.DRIVER if pid == driver else role_of(command))
+    return b" ".join(argv).decode(errors="replace")
 
 
 def _stat(pid: int) -> tuple[str, int, int]:

@@ -59,6 +59,22 @@ def test_the_schedulers_end_is_seen_although_the_server_lives(server):
     assert worst_status(workers) == ("dead", f"scheduler_TP0, process {scheduler}")
 
 
+def test_a_short_lived_fork_with_its_parents_title_is_not_a_worker():
+    """As a scheduler makes when it starts another program: until it executes that, it shows the scheduler's title."""
+    program = "import os, time\npid = os.fork()\nif pid: print(pid, flush=True)\ntime.sleep(100)"
+    argv = [sys.executable, "-S", "-c", program, "sglang::scheduler_TP0"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True) as scheduler:
+        try:
+            fork = int(scheduler.stdout.readline())
+            workers = server_workers(scheduler.pid)
+            assert [worker.pid for worker in workers] == [scheduler.pid]
+            os.kill(fork, signal.SIGKILL)
+            wait_for(fork, "dead")
+            assert worst_status(workers) == ("running", "")
+        finally:
+            os.killpg(scheduler.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize("name", ["scheduler_TP0", "HTTP process"])
 def test_a_stopped_process_of_a_server_is_seen_and_runs_again(server, name):
     process, scheduler, _ = server
