@@ -1,4 +1,4 @@
-"""Slots on a real Ray cluster of two pretended nodes with eight pretended GPUs each: which node and GPUs a process gets."""
+"""Slots on a real Ray cluster of two simulated nodes with eight simulated GPUs each: which node and GPUs a process gets."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _ROLES = (
     (r"slime_opd\.engine\.cpu_launcher", Role.LAUNCHER),
     (r"sglang::scheduler", Role.SCHEDULER),
     (r"sglang::detokenizer", Role.DETOKENIZER),
-    (r"-m (slime_opd\.engine\.with_key )?sglang_router", Role.ROUTER),
+    (r"sglang::router|-m (slime_opd\.engine\.with_key )?sglang_router", Role.ROUTER),
     (r"math_worker\.py", Role.REWARD),
 )
 

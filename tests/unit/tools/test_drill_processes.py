@@ -30,6 +30,7 @@ COMMANDS = {
     "sglang::scheduler": Role.SCHEDULER,
     "sglang::detokenizer": Role.DETOKENIZER,
     "/venv/bin/python -m sglang_router.launch_router --port 1": Role.ROUTER,
+    "sglang::router": Role.ROUTER,
     " ".join(command_with_key(["/venv/bin/python", "-m", "sglang_router.launch_router", "--port", "1"])): Role.ROUTER,
     "/venv/bin/python -P /x/slime_opd/reward/math_worker.py 10": Role.REWARD,
     "/venv/bin/python -c from multiprocessing.resource_tracker import main;main(5)": Role.OTHER,
