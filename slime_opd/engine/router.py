@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from slime_opd.engine.ports import free_port
 from slime_opd.engine.process import OwnedProcess
 from slime_opd.engine.with_key import command_with_key, key_environment
 
@@ -28,6 +29,8 @@ class RouterProcess(OwnedProcess):
     ) -> None:
         command = [sys.executable, "-m", "sglang_router.launch_router", "--worker-urls", *worker_urls]
         command += ["--host", host, "--port", str(port), "--disable-retries", "--disable-circuit-breaker"]
+        # By default every router serves its metrics at one fixed port, on all addresses: a second one could not start.
+        command += ["--prometheus-host", host, "--prometheus-port", str(free_port(host))]
         super().__init__(
             name=f"the router of {len(worker_urls)} SGLang servers",
             command=command if api_key is None else command_with_key(command),

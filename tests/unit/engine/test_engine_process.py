@@ -68,6 +68,15 @@ def test_importing_the_launcher_prepares_nothing():
     assert sys.meta_path == before
 
 
+def test_two_routers_of_one_machine_have_metrics_ports_of_their_own(tmp_path):
+    ports = set()
+    for _ in range(2):
+        command = RouterProcess(["http://a:1"], port=9, log_path=tmp_path / "log").command
+        assert command[command.index("--prometheus-host") + 1] == "127.0.0.1"
+        ports.add(command[command.index("--prometheus-port") + 1])
+    assert len(ports) == 2
+
+
 def test_a_router_knows_its_workers(tmp_path):
     router = RouterProcess(["http://a:1", "http://b:2"], port=9, log_path=tmp_path / "log")
     assert router.command[2:6] == ("sglang_router.launch_router", "--worker-urls", "http://a:1", "http://b:2")
