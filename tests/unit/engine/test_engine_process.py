@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from slime_opd.engine import cpu_launcher, weight_proof
+from slime_opd.engine import cpu_launcher, router, weight_proof
 from slime_opd.engine.ports import free_port
 from slime_opd.engine.process import OwnedProcess
 from slime_opd.engine.router import RouterProcess
@@ -68,19 +68,17 @@ def test_importing_the_launcher_prepares_nothing():
     assert sys.meta_path == before
 
 
-def test_two_routers_of_one_machine_have_metrics_ports_of_their_own(tmp_path):
-    ports = set()
-    for _ in range(2):
-        command = RouterProcess(["http://a:1"], port=9, log_path=tmp_path / "log").command
-        assert command[command.index("--prometheus-host") + 1] == "127.0.0.1"
-        ports.add(command[command.index("--prometheus-port") + 1])
-    assert len(ports) == 2
+def test_a_routers_metrics_have_a_free_port_of_its_own_address(tmp_path, monkeypatch):
+    monkeypatch.setattr(router, "free_port", lambda host: {"127.0.0.2": 4711}[host])
+    command = RouterProcess(["http://a:1"], host="127.0.0.2", port=9, log_path=tmp_path / "log").command
+    assert command[command.index("--prometheus-host") + 1] == "127.0.0.2"
+    assert command[command.index("--prometheus-port") + 1] == "4711"
 
 
 def test_a_router_knows_its_workers(tmp_path):
-    router = RouterProcess(["http://a:1", "http://b:2"], port=9, log_path=tmp_path / "log")
-    assert router.command[2:6] == ("sglang_router.launch_router", "--worker-urls", "http://a:1", "http://b:2")
-    assert router.url == "http://127.0.0.1:9"
+    process = RouterProcess(["http://a:1", "http://b:2"], port=9, log_path=tmp_path / "log")
+    assert process.command[2:6] == ("sglang_router.launch_router", "--worker-urls", "http://a:1", "http://b:2")
+    assert process.url == "http://127.0.0.1:9"
 
 
 def owned(tmp_path: Path, source: str, port: int = 1) -> OwnedProcess:
